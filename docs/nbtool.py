@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads changes the last digits of a sum
+os.environ.pop("MPLBACKEND", None)  # the kernel's own, which puts figures into the notebook
 
 import nbclient
 import nbdev.serve
@@ -41,8 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROC, SRC, SITE = ROOT / "_proc", ROOT / "docs" / "_build" / "src", ROOT / "docs" / "_build" / "html"
 CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)\s*?$|`[^`\n]+`)", re.M | re.S)
 DIRECTIVES = re.compile(r"\A(?:#\|.*(?:\n|\Z))*")
-# The sidebar: pages whose notebook's number is at least this, under this caption.
-PARTS = [("The method", 0), ("Tasks and training", 6), ("Results", 10)]
+# The sidebar: under each caption the notebooks from this number on.
+PARTS = [("The method", "00"), ("Tasks and training", "05b"), ("Results", "10")]
 
 
 def notebooks() -> list[Path]:
@@ -351,7 +352,11 @@ def meta(raw: Path) -> str:
 
 def names_page(raws: dict[Path, str]) -> str:
     "A page with every public name of the package, by module."
-    out = ["# All names\n\n{.lead}\nEvery public name, by module; each links to the cell that defines it."]
+    offered = __import__(get_config().lib_path.name).__all__
+    out = [
+        "# All names\n\n{.lead}\nEvery public name, by module, with a link to the cell that defines it.\n\n"
+        "The bold ones can be imported from `jumplora` itself."
+    ]
     for raw, stem in raws.items():
         rows, seen = [], set()
         for c in nbformat.read(raw, 4).cells:
@@ -362,7 +367,8 @@ def names_page(raws: dict[Path, str]) -> str:
                     seen.add(n)
                     doc = "" if isinstance(o, (ast.Assign, ast.AnnAssign)) else ast.get_docstring(o) or ""
                     line = doc.split("\n")[0].replace("|", r"\|")
-                    rows.append(f"| [`{n}`](#{label(stem, n, o)}) | {line} |")
+                    link = f"[`{n}`](#{label(stem, n, o)})"
+                    rows.append(f"| {f'**{link}**' if n in offered else link} | {line} |")
         if rows:
             rows = "\n".join(rows)
             out.append(f"## `{module_of(raw)}`\n\n| name | what it is |\n|---|---|\n{rows}")
@@ -373,8 +379,7 @@ def toctree(stems: dict[str, str]) -> str:
     "The sidebar: captions of PARTS over the pages of the numbered notebooks, then the other pages."
     groups = {caption: [] for caption, _ in PARTS} | {"More": []}
     for name, stem in stems.items():
-        number = re.match(r"\d+", name)
-        caption = [c for c, start in PARTS if int(number[0]) >= start][-1] if number else "More"
+        caption = [c for c, start in PARTS if name >= start][-1] if name[0].isdigit() else "More"
         groups[caption].append(stem)
     return "\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {c}\n\n" + "\n".join(g) + "\n```"

@@ -17,11 +17,11 @@ _MODULES = {
     "prompts": "Example Task TaskSequence prompt",
     "tasks": "ORDERS load_sequence",
     "backbones": "load_backbone",
-    "metrics": "average_accuracy backward_transfer forgetting forward_transfer",
+    "metrics": "average_accuracy backward_transfer forgetting forward_transfer just_learned",
     "run_record": "DamagedRecord Run",
     "training": "TrainConfig train_task",
     "evaluation": "evaluate",
-    "continual": "METHODS Method learn_sequence",
+    "continual": "METHODS Method learn_sequence load_learned",
     "records": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }
 _NAMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'QUIET', 'Method', 'weights_of', 'merge_adapter', 'update_sparsity', 'fingerprint', 'task_fingerprint',
            'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state', 'Learner',
-           'score_task', 'score_untrained', 'score_seen', 'learn_task', 'kept_adapter', 'merged_weights', 'write_down',
-           'peak_memory', 'find_run', 'restore', 'new_run', 'rows_to_do', 'learn_sequence', 'load_learned',
-           'accuracy_over_time']
+           'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learn_task', 'finish_task', 'kept_adapter',
+           'merged_weights', 'write_down', 'peak_memory', 'find_run', 'restore', 'own_name', 'new_run', 'rows_to_do',
+           'learn_rest', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -31,10 +31,10 @@ from transformers import PreTrainedTokenizerBase
 from .adapter import adapter_layers, delta_weights
 from .backbones import load_backbone
 from .conventions import check_choice, set_seed, write_atomic
-from .evaluation import evaluate
+from .evaluation import Score, evaluate
+from .prompts import Task, TaskSequence
 from .regularizers import ELLA, IncLoRA, Regularizer
 from .run_record import DamagedRecord, Run, check_same_configuration, environment, set_aside
-from .prompts import Task, TaskSequence
 from .training import TrainConfig, attach_adapter, named_updates, task_steps, train_task
 
 # %% ../nbs/09_continual.ipynb #0a6c0eb2
@@ -70,9 +70,10 @@ METHODS: dict[str, Method] = {
 # %% ../nbs/09_continual.ipynb #c52880b2
 def weights_of(
     model: nn.Module,  # model with an adapter
-) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32; the weight itself where that is float32
-    "The weights that an adapter sits on."
-    return {name: layer.get_base_layer().weight.detach().float() for name, layer in adapter_layers(model).items()}
+) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32
+    "The weights that an adapter sits on: themselves where they are float32, else copies."
+    layers = adapter_layers(model)
+    return {name: layer.get_base_layer().weight.detach().float() for name, layer in layers.items()}
 
 
 @torch.no_grad()
@@ -168,7 +169,7 @@ def load_state(
     finished: int,  # tasks learned
     sha256: str,  # from the record
 ) -> dict[str, dict[str, Tensor]]:  # "weight", "regularizer", "adapter" -> named tensors
-    "Read a state. Raises ValueError when the file is missing or is not the one that the record was written for."
+    "Read a state. Raises ValueError when the file is missing or not the one that the record names."
     path = state_path(folder, finished)
     if not path.is_file():
         raise ValueError(f"{path} is missing; delete {folder} to learn the sequence again")
@@ -201,7 +202,7 @@ class Learner:
     def say(self, text: str) -> None:
         "Name the current step in the progress bar."
         if self.bar is not None:
-            self.bar.set_description(f"{self.method.name}, {text}")
+            self.bar.set_description(f"{self.method.name}, {text}", refresh=False)
 
     def advance(self, rows: int) -> None:
         "Move the progress bar."
@@ -212,15 +213,13 @@ class Learner:
 def score_task(
     learner: Learner,  # a run in progress
     task: Task,  # what to score
-):  # a `Score`
+) -> Score:  # exact match and option accuracy, percent
     "Score one task with the model as it is."
     learner.say(f"scoring {task.name}")
-    settings = dict(max_length=learner.config.max_length, truncation=learner.config.truncation)
-    model = learner.adapted or learner.model
-    return evaluate(
-        model, learner.tokenizer, task, learner.split, **settings,
-        batch_size=2 * learner.config.batch_size, advance=learner.advance,
-    )
+    model, config = learner.adapted or learner.model, learner.config
+    settings = dict(max_length=config.max_length, truncation=config.truncation)
+    settings |= dict(batch_size=2 * config.batch_size, advance=learner.advance)
+    return evaluate(model, learner.tokenizer, task, learner.split, **settings)
 
 
 def score_untrained(
@@ -230,7 +229,7 @@ def score_untrained(
     scores = [score_task(learner, task) for task in learner.sequence]
     return [score.exact_match for score in scores], [score.option_accuracy for score in scores]
 
-
+# %% ../nbs/09_continual.ipynb #0282ce02
 def score_seen(
     learner: Learner,  # a run in progress
     i: int,  # the task learned last
@@ -242,36 +241,51 @@ def score_seen(
         run.accuracy[i, j], run.option_accuracy[i, j] = score.exact_match, score.option_accuracy
     run.seconds["evaluate"].append(time.perf_counter() - start)
 
-# %% ../nbs/09_continual.ipynb #0282ce02
+# %% ../nbs/09_continual.ipynb #13247362
+def rows_per_step(
+    config: TrainConfig,  # batch size and accumulation
+) -> int:  # rows of one optimizer step, counted three times: backward costs two forwards
+    "The unit of the progress bar."
+    return 3 * config.batch_size * config.gradient_accumulation
+
+# %% ../nbs/09_continual.ipynb #e25a4787
 def learn_task(
     learner: Learner,  # a run in progress
     i: int,  # which task to learn
 ) -> None:
-    "Train on task i, then merge the update or keep the adapter, as the method says."
+    "Train on task i, with a fresh adapter or the one that is kept."
     task, method, run = learner.sequence[i], learner.method, learner.run
     learner.say(f"learning {task.name}")
-    set_seed(1000 * run.seed + i)  # a resumed run draws the same numbers
+    seed = 1000 * run.seed + i  # of its own, so that a resumed run draws the same numbers
+    set_seed(seed)
     if learner.adapted is None:
         learner.adapted = attach_adapter(learner.model, learner.config, method.gated)
-    if not learner.weights:
-        learner.weights = weights_of(learner.adapted)
-    rows_per_step = 3 * learner.config.batch_size * learner.config.gradient_accumulation  # backward costs two forwards
+    learner.weights = learner.weights or weights_of(learner.adapted)
+    model, settings = learner.adapted, (learner.config, method.regularizer)
+    rows = rows_per_step(learner.config)
     log = train_task(
-        learner.adapted, learner.tokenizer, task, learner.config, method.regularizer,
-        gated=method.gated, seed=1000 * run.seed + i, advance=lambda step: learner.advance(step * rows_per_step),
-    )
-    start = time.perf_counter()
-    with torch.no_grad():
-        run.sparsity[task.name] = update_sparsity(delta_weights(learner.adapted))
-        method.regularizer.after_task(named_updates(learner.adapted))
-    if method.after_task == "merge":
-        learner.model, learner.adapted = merge_adapter(learner.adapted, learner.weights), None
+        model, learner.tokenizer, task, *settings,
+        gated=method.gated, seed=seed, advance=lambda steps: learner.advance(steps * rows),
+    )  # fmt: skip
     run.seconds["train"].append(log.seconds)
-    run.seconds["merge"].append(time.perf_counter() - start)
     run.thresholds[task.name] = log.gate
     run.extra["loss"][task.name], run.extra["penalty"][task.name] = log.loss, log.penalty
 
-# %% ../nbs/09_continual.ipynb #13247362
+# %% ../nbs/09_continual.ipynb #f42e6ad4
+@torch.no_grad()
+def finish_task(
+    learner: Learner,  # a run in progress
+    i: int,  # the task learned last
+) -> None:
+    "Let the regularizer remember the update, then merge it or keep the adapter, as the method says."
+    start, run, method = time.perf_counter(), learner.run, learner.method
+    run.sparsity[run.tasks[i]] = update_sparsity(delta_weights(learner.adapted))
+    method.regularizer.after_task(named_updates(learner.adapted))
+    if method.after_task == "merge":
+        learner.model, learner.adapted = merge_adapter(learner.adapted, learner.weights), None
+    run.seconds["merge"].append(time.perf_counter() - start)
+
+# %% ../nbs/09_continual.ipynb #7be8f551
 def kept_adapter(
     learner: Learner,  # a run in progress
 ) -> dict[str, Tensor]:  # tensors of the adapter that goes on to the next task, or nothing
@@ -280,7 +294,7 @@ def kept_adapter(
         return {}
     return get_peft_model_state_dict(learner.adapted, save_embedding_layers=False)
 
-
+# %% ../nbs/09_continual.ipynb #ac9677a8
 def merged_weights(
     learner: Learner,  # a run in progress
 ) -> dict[str, Tensor]:  # layer's name -> weight with everything learned, float32
@@ -288,7 +302,7 @@ def merged_weights(
     deltas = delta_weights(learner.adapted) if learner.adapted is not None else {}
     return {n: w + deltas[n].detach() if n in deltas else w for n, w in learner.weights.items()}
 
-
+# %% ../nbs/09_continual.ipynb #31a6c041
 def write_down(
     learner: Learner,  # a run in progress
     i: int,  # the task learned last
@@ -304,7 +318,7 @@ def write_down(
     run.save(learner.folder.parent)
     state_path(learner.folder, i).unlink(missing_ok=True)
 
-
+# %% ../nbs/09_continual.ipynb #ddbfe59f
 def peak_memory(
     model: nn.Module,  # tells the device
 ) -> int:  # bytes
@@ -332,7 +346,7 @@ def find_run(
     check_same_configuration(found, run.configuration)
     return found
 
-
+# %% ../nbs/09_continual.ipynb #8715db68
 @torch.no_grad()
 def restore(
     learner: Learner,  # a run whose record says what is finished
@@ -356,72 +370,88 @@ def restore(
 QUIET = dict(leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)  # of progress bars
 
 
+def own_name(
+    model: nn.Module,  # a backbone
+) -> str:  # last part of its name or path, or its class
+    "What a model calls itself."
+    return Path(model.config.name_or_path).name or type(model).__name__
+
+
 def new_run(
-    configuration: dict,  # from `run_configuration`
     sequence: TaskSequence,  # tasks in the order learned
-    method: Method,  # how they are kept apart
-    backbone: str,  # the model's name
-    seed: int,  # of the run
     split: str,  # rows that are scored
     device: torch.device,  # where the model is
+    **asked,  # method, backbone, seed and configuration of the record
 ) -> Run:  # a record with nothing in it yet
     "An empty record of what is about to be done."
     return Run(
-        method=method.name,
-        backbone=backbone,
         sequence=sequence.name,
-        seed=seed,
         tasks=list(sequence.names),
         test_rows=[len(getattr(task, split)) for task in sequence],
-        configuration=configuration,
         seconds=dict(train=[], evaluate=[], merge=[]),
         environment=environment(device),
         extra=dict(loss={}, penalty={}, prompts={t.name: [t.instruction, list(t.options)] for t in sequence}),
+        **asked,
     )
 
-
+# %% ../nbs/09_continual.ipynb #7aa1e332
 def rows_to_do(
     learner: Learner,  # a run in progress
+    zero_shot: bool,  # whether all tasks are scored before the first is learned
 ) -> int:  # rows, training rows counted three times
     "The length of the progress bar."
-    rows_per_step = 3 * learner.config.batch_size * learner.config.gradient_accumulation
-    todo = range(learner.run.finished, len(learner.sequence))
-    learning = sum(task_steps(learner.sequence[i], learner.config) * rows_per_step for i in todo)
-    return learning + sum(sum(learner.run.test_rows[: i + 1]) for i in todo)
+    rows, todo = learner.run.test_rows, range(learner.run.finished, len(learner.sequence))
+    steps = sum(task_steps(learner.sequence[i], learner.config) for i in todo)
+    scored = sum(sum(rows[: i + 1]) for i in todo) + (sum(rows) if zero_shot else 0)
+    return steps * rows_per_step(learner.config) + scored
 
-# %% ../nbs/09_continual.ipynb #7aa1e332
+# %% ../nbs/09_continual.ipynb #93b45331
+def learn_rest(
+    learner: Learner,  # a run in progress
+    zero_shot: bool | tuple[list, list],  # as in `learn_sequence`
+    progress: bool,  # show a bar
+) -> Run:  # its record, complete
+    "Go on after the last finished task, to the end."
+    run, fresh = learner.run, learner.run.finished == 0
+    if 0 < run.finished < len(learner.sequence):
+        restore(learner)
+    total = rows_to_do(learner, fresh and zero_shot is True)
+    with tqdm(total=total, unit="row", disable=not progress, **QUIET) as learner.bar:
+        if fresh and zero_shot:
+            scores = score_untrained(learner) if zero_shot is True else zero_shot
+            run.zero_shot, run.zero_shot_options = scores
+        for i in range(run.finished, len(learner.sequence)):
+            learn_task(learner, i)
+            finish_task(learner, i)
+            score_seen(learner, i)
+            write_down(learner, i)
+    return run
+
+# %% ../nbs/09_continual.ipynb #0002b6aa
 def learn_sequence(
     model: nn.Module,  # backbone; at the end it holds everything learned
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
     sequence: TaskSequence,  # tasks in the order learned
     method: Method,  # how they are kept apart, e.g. METHODS["ELLA + JumpLoRA"]
-    config: TrainConfig = TrainConfig(),  # how each is learned
+    config: TrainConfig | None = None,  # how each is learned; None: `TrainConfig()`
     *,
     seed: int = 42,  # same seed, same numbers
     out: str | Path | None = None,  # folder for record and state; None: keep nothing
-    backbone: str | None = None,  # the model's name in the record; None: as the model calls itself
+    backbone: str | None = None,  # the model's name in the record; None: its own
     split: str = "test",  # rows that are scored: "test", or "dev" to choose settings
     zero_shot: bool | tuple[list, list] = True,  # score before learning; or both scores, where they are known
     progress: bool = True,  # show a bar
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
-    "Learn tasks one after another and score all seen so far after each; a finished task is not learned twice."
-    configuration = run_configuration(model, sequence, method, config, split)
-    method = replace(method, regularizer=copy.deepcopy(method.regularizer))
-    backbone = backbone or Path(model.config.name_or_path).name or type(model).__name__
-    run = new_run(configuration, sequence, method, backbone, seed, split, next(model.parameters()).device)
+    "Learn tasks one after another, score all seen after each. Raises ValueError on a damaged state."
+    config = config or TrainConfig()
+    asked = dict(method=method.name, seed=seed, backbone=backbone or own_name(model))
+    asked["configuration"] = run_configuration(model, sequence, method, config, split)
+    run = new_run(sequence, split, next(model.parameters()).device, **asked)
     run = find_run(run, Path(out)) if out is not None else run
     folder = Path(out) / run.name if out is not None else None
+    method = replace(method, regularizer=copy.deepcopy(method.regularizer))  # it will remember updates
     learner = Learner(model, tokenizer, sequence, method, config, run, split, folder)
-    if 0 < run.finished < len(sequence):
-        restore(learner)
-    with tqdm(total=rows_to_do(learner), unit="row", disable=not progress, **QUIET) as learner.bar:
-        if run.finished == 0 and zero_shot:
-            run.zero_shot, run.zero_shot_options = score_untrained(learner) if zero_shot is True else zero_shot
-        for i in range(run.finished, len(sequence)):
-            learn_task(learner, i)
-            score_seen(learner, i)
-            write_down(learner, i)
-    return run
+    return learn_rest(learner, zero_shot, progress)
 
 # %% ../nbs/09_continual.ipynb #d8652045
 def load_learned(

@@ -88,7 +88,7 @@ FIGURE_RC: dict[str, object] = {
 
 # %% ../nbs/00_conventions.ipynb #63a056fc
 @contextmanager
-def figure_style() -> Iterator[None]:
+def figure_style() -> Iterator[None]:  # for a `with` block
     "The look of every figure here; matplotlib's own settings come back at the end of the block."
     import matplotlib
 

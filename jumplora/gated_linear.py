@@ -78,7 +78,7 @@ def gate_factor(
     delta: Tensor,  # ΔW, (out, in)
     threshold: Tensor,  # τ, (1,)
     interpolation: Tensor,  # γ, (1,)
-    scaling: float,  # s
+    scaling: float,  # s = α / r
 ) -> Tensor:  # f, (out, in): s where |ΔW| > τ, s · (1 - γ) elsewhere
     "What the gate multiplies each entry by, forward and backward."
     faded = scaling * (1 - interpolation.to(delta.dtype))

@@ -138,7 +138,8 @@ class RunScores:
     @property
     def minutes(self) -> float:  # minutes
         "Time of all recorded parts: training, scoring and merging."
-        return sum(second for part in self.seconds.values() for second in part) / 60
+        seconds = [second for part in self.seconds.values() for second in part]
+        return sum(math.nan if second is None else second for second in seconds) / 60
 
 # %% ../nbs/07b_run_record.ipynb #1dfc7409
 class RunProgress(RunScores):

@@ -179,7 +179,7 @@ def read_thresholds(
     groups: dict[str, GateGroup],  # what `gate_groups` gave
 ) -> dict[str, float]:  # group -> τ
     "Every τ, with one transfer from the device for all of them."
-    values = torch.cat([group.gate.threshold() for group in groups.values()]).tolist()
+    values = torch.cat([group.gate.threshold for group in groups.values()]).tolist()
     return dict(zip(groups, values, strict=True))
 
 # %% ../nbs/04_schedule.ipynb #cbed226c
@@ -195,7 +195,7 @@ def start_thresholds(
         layers = group.layers.values()
         threshold = initial_threshold((dense_update(o, adapter_name).abs() for o in layers), kept[name])
         if threshold > 0:
-            group.gate.threshold.set_(threshold)
+            group.gate.set_(threshold)
             done.append(name)
     return done
 

@@ -247,7 +247,7 @@ def test_the_gate_passes_as_many_entries_as_the_adapter_has_parameters_or_all(sc
         ordered = np.sort(values.astype(np.float64))
         below = ordered[-expected - 1] if expected < len(ordered) else 0.0
         np.testing.assert_allclose(
-            group.gate.threshold().item(), (below + ordered[-expected]) / 2, rtol=1e-6
+            group.gate.threshold.item(), (below + ordered[-expected]) / 2, rtol=1e-6
         )  # the middle of the gap, in float64
 
 
@@ -291,7 +291,7 @@ def test_every_task_length_trains_dense_sets_the_threshold_once_and_ends_gated(K
     schedule = SparsitySchedule(model, K)
     gate = next(iter(schedule.groups.values())).gate
     model.register_forward_pre_hook(lambda *_: forwards.append(gate.interpolation.item()))
-    placeholder = gate.threshold().item()
+    placeholder = gate.threshold.item()
     train(model, K, schedule)
     np.testing.assert_allclose(forwards, [interpolation_factor(k, K) for k in range(K)], rtol=1e-6)
     assert gate.interpolation.item() == 1
@@ -311,7 +311,7 @@ def test_the_history_is_plain_numbers_that_json_keeps():
     assert [entry["step"] for entry in schedule.history] == [1, 2, 3, 4, 5, 6]
     assert json.loads(json.dumps(schedule.history)) == schedule.history
     last = schedule.history[-1]["threshold"]
-    assert last == {name: group.gate.threshold().item() for name, group in gate_groups(model).items()}
+    assert last == {name: group.gate.threshold.item() for name, group in gate_groups(model).items()}
 
 
 def test_a_sparse_history_keeps_the_steps_where_something_changes():

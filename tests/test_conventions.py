@@ -1,0 +1,199 @@
+"""Seeds, colours, checks and the atomic writer."""
+
+import os
+import random
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jumplora import conventions
+from jumplora.conventions import METHOD_COLORS, check_choice, check_name, figure_style, set_seed, write_atomic
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, np.int64(7)])
+def test_one_seed_fixes_all_three_generators(seed):
+    set_seed(seed)
+    first = draw()
+    moved_on = draw()
+    set_seed(seed)
+    assert draw() == first
+    assert all(a != b for a, b in zip(first, moved_on, strict=True))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_outside_numpys_range_is_refused(seed):
+    with pytest.raises(ValueError, match="outside 0 to 4294967295"):
+        set_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(TypeError):
+        set_seed(seed)
+
+
+# Machado et al. (2009), severity 1, on linear RGB
+DEUTERANOPIA = np.array(
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+)
+PROTANOPIA = np.array(
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+)
+
+
+def linear(color):
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    xyz = to_xyz @ np.clip(rgb, 0, 1) / np.array([0.95047, 1.0, 1.08883])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize(
+    "sight", [np.eye(3), DEUTERANOPIA, PROTANOPIA], ids=["normal", "deuteranopia", "protanopia"]
+)
+def test_the_compared_methods_have_colours_that_stay_apart(sight):
+    names = ["SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA"]
+    seen = {name: lab(sight @ linear(METHOD_COLORS[name])) for name in names}
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert np.linalg.norm(seen[a] - seen[b]) > 20, (a, b)
+
+
+@pytest.mark.parametrize("method", METHOD_COLORS)
+def test_every_colour_is_readable_on_white(method):
+    assert 1.05 / (linear(METHOD_COLORS[method]) @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3
+
+
+@pytest.mark.parametrize("base", ["IncLoRA", "ELLA", "O-LoRA"])
+def test_the_gated_form_is_darker_than_its_base(base):
+    assert lab(linear(METHOD_COLORS[f"{base} + JumpLoRA"]))[0] < lab(linear(METHOD_COLORS[base]))[0] - 20
+
+
+def test_colours_are_all_different():
+    assert len(set(METHOD_COLORS.values())) == len(METHOD_COLORS)
+
+
+def test_the_figure_style_ends_with_its_block_even_after_an_error():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with pytest.raises(RuntimeError), figure_style():
+        assert matplotlib.rcParams["figure.dpi"] == conventions.FIGURE_RC["figure.dpi"]
+        assert dict(matplotlib.rcParams) != before
+        raise RuntimeError
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_importing_conventions_does_not_import_matplotlib():
+    import subprocess
+    import sys
+
+    code = "import sys, jumplora.conventions; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_known_choice_comes_back_unchanged():
+    value = "block"
+    assert check_choice(value, ("model", "block"), "scope") is value
+    assert check_choice(2, range(1, 7), "order") == 2
+
+
+def test_an_unknown_choice_names_what_was_given_what_is_allowed_and_the_nearest():
+    with pytest.raises(ValueError) as caught:
+        check_choice("layers", ["model", "block", "layer"], "threshold_scope")
+    assert str(caught.value) == (
+        "threshold_scope='layers' is not known; use 'model', 'block' or 'layer' (did you mean 'layer'?)"
+    )
+
+
+def test_a_choice_far_from_all_gets_no_guess():
+    with pytest.raises(ValueError) as caught:
+        check_choice("zebra", ["model", "block"], "scope")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_number_that_is_not_allowed_is_compared_as_text():
+    with pytest.raises(ValueError, match="order=7 is not known; use 1 or 2$"):
+        check_choice(7, [1, 2], "order")
+
+
+@pytest.mark.parametrize("name", ["yelp", "sst-2", "IncLoRA + JumpLoRA", "a.b_c", "x" * 80])
+def test_a_plain_name_is_a_safe_file_name(name):
+    assert check_name(name, "task") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../up", "a/b", "a\\b", "/root", ".hidden", "nul\0", "new\nline", "yelp\n", "x" * 81,
+     "tab\t", " lead", "trail ", "trail.", "ü", "C:x", None, 3, b"yelp"],
+)  # fmt: skip
+def test_a_name_that_could_be_a_path_or_a_trap_is_refused(name):
+    with pytest.raises(ValueError, match="task=.*cannot be part of a file name"):
+        check_name(name, "task")
+
+
+@given(st.text(max_size=90))
+def test_whatever_passes_the_name_check_stays_in_its_folder(name):
+    try:
+        check_name(name)
+    except ValueError:
+        return
+    base = Path("/results")
+    assert Path(os.path.normpath(base / name)).parent == base and len(name) <= 80
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "er" / "file.json"
+    assert write_atomic(path, "ä") == path
+    assert path.read_bytes() == "ä".encode()
+    write_atomic(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, fails):
+    path = write_atomic(tmp_path / "file", "old")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(conventions.os, fails, fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(tmp_path / "file", "\ud800")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are a POSIX matter")
+def test_a_written_file_has_the_usual_mode(tmp_path):
+    usual = tmp_path / "usual"
+    usual.write_text("x")
+    path = write_atomic(tmp_path / "file", "x")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+
+
+def test_the_colour_figure_names_every_method():
+    texts = [text.get_text() for text in conventions.color_figure().axes[0].texts]
+    assert texts == list(METHOD_COLORS)

@@ -1,0 +1,322 @@
+"""The run record: round trips, damage, names and settings."""
+
+import hashlib
+import json
+import math
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jumplora import run_record
+from jumplora.run_record import (
+    DamagedRecord,
+    Run,
+    canonical_json,
+    check_same_configuration,
+    digest,
+    environment,
+    flatten,
+    plain,
+    run_figure,
+    set_aside,
+)
+
+
+def make(**changes):
+    given = dict(
+        method="ELLA + JumpLoRA", backbone="google-t5/t5-large", sequence="newsroom", seed=42,
+        tasks=["first", "second"], test_rows=[80, 60], configuration={"r": 8, "train": {"lr": 1e-3}},
+    )  # fmt: skip
+    return Run(**(given | changes))
+
+
+def finished():
+    run = make(accuracy=[[80, None], [60, 91]], option_accuracy=[[82, None], [75, 92]])
+    run.zero_shot, run.zero_shot_options = [0.0, 12.5], [25.0, 30.0]
+    run.sparsity = {"first": {"q": 0.9, "v": 0.8}, "second": {"q": 0.7, "v": 0.6}}
+    run.thresholds = {"first": [{"step": 1, "interpolation": 0.0, "threshold": {"model": 0.00912345678901}}]}
+    run.seconds = {"train": [60.0, 30.0], "evaluate": [20.0, 10.0], "merge": [0.5, np.nan]}
+    run.peak_memory, run.environment, run.extra = 5_000_000_000, environment(), {"note": "ä"}
+    return run
+
+
+def test_a_run_survives_saving_and_loading_to_the_last_digit(tmp_path):
+    run = finished()
+    path = run.save(tmp_path)
+    again = Run.load(path)
+    assert again.to_dict() == run.to_dict()
+    assert np.array_equal(again.accuracy, run.accuracy, equal_nan=True) and again.name == run.name
+    assert again.thresholds["first"][0]["threshold"]["model"] == 0.00912345678901
+    assert Run.load(path.parent).to_dict() == run.to_dict()
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    run = finished()
+    first = run.save(tmp_path).read_bytes()
+    assert run.save(tmp_path).read_bytes() == first
+    assert Run.load(run.save(tmp_path)).save(tmp_path / "b").read_bytes() == first
+
+
+def test_the_file_is_strict_json_with_sorted_keys_and_a_checksum_anyone_can_check(tmp_path):
+    run = finished()
+    path = run.save(tmp_path)
+    assert path == tmp_path / run.name / "record.json"
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert list(record) == sorted(record) and record["format"] == 1
+    checksum = record.pop("checksum")
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == checksum
+    assert record["accuracy"] == [[80.0, None], [60.0, 91.0]]
+    assert record["metrics"]["average_accuracy"] == 75.5 and record["metrics"]["backward_transfer"] == -20
+
+
+def test_the_metrics_in_the_file_are_not_believed_but_computed(tmp_path):
+    path = finished().save(tmp_path)
+    record = json.loads(path.read_text())
+    record.pop("checksum")
+    record["metrics"]["average_accuracy"] = 99.0
+    path.write_text(json.dumps(record | {"checksum": digest(record)}))
+    assert Run.load(path).average_accuracy == 75.5
+
+
+def test_the_numbers_of_a_finished_run():
+    run = finished()
+    assert (run.average_accuracy, run.just_learned) == (75.5, 85.5)
+    assert (run.backward_transfer, run.forgetting) == (-20, 20)
+    assert run.average_option_accuracy == 83.5
+    assert run.micro_average == pytest.approx((80 * 60 + 60 * 91) / 140)
+    assert run.mean_sparsity == pytest.approx(75)
+    assert math.isnan(run.minutes)  # one part was not measured
+    run.seconds["merge"][1] = 0.5
+    assert run.minutes == pytest.approx(121 / 60)
+    assert run.finished == 2 and run.complete
+
+
+def test_a_run_in_progress_has_nan_instead_of_errors(tmp_path):
+    run = make()
+    assert run.finished == 0 and not run.complete
+    run.accuracy[0, 0] = 80
+    assert run.finished == 1 and not run.complete
+    for name in ("average_accuracy", "just_learned", "backward_transfer", "forgetting", "mean_sparsity"):
+        assert math.isnan(getattr(run, name))
+    assert Run.load(run.save(tmp_path)).finished == 1
+
+
+def test_a_row_with_a_hole_is_not_finished():
+    run = make(accuracy=[[80, None], [None, 91]])
+    assert run.finished == 1
+    run = make(accuracy=[[None, None], [60, 91]])
+    assert run.finished == 0
+
+
+def test_one_task_alone_has_no_backward_transfer_but_a_score():
+    run = make(tasks=["only"], test_rows=[80], accuracy=[[70]])
+    assert run.complete and run.average_accuracy == 70 and math.isnan(run.backward_transfer)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, -1, -2, -30])
+def test_a_record_cut_short_is_damaged(tmp_path, keep):
+    path = finished().save(tmp_path)
+    content = path.read_bytes().rstrip(b"\n")
+    path.write_bytes(content[:keep])
+    with pytest.raises(DamagedRecord, match="record.json"):
+        Run.load(path)
+
+
+def test_every_single_flipped_digit_is_noticed(tmp_path):
+    path = make(accuracy=[[80, None], [60, 91]]).save(tmp_path)
+    content = path.read_text()
+    places = [i for i, letter in enumerate(content) if letter.isdigit()]
+    for i in places:
+        path.write_text(content[:i] + str((int(content[i]) + 1) % 10) + content[i + 1 :])
+        with pytest.raises(DamagedRecord):
+            Run.load(path)
+    assert len(places) > 50
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[]", "{}", "[" * 100_000, '{"checksum": "x"}', '{"format": 1, "checksum": 3}', "\ufeff{}",
+     '{"format": 2, "checksum": "x"}', '{"format": 1, "accuracy": [[NaN]], "checksum": "x"}', "\x00" * 64],
+)  # fmt: skip
+def test_what_is_no_record_is_damaged(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DamagedRecord, match="Set it aside"):
+        Run.load(path)
+
+
+def test_bytes_that_are_no_text_are_damaged(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DamagedRecord):
+        Run.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tasks": ["a", "a"]}, {"tasks": ["../up", "b"]}, {"accuracy": [[101, None], [1, 2]]},
+     {"accuracy": [[1]]}, {"method": ""}, {"surprise": 1}, {"sparsity": {"first": {"q": 2}}},
+     {"test_rows": [80]}, {"tasks": 5}],
+)  # fmt: skip
+def test_a_record_with_a_right_checksum_and_wrong_content_is_damaged(tmp_path, change):
+    path = finished().save(tmp_path)
+    record = json.loads(path.read_text())
+    record.pop("checksum")
+    record |= change
+    path.write_text(json.dumps(record | {"checksum": digest(record)}))
+    with pytest.raises(DamagedRecord, match="does not describe a run"):
+        Run.load(path)
+
+
+def test_a_missing_record_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Run.load(tmp_path / "record.json")
+
+
+def test_records_set_aside_do_not_replace_each_other(tmp_path):
+    for number in (1, 2, 3):
+        path = tmp_path / "record.json"
+        path.write_text(str(number))
+        assert set_aside(path).name == f"record.damaged-{number}.json"
+        assert not path.exists()
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 43}, {"tasks": ["second", "first"]}, {"configuration": {"r": 4}}, {"backbone": "other"},
+     {"method": "ELLA"}, {"sequence": "order1"}, {"backbone": "google/t5-t5-large"}],
+)  # fmt: skip
+def test_runs_that_were_asked_differently_have_different_names(change):
+    assert make(**change).name != make().name
+    assert make(**change).configuration_hash != make().configuration_hash
+
+
+def test_what_was_measured_does_not_change_the_name():
+    assert finished().name == make().name
+
+
+def test_the_order_of_settings_does_not_change_the_name():
+    assert make(configuration={"train": {"lr": 1e-3}, "r": 8}).name == make().name
+
+
+@pytest.mark.parametrize(
+    "backbone", ["../../x", "/abs/path/model", "C:\\model", "m" * 300, "ünï", "...", "a b\nc"]
+)
+def test_a_runs_name_is_one_safe_folder_name(tmp_path, backbone):
+    run = make(backbone=backbone)
+    path = run.save(tmp_path)
+    assert path.parent.parent == tmp_path and len(run.name) < 200
+    assert path.parent.resolve().parent == tmp_path.resolve()
+    assert Run.load(path).backbone == backbone
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"tasks": []}, "tasks"), ({"tasks": ["a", "a"]}, "tasks"), ({"tasks": ["a/b", "c"]}, "task='a/b'"),
+     ({"test_rows": [1]}, "test_rows"), ({"test_rows": [1, 0]}, "test_rows"),
+     ({"accuracy": [[1]]}, "accuracy"), ({"method": " "}, "method"), ({"backbone": None}, "backbone")],
+)  # fmt: skip
+def test_a_run_that_cannot_be_right_is_refused_at_once(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+def test_infinity_is_not_written(tmp_path):
+    run = finished()
+    run.seconds["train"][0] = math.inf
+    with pytest.raises(ValueError, match=r"record.seconds.train\[0\] is infinite"):
+        run.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_knows_arrays_tensors_tuples_and_nan():
+    value = {"a": np.float32(0.5), "b": torch.tensor([1, 2]), "c": (np.int64(3), True, None), "d": math.nan}
+    assert plain(value) == {"a": 0.5, "b": [1, 2], "c": [3, True, None], "d": None}
+    assert json.loads(canonical_json(value)) == plain(value)
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {1, 2}, object(), b"x", Path("x"), math.inf, {"a": [-math.inf]}])
+def test_plain_refuses_what_json_cannot_hold(value):
+    with pytest.raises(ValueError):
+        plain(value)
+
+
+def test_a_different_setting_is_listed_and_an_equal_one_is_not():
+    run = make(configuration={"r": 8, "train": {"lr": 1e-3, "batch": 32}, "old": 1})
+    check_same_configuration(run, {"old": 1, "train": {"batch": 32, "lr": 1e-3}, "r": 8})
+    with pytest.raises(ValueError) as caught:
+        check_same_configuration(run, {"r": 8, "train": {"lr": 2e-3, "batch": 32}, "new": None})
+    message = str(caught.value)
+    assert "train.lr: 0.001 there, 0.002 asked" in message and "old: 1 there, absent asked" in message
+    assert "new: absent there, None asked" in message
+    assert "batch" not in message and "r: 8" not in message
+
+
+def test_settings_that_went_through_json_are_equal_to_the_original(tmp_path):
+    settings = {"targets": ("q", "v"), "lr": np.float64(1e-3), "start": None}
+    run = make(configuration=settings)
+    check_same_configuration(Run.load(run.save(tmp_path)), settings)
+
+
+def test_flatten_keeps_empty_dicts_visible():
+    assert flatten({"a": {}, "b": {"c": {"d": 1}}}) == {"a": {}, "b.c.d": 1}
+
+
+def test_the_environment_names_versions_and_nothing_private():
+    found = environment("cpu")
+    assert torch.__version__.split("+")[0] == found["versions"]["torch"].split("+")[0]
+    assert found["device"] == "cpu" and found["threads"] == torch.get_num_threads()
+    text = canonical_json(found)
+    assert str(Path.cwd()) not in text and str(Path.home()) not in text
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_record.metrics, "__file__", str(tmp_path / "jumplora" / "metrics.py"))
+    assert run_record.project_commit() is None
+
+
+def test_a_changed_checkout_says_so(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path), *words],
+                       check=True, capture_output=True)  # fmt: skip
+
+    (tmp_path / "settings.ini").write_text("x")
+    git("init", "-q")
+    git("add", "settings.ini")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(run_record.metrics, "__file__", str(tmp_path / "jumplora" / "metrics.py"))
+    clean = run_record.project_commit()
+    assert len(clean) == 40
+    (tmp_path / "settings.ini").write_text("y")
+    assert run_record.project_commit() == clean + "+changes"
+
+
+def test_two_writers_of_one_record_leave_a_whole_one(tmp_path):
+    runs = [make(accuracy=[[score, None], [60, 91]]) for score in (70, 80)]
+    path = runs[0].save(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(lambda run=run: [run.save(tmp_path) for _ in range(40)]) for run in runs]
+        while not all(job.done() for job in jobs):
+            assert Run.load(path).accuracy[0, 0] in (70, 80)
+    assert all(job.exception() is None for job in jobs)
+    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_the_short_form_of_a_run_fits_a_line():
+    assert repr(make()) == f"<Run {make().name}: 0 of 2 tasks>"
+    assert repr(finished()).endswith("2 of 2 tasks, average accuracy 75.5 %>")
+
+
+def test_the_run_figure_draws_each_task_from_the_moment_it_was_learned():
+    first, second = run_figure(finished()).axes[0].lines
+    assert first.get_ydata().tolist() == [80, 60] and second.get_xdata().tolist() == [1]
