@@ -13,7 +13,9 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -91,6 +93,7 @@ def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
         many = dict(nargs="+", type=type(preset[name][0])) if isinstance(preset[name], list) else {}
         kind = many or dict(type=str if preset[name] is None else type(preset[name]))
         parser.add_argument("--" + name.replace("_", "-"), default=preset[name], help=help, **kind)
+    parser.add_argument("--progress", type=bool, default=True, help="show progress bars: true or false")
     add_model_flags(parser)
     add_train_flags(parser)
     return parser
@@ -127,7 +130,7 @@ def compare(
     flags: Namespace,  # from `compare_parser`
 ) -> int:  # exit code
     "Run every method and seed, then write table and figures."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     from jumplora.backbones import load_backbone
     from jumplora.continual import QUIET, learn_sequence
@@ -135,10 +138,10 @@ def compare(
     (sequence, methods, config), runs, known = chosen_settings(flags), [], True
     print(sequence.table().to_string(), flush=True)
     todo = [(method, seed) for seed in flags.seed for method in methods]
-    for method, seed in tqdm(todo, desc="runs", unit="run", **QUIET):
+    for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
-        run = learn_sequence(model, tokenizer, sequence, method, config, **options)
+        run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")
@@ -173,6 +176,8 @@ def show(
     from jumplora.records import COLUMNS
     from jumplora.run_record import Run
 
+    if not Path(flags.run).exists():
+        raise ValueError(f"{flags.run} does not exist; give a run's folder, or its record.json")
     run = Run.load(flags.run)
     rows = [f"after {task}" for task in run.tasks]
     print(f"{run.name}\n\nexact match, percent")
@@ -203,18 +208,20 @@ def predict(
     "Ask the model that a run ended with."
     from jumplora.continual import load_learned
     from jumplora.evaluation import answer
-    from jumplora.prompts import Task
+    from jumplora.prompts import prompt
 
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
     model, tokenizer, run = load_learned(flags.run, device=flags.device, dtype=flags.dtype)
     prompts = run.extra["prompts"]
     instruction, options = prompts[check_choice(flags.task, tuple(prompts), "task")]
-    task = Task(flags.task, instruction, tuple(options), (), (), ())
+    asked = partial(prompt, instruction, options)  # what a `Task` does, without rows
+    task = SimpleNamespace(name=flags.task, options=options, prompt=asked)
     settings = {name: run.configuration["train"][name] for name in ("max_length", "truncation")}
-    said, scores = answer(model, tokenizer, task, texts, **settings)
-    for text, words, likely in zip(texts, said, scores.softmax(1), strict=True):
+    answers, scores = answer(model, tokenizer, task, texts, **settings)
+    for text, words, likely in zip(texts, answers, scores.softmax(1), strict=True):
         best = likely.argmax().item()
-        print(f"{words.strip()}\t{options[best]}\t{likely[best]:.2f}\t{text[:60]}")
+        said, about = (" ".join(words.split()), " ".join(text.split())[:60])  # one line each
+        print(f"{said}\t{options[best]}\t{likely[best]:.2f}\t{about}")
     return 0
 
 # %% ../nbs/13_command_line.ipynb #2223b859
@@ -238,8 +245,8 @@ def predict_parser() -> ArgumentParser:  # flags of `jumplora predict`
     about = "Ask the model that a run ended with. Prints answer, likeliest option, its share, text."
     parser = ArgumentParser(prog="jumplora predict", description=about)
     parser.add_argument("run", type=str, help="a run's folder, with its state")
-    parser.add_argument("text", type=str, nargs="*", help="texts; none: read standard input, one per line")
     parser.add_argument("--task", type=str, required=True, help="which task's instruction and options to use")
+    parser.add_argument("--text", type=str, nargs="+", default=[], help="texts; none: lines of standard input")
     add_model_flags(parser)
     return parser
 

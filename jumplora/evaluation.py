@@ -98,22 +98,32 @@ def generate(
 
 # %% ../nbs/08b_evaluation.ipynb #3e91b567
 @torch.no_grad()
-def answer_decoder(model, tokenizer, prompts, options, max_new_tokens):
-    "Answers and option scores (batch, options) of a decoder for a list of prompts (token ids)."
+def answer_decoder(
+    model: nn.Module,  # decoder
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    prompts: list[list[int]],  # token ids of each row
+    options: list[list[int]],  # token ids of each option, end-of-sequence last
+    max_new_tokens: int,  # longest answer
+) -> tuple[list[str], Tensor]:  # answers; option scores (batch, options)
+    "Answers and option scores of a decoder."
     device = next(model.parameters()).device
     inputs = pad(prompts, tokenizer.pad_token_id, left=True).to(device)
     mask = pad([[1] * len(p) for p in prompts], 0, left=True).to(device)
     cache = read_prompts(model, inputs, mask)
-    answers = generate(
-        model, tokenizer, max_new_tokens,
-        input_ids=inputs, attention_mask=mask, past_key_values=copy.deepcopy(cache),
-    )
+    reading = dict(input_ids=inputs, attention_mask=mask, past_key_values=copy.deepcopy(cache))
+    answers = generate(model, tokenizer, max_new_tokens, **reading)
     return answers, option_scores(model, inputs, mask, options, cache, tokenizer.pad_token_id)
 
 # %% ../nbs/08b_evaluation.ipynb #a2d1c584
 @torch.no_grad()
-def answer_encoder_decoder(model, tokenizer, prompts, options, max_new_tokens):
-    "Answers and option scores (batch, options) of an encoder-decoder for a list of prompts (token ids)."
+def answer_encoder_decoder(
+    model: nn.Module,  # encoder-decoder
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    prompts: list[list[int]],  # token ids of each row
+    options: list[list[int]],  # token ids of each option, end-of-sequence last
+    max_new_tokens: int,  # longest answer
+) -> tuple[list[str], Tensor]:  # answers; option scores (batch, options)
+    "Answers and option scores of an encoder-decoder."
     device = next(model.parameters()).device
     inputs = pad(prompts, tokenizer.pad_token_id, left=False).to(device)
     mask = pad([[1] * len(p) for p in prompts], 0, left=False).to(device)
@@ -146,7 +156,7 @@ def answer(
     truncation: str = "field",  # how a longer one is cut
     batch_size: int = 16,  # rows per forward pass
     max_new_tokens: int = 8,  # longest answer; raised to the longest option
-    advance: Callable[[int], None] | None = None,  # called with the rows done, for a progress bar
+    advance: Callable[[int], None] = lambda rows: None,  # called with the rows done, for a progress bar
 ) -> tuple[list[str], Tensor]:  # generated answers; option scores (rows, options)
     "Generate an answer and score every option for each text."
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -159,8 +169,7 @@ def answer(
         said, likely = read(model, tokenizer, [prompts[i] for i in rows], options, longest)
         answers |= dict(zip(rows, said, strict=True))
         scores[rows] = likely.float().cpu()
-        if advance:
-            advance(len(rows))
+        advance(len(rows))
     return [answers[i] for i in range(len(texts))], scores
 
 # %% ../nbs/08b_evaluation.ipynb #bb957fa1

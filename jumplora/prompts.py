@@ -9,11 +9,11 @@ __all__ = ['ANSWER_CUE', 'SPLITS', 'prompt_head', 'prompt', 'check_options', 'Qu
 
 # %% ../nbs/05b_prompts.ipynb #7a761fda
 import difflib
-import operator
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 from .conventions import check_choice, check_name, figure_style
@@ -156,7 +156,8 @@ def limit_task(
     "Choose rows of every split, even over the labels; asking for more than there are gives all."
     chosen = {}
     for split, count, least in zip(SPLITS, (train, dev, test), (1, 0, 1), strict=True):
-        if count is not None and (isinstance(count, bool) or operator.index(count) < least):
+        whole = isinstance(count, Integral) and not isinstance(count, bool)
+        if count is not None and not (whole and count >= least):
             raise ValueError(f"{split}={count!r} is no number of rows; use {least} or more, or None for all")
         chosen[split] = balanced(getattr(task, split), count, task.options, f"{seed}/{task.name}/{split}")
     return replace(task, **chosen)

