@@ -17,6 +17,7 @@ extensions = ["myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["notebooks"]
 nb_execution_mode = "off"  # pages show the outputs that are stored in the notebooks
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables and formulas in outputs are read as in the text
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 numfig = True

@@ -324,6 +324,8 @@ def page(nb, pages: dict[str, str], stem: str, raw: Path):
                 show["figure"] = {"caption": opt["fig-cap"], "name": opt.get("label", "")}
             if show:
                 c.metadata["mystnb"] = show
+            for data in (o.data for o in c.outputs if "text/markdown" in o.get("data", {})):
+                data["text/markdown"] = to_myst("".join(data["text/markdown"]), pages)
             cells.append(c)
             if "exported" in opt:
                 cells += parameters(c)

@@ -246,7 +246,7 @@ def predict_parser() -> ArgumentParser:  # flags of `jumplora predict`
     parser = ArgumentParser(prog="jumplora predict", description=about)
     parser.add_argument("run", type=str, help="a run's folder, with its state")
     parser.add_argument("--task", type=str, required=True, help="which task's instruction and options to use")
-    parser.add_argument("--text", type=str, nargs="+", default=[], help="texts; none: lines of standard input")
+    parser.add_argument("--text", type=str, nargs="+", default=[], help="texts; none: standard input")
     add_model_flags(parser)
     return parser
 

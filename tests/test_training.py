@@ -121,7 +121,7 @@ def test_a_prompt_that_fits_is_left_whole(kind, truncation):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@given(text=st.text(min_size=1, max_size=200), room=st.integers(2, 60))
+@given(text=st.text(min_size=1, max_size=200), room=st.integers(8, 60))
 @settings(max_examples=40, deadline=None)
 def test_field_truncation_shortens_the_text_and_nothing_else(kind, text, room):
     tokenizer = TOKENIZERS[kind]()
@@ -133,7 +133,7 @@ def test_field_truncation_shortens_the_text_and_nothing_else(kind, text, room):
     assert said.startswith(head) and said.endswith(tail)
     kept = said[len(head) : len(said) - len(tail)]
     assert (text + " end").startswith(kept)
-    assert kept or room < 8  # a character has at most four bytes, and bytes may merge at the seams
+    assert kept  # a character has at most four bytes, and eight tokens are free
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
