@@ -110,7 +110,7 @@ def add_update(
     delta = layer.get_delta_weight(adapter_name)  # (out, in), float32
     touched = delta.flatten().nonzero().flatten()
     layer._cache_store(f"{adapter_name}-overwritten", (touched, weight.flatten()[touched].clone()))
-    return (weight.float() + delta).to(weight.dtype)
+    return torch.where(delta == 0, weight, (weight.float() + delta).to(weight.dtype))  # -0.0 stays -0.0
 
 
 def take_update_back(

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'QUIET', 'Method', 'weights_of', 'merge_adapter', 'update_
            'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state', 'Learner',
            'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learn_task', 'finish_task', 'kept_adapter',
            'merged_weights', 'write_down', 'peak_memory', 'find_run', 'restore', 'own_name', 'new_run', 'rows_to_do',
-           'learn_rest', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'check_start', 'learn_rest', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -35,7 +35,14 @@ from .evaluation import Score, evaluate
 from .prompts import Task, TaskSequence
 from .regularizers import ELLA, IncLoRA, Regularizer
 from .run_record import DamagedRecord, Run, check_same_configuration, environment, set_aside
-from .training import TrainConfig, attach_adapter, named_updates, task_steps, train_task
+from jumplora.training import (
+    TrainConfig,
+    attach_adapter,
+    check_targets,
+    named_updates,
+    task_steps,
+    train_task,
+)
 
 # %% ../nbs/09_continual.ipynb #0a6c0eb2
 @dataclass(frozen=True)
@@ -344,6 +351,8 @@ def find_run(
         warnings.warn(f"{error} (now {set_aside(path).name}; the run starts again)", stacklevel=3)
         return run
     check_same_configuration(found, run.configuration)
+    if found.configuration_hash != run.configuration_hash:
+        raise ValueError(f"{path} is the record of another run ({found.name}); move it out of {out}")
     return found
 
 # %% ../nbs/09_continual.ipynb #8715db68
@@ -406,6 +415,25 @@ def rows_to_do(
     return steps * rows_per_step(learner.config) + scored
 
 # %% ../nbs/09_continual.ipynb #93b45331
+def check_start(
+    model: nn.Module,  # backbone
+    sequence: TaskSequence,  # tasks in the order learned
+    config: TrainConfig,  # its targets must be layers of the model
+    seed: int,  # 0 to 4294966
+    split: str,  # "test" or "dev"
+) -> None:
+    "Find a mistake before anything is computed. Raises ValueError."
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model still carries an adapter; load the backbone again")
+    if type(seed) is not int or not 0 <= seed <= 4294966:
+        raise ValueError(f"seed={seed!r} is not a whole number from 0 to 4294966")
+    check_targets(model, config.target_modules)
+    check_choice(split, ("test", "dev"), "split")
+    empty = [task.name for task in sequence if not getattr(task, split)]
+    if empty:
+        raise ValueError(f"no {split} rows to score in {empty}; give some, or score another split")
+
+# %% ../nbs/09_continual.ipynb #0002b6aa
 def learn_rest(
     learner: Learner,  # a run in progress
     zero_shot: bool | tuple[list, list],  # as in `learn_sequence`
@@ -413,7 +441,8 @@ def learn_rest(
 ) -> Run:  # its record, complete
     "Go on after the last finished task, to the end."
     run, fresh = learner.run, learner.run.finished == 0
-    if 0 < run.finished < len(learner.sequence):
+    state = learner.folder and state_path(learner.folder, run.finished)
+    if not fresh and (not run.complete or state.is_file()):
         restore(learner)
     total = rows_to_do(learner, fresh and zero_shot is True)
     with tqdm(total=total, unit="row", disable=not progress, **QUIET) as learner.bar:
@@ -427,7 +456,7 @@ def learn_rest(
             write_down(learner, i)
     return run
 
-# %% ../nbs/09_continual.ipynb #0002b6aa
+# %% ../nbs/09_continual.ipynb #d8652045
 def learn_sequence(
     model: nn.Module,  # backbone; at the end it holds everything learned
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -444,6 +473,7 @@ def learn_sequence(
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. Raises ValueError on a damaged state."
     config = config or TrainConfig()
+    check_start(model, sequence, config, seed, split)
     asked = dict(method=method.name, seed=seed, backbone=backbone or own_name(model))
     asked["configuration"] = run_configuration(model, sequence, method, config, split)
     run = new_run(sequence, split, next(model.parameters()).device, **asked)
@@ -453,7 +483,7 @@ def learn_sequence(
     learner = Learner(model, tokenizer, sequence, method, config, run, split, folder)
     return learn_rest(learner, zero_shot, progress)
 
-# %% ../nbs/09_continual.ipynb #d8652045
+# %% ../nbs/09_continual.ipynb #3a670894
 def load_learned(
     folder: str | Path,  # a run's folder, with record and state
     **options,  # of `load_backbone`: device, dtype
@@ -461,6 +491,7 @@ def load_learned(
     "The model that a run ended with. Raises ValueError when its state is not there."
     folder = Path(folder)
     run = Run.load(folder)
+    options = dict(dtype=run.configuration["dtype"]) | {k: v for k, v in options.items() if v != "auto"}
     model, tokenizer = load_backbone(run.backbone, **options)
     weights = load_state(folder, run.finished, run.extra.get("state_sha256", ""))["weight"]
     with torch.no_grad():

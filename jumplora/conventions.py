@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +28,8 @@ def set_seed(
     seed: int,  # a whole number, 0 to 2**32 - 1 (numpy's range)
 ) -> None:
     "Seed Python's `random`, NumPy and PyTorch (every device); `ValueError` outside the range."
+    import torch
+
     number = operator.index(seed)
     if not 0 <= number < 2**32:
         raise ValueError(f"seed={number} is outside 0 to 4294967295; use a whole number in that range")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalize', 'read_prompts', 'option_scores', 'generate', 'answer_decoder', 'answer_encoder_decoder', 'by_length',
-           'answer', 'Score', 'evaluate', 'score_error_figure']
+           'check_texts', 'answer', 'Score', 'evaluate', 'score_error_figure']
 
 # %% ../nbs/08b_evaluation.ipynb #cda70ac4
 import copy
@@ -39,6 +39,8 @@ def read_prompts(
     "Run a decoder over the prompts without computing a single logit that nobody needs."
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
+    if prompts.shape[1] == 1:  # nothing to read before the last token
+        return cache
     body = model.get_decoder() if hasattr(model, "get_decoder") else model
     body(
         input_ids=prompts[:, :-1],
@@ -146,6 +148,20 @@ def by_length(
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 # %% ../nbs/08b_evaluation.ipynb #2be0cb63
+def check_texts(
+    texts: list[str],  # what to classify
+    batch_size: int,  # rows of a batch
+) -> None:
+    "Raise ValueError for what no tokenizer can read, and for a batch without rows."
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("texts must be a list of texts; put a single one into a list")
+    for i, text in enumerate(texts):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"text {i} holds half a character (a lone surrogate); remove it")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} is not a whole number of at least 1")
+
+# %% ../nbs/08b_evaluation.ipynb #b0701937
 @torch.no_grad()
 def answer(
     model: nn.Module,  # backbone, adapted or not
@@ -159,6 +175,7 @@ def answer(
     advance: Callable[[int], None] = lambda rows: None,  # called with the rows done, for a progress bar
 ) -> tuple[list[str], Tensor]:  # generated answers; option scores (rows, options)
     "Generate an answer and score every option for each text."
+    check_texts(texts, batch_size)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     read = answer_encoder_decoder if (seq2seq := is_encoder_decoder(model)) else answer_decoder
     options = [encode_answer(tokenizer, option, seq2seq) for option in task.options]
@@ -200,7 +217,8 @@ def evaluate(
     finally:
         model.train(was_training)
     chosen = [task.options[i] for i in scores.argmax(1)]
-    right = [normalize(a) == normalize(row.label) for a, row in zip(answers, rows, strict=True)]
+    pairs = zip(answers, rows, strict=True)
+    right = [row.label in task.options and normalize(a) == normalize(row.label) for a, row in pairs]
     likeliest = [option == row.label for option, row in zip(chosen, rows, strict=True)]
     percent = 100.0 / len(rows)
     return Score(percent * sum(right), percent * sum(likeliest), len(rows), tuple(answers))

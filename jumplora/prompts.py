@@ -103,6 +103,8 @@ def as_example(
     for part, value in zip(Example._fields, row, strict=True):
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}: the {part} is {value!r}; give a string that is not empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{where}: the {part} holds half a character (a lone surrogate); remove it")
     return Example(*row)
 
 # %% ../nbs/05b_prompts.ipynb #ffcd2935

@@ -129,7 +129,9 @@ def method_row(
     headings = ["overall accuracy", "95 % interval", *list(COLUMNS)[1:]]
     if not done:
         row = dict.fromkeys(headings, "unfinished" if group else "not run") | {"seeds": "0"}
-        return row | {"overall accuracy": f"{run.finished} of {len(run.tasks)} tasks" for run in group[:1]}
+        if group:
+            row["overall accuracy"] = f"{group[0].finished} of {len(group[0].tasks)} tasks"
+        return row
     row = {name: mean_text([getattr(run, key) for run in done]) for name, (key, _) in COLUMNS.items()}
     row |= {"95 % interval": "{:.1f} to {:.1f}".format(*overall_interval(done)), "seeds": str(len(done))}
     return {name: row[name] for name in [*headings, "seeds"]}

@@ -177,7 +177,7 @@ def test_the_installed_command_is_main(root):
         (["compare", "--rnak", "8"], "rnak"),
         (["show"], "run"),
         (["show", "one", "two"], "two"),
-        (["predict", "somewhere", "text"], "task"),
+        (["predict", "somewhere", "--text", "text"], "task"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -191,7 +191,7 @@ def test_wrong_usage_ends_with_code_2(words, said, jumplora, tasks, tmp_path, no
 
 @pytest.mark.parametrize("command", ["show", "predict"])
 def test_a_run_that_is_not_there_is_named(command, jumplora, tmp_path):
-    words = ["--task", "topics", "text"] if command == "predict" else []
+    words = ["--task", "topics", "--text", "text"] if command == "predict" else []
     done = jumplora(command, tmp_path / "nowhere", *words)
     assert done.code in (1, 2) and "nowhere" in done.err
     assert "Errno" not in done.err and "record.json" in done.err  # what a run's folder has to hold
@@ -400,7 +400,7 @@ def predicted(done, count):
 
 def test_predict_answers_texts_and_standard_input_alike(run_folders, jumplora, monkeypatch):
     texts = ["the ball", "a {curly} brace", "an atom"]
-    lines = predicted(jumplora("predict", run_folders[0], *texts, *FLAGS), 3)
+    lines = predicted(jumplora("predict", run_folders[0], *FLAGS, "--text", *texts), 3)
     for (_, option, share, shown), text in zip(lines, texts, strict=True):
         assert option in ("sport", "physics") and 0.5 <= float(share) <= 1 and shown == text
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
@@ -418,23 +418,24 @@ def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):
     instruction, options = run.extra["prompts"]["topics"]
     task = Task("topics", instruction, options, [("x", options[0])], [], [("x", options[0])])
     _, scores = answer(model, tokenizer, task, ["the ball"], max_length=160)
-    ((_, option, share, _),) = predicted(jumplora("predict", run_folders[0], "the ball", *FLAGS), 1)
+    ((_, option, share, _),) = predicted(jumplora("predict", run_folders[0], *FLAGS, "--text", "the ball"), 1)
     best = torch.softmax(scores.double(), 1)[0]
     assert option == options[best.argmax()] and abs(float(share) - best.max().item()) < 0.006
 
 
 def test_predict_prints_one_line_per_text(run_folders, jumplora):
-    ((_, _, _, shown),) = predicted(jumplora("predict", run_folders[0], "two\nlines\tand a tab", *FLAGS), 1)
+    done = jumplora("predict", run_folders[0], *FLAGS, "--text", "two\nlines\tand a tab")
+    ((_, _, _, shown),) = predicted(done, 1)
     assert shown.split() == ["two", "lines", "and", "a", "tab"]
 
 
 def test_predict_without_a_state_says_what_to_do(run_folders, jumplora, tmp_path):
     (tmp_path / "record.json").write_bytes((run_folders[0] / "record.json").read_bytes())
-    done = jumplora("predict", tmp_path, "text", *FLAGS)
+    done = jumplora("predict", tmp_path, *FLAGS, "--text", "text")
     assert done.code in (1, 2) and "after-2.safetensors is missing" in done.err and "learn" in done.err
 
 
 def test_predict_names_the_tasks_of_the_run(run_folders, jumplora):
-    done = jumplora("predict", run_folders[0], "text", "--task", "topic", "--device", "cpu")
+    done = jumplora("predict", run_folders[0], "--task", "topic", "--text", "text")
     assert done.code == 2 and "task='topic' is not known; use 'topics' or 'weather'" in done.err
     assert "did you mean 'topics'" in done.err

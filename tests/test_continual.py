@@ -59,7 +59,7 @@ def look_inside(learner):
         seen[name] = dict(
             dense=B @ A,
             scaling=layer.scaling["default"],
-            threshold=gates[name].threshold().item() if name in gates else None,
+            threshold=gates[name].threshold.item() if name in gates else None,
             interpolation=gates[name].interpolation.item() if name in gates else None,
             before=layer.get_base_layer().weight.detach().clone(),
             delta=deltas[name].detach().clone(),
