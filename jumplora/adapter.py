@@ -267,7 +267,7 @@ def delta_weights(
     "What the adapter adds to each weight, scaled and gated as in the forward pass."
     deltas = {}
     for name, layer in adapter_layers(model).items():
-        if isinstance(layer, JumpLoraLinear) and adapter_name in layer.lora_gate:
+        if adapter_name in getattr(layer, "lora_gate", ()):
             arguments = gate_arguments(layer, adapter_name)
             if detach_threshold:
                 arguments["threshold"] = arguments["threshold"].detach()
@@ -294,7 +294,7 @@ def gate_groups(
     "The gates of a model, each with the layers that share it."
     groups = {}
     for name, layer in adapter_layers(model).items():
-        if isinstance(layer, JumpLoraLinear) and adapter_name in layer.lora_gate:
+        if adapter_name in getattr(layer, "lora_gate", ()):
             gate = layer.lora_gate[adapter_name]
             groups.setdefault(gate.group, GateGroup(gate.group, gate, {})).layers[name] = layer
     return groups

@@ -299,7 +299,8 @@ def kept_adapter(
     "What a method that keeps its adapter must save."
     if learner.adapted is None:
         return {}
-    return get_peft_model_state_dict(learner.adapted, save_embedding_layers=False)
+    state = get_peft_model_state_dict(learner.adapted, save_embedding_layers=False)
+    return {name: tensor.clone() for name, tensor in state.items()}  # layers may share a gate, a file may not
 
 # %% ../nbs/09_continual.ipynb #ac9677a8
 def merged_weights(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHMARK', 'ORDERS', 'DEMO_COMMAND', 'NEWSROOM_FILES', 'NEWSROOM', 'NEWSROOM_ROWS', 'SEQUENCES', 'BenchmarkTask',
            'orders_figure', 'demo_places', 'demo_file', 'file_sha256', 'read_tab', 'clean', 'fingerprint', 'Source',
-           'read_source', 'shuffled', 'newsroom_task', 'newsroom', 'read_rows', 'is_entry', 'list_folder', 'read_split',
-           'describe', 'read_task', 'read_folder', 'paper_split', 'label_name', 'read_hub', 'load_sequence']
+           'read_source', 'shuffled', 'newsroom_task', 'newsroom', 'read_rows', 'list_folder', 'read_split', 'describe',
+           'is_entry', 'read_task', 'read_folder', 'paper_split', 'label_name', 'read_hub', 'load_sequence']
 
 # %% ../nbs/06_tasks.ipynb #d71e38cb
 import csv
@@ -352,17 +352,6 @@ def read_rows(
     return rows
 
 # %% ../nbs/06_tasks.ipynb #dd2c9589
-def is_entry(
-    entry: object,  # an entry of tasks.json
-) -> bool:  # True where it has a name, named files, and lists where lists belong
-    "Whether an entry of tasks.json has the form that the rest relies on."
-    if not isinstance(entry, dict) or "name" not in entry:
-        return False
-    files, use, options = entry.get("files"), entry.get("use", {}), entry.get("options", [])
-    kinds = isinstance(files, dict) and isinstance(use, dict) and isinstance(options, list)
-    return kinds and all(isinstance(path, str) for path in files.values())
-
-
 def list_folder(
     folder: Path,  # a folder in one of the two layouts
 ) -> dict[str, dict]:  # task name in small letters -> what is known of it, at least "files"
@@ -422,6 +411,17 @@ def describe(
     return "What fits the following text?" + _CHOOSE, labels, "with a general instruction"
 
 # %% ../nbs/06_tasks.ipynb #4cc73444
+def is_entry(
+    entry: object,  # an entry of tasks.json
+) -> bool:  # True where it has a name, named files, and lists where lists belong
+    "Whether an entry of tasks.json has the form that the rest relies on."
+    if not isinstance(entry, dict) or "name" not in entry:
+        return False
+    files, use, options = entry.get("files"), entry.get("use", {}), entry.get("options", [])
+    kinds = isinstance(files, dict) and isinstance(use, dict) and isinstance(options, list)
+    return kinds and all(isinstance(path, str) for path in files.values())
+
+
 def read_task(
     folder: Path,  # the data folder
     name: str,  # the task's name, in small letters

@@ -177,7 +177,7 @@ class TrainConfig:
     rank: int = 8  # r, at least 1
     lora_alpha: float = 32.0  # α; the update is scaled by α / r
     lora_dropout: float = 0.0  # on the input of the update, in [0, 1)
-    target_modules: tuple[str, ...] | None = None  # layers to adapt; None: query and value projections
+    target_modules: tuple[str, ...] | None = None  # layers to adapt; by default query and value projections
     learning_rate: float = 1e-3  # AdamW without weight decay, constant
     batch_size: int = 8  # rows per forward pass, at least 1
     gradient_accumulation: int = 1  # N, batches per optimizer step, at least 1
@@ -187,7 +187,7 @@ class TrainConfig:
     truncation: str = "field"  # how a longer one is cut: "field" or "reference"
     gate_start: float = 0.2  # share of the steps before the gate begins to close
     gate_stop: float = 0.8  # share of the steps after which it is closed
-    kept: float | int | None = None  # entries (or share) above the first threshold; None: LoRA's parameters
+    kept: float | int | None = None  # entries or share above the first threshold; by default LoRA's size
     threshold_scope: str = "model"  # who shares a threshold: "model", "block" or "layer"
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
