@@ -281,7 +281,7 @@ def magnitude_figure(
         axis.axvline(threshold, color="black", linestyle="--", label=f"threshold τ = {threshold:.3g}")
         axis.set(xlabel="size of an entry of the dense update, |BA|", ylabel="entries")
         axis.set_title(f"The threshold keeps the largest {passes.double().mean():.1%} of the entries")
-        axis.legend()
+        axis.legend(loc="upper right")
         plt.close(figure)  # shown once, where it is returned
     return figure
 

@@ -149,7 +149,7 @@ def check_kept_and_targets(
     if targets is not None and not named:
         raise ValueError(f"target_modules={targets!r} is no list of names; use ('q_proj', 'v_proj') or None")
 
-
+# %% ../nbs/08_training.ipynb #59d66c7b
 def check_train_config(
     config: "TrainConfig",  # what to check
 ) -> None:
