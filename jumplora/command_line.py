@@ -11,11 +11,10 @@ __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp',
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -80,8 +79,10 @@ def add_train_flags(
     comments = field_comments(TrainConfig)
     group = parser.add_argument_group("how each task is learned")
     for item in fields(TrainConfig):
-        flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, type=item.type, default=item.default, help=comments[item.name])
+        flag, kind = "--" + item.name.replace("_", "-"), dict(type=item.type)
+        if item.name == "target_modules":
+            kind = dict(type=str, nargs="+")
+        group.add_argument(flag, default=item.default, help=comments[item.name], **kind)
 
 
 def add_model_flags(
@@ -230,14 +231,13 @@ def predict(
     "Ask the model that a run ended with."
     from jumplora.continual import load_learned
     from jumplora.evaluation import answer
-    from jumplora.prompts import prompt
+    from jumplora.prompts import Question
 
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
     model, tokenizer, run = load_learned(existing(flags.run), device=flags.device, dtype=flags.dtype)
     prompts = run.extra["prompts"]
     instruction, options = prompts[check_choice(flags.task, tuple(prompts), "task")]
-    asked = partial(prompt, instruction, options)  # what a `Task` does, without rows
-    task = SimpleNamespace(name=flags.task, options=options, prompt=asked)
+    task = Question(flags.task, instruction, tuple(options))
     settings = {name: run.configuration["train"][name] for name in ("max_length", "truncation")}
     answers, scores = answer(model, tokenizer, task, texts, **settings)
     for text, words, likely in zip(texts, answers, scores.softmax(1), strict=True):
@@ -298,6 +298,7 @@ def main(
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else 2
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     try:
         build, command, _ = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
         return command(build().parse_args(argv[1:]))

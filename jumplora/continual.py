@@ -382,9 +382,11 @@ QUIET = dict(leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)  # of 
 
 def own_name(
     model: nn.Module,  # a backbone
-) -> str:  # last part of its name or path, or its class
-    "What a model calls itself."
-    return Path(model.config.name_or_path).name or type(model).__name__
+) -> str:  # its Hub id, the last part of its folder, or its class
+    "What a model calls itself; never a path of this machine."
+    name = Path(model.config.name_or_path)
+    on_hub = len(name.parts) == 2 and not name.is_absolute() and not name.exists()
+    return str(name) if on_hub else name.name or type(model).__name__
 
 
 def new_run(
@@ -489,11 +491,14 @@ def load_learned(
     folder: str | Path,  # a run's folder, with record and state
     **options,  # of `load_backbone`: device, dtype
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # the finished model, its tokenizer, the record
-    "The model that a run ended with. Raises ValueError when its state is not there."
+    "The model that a run ended with. Raises ValueError when its state or its backbone is not there."
     folder = Path(folder)
     run = Run.load(folder)
     options = dict(dtype=run.configuration["dtype"]) | {k: v for k, v in options.items() if v != "auto"}
     model, tokenizer = load_backbone(run.backbone, **options)
+    same = f"torch.{run.configuration['dtype']}" == str(next(model.parameters()).dtype)
+    if same and weights_fingerprint(model) != run.configuration["weights"]:
+        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
     weights = load_state(folder, run.finished, run.extra.get("state_sha256", ""))["weight"]
     with torch.no_grad():
         for name, weight in weights.items():

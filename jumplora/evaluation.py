@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from .backbones import is_encoder_decoder
 from .conventions import check_choice
 from .metrics import standard_error
-from .prompts import Example, Task
+from .prompts import Example, Question, Task
 from .training import encode_answer, encode_prompt, pad
 
 # %% ../nbs/08b_evaluation.ipynb #849cc407
@@ -166,7 +166,7 @@ def check_texts(
 def answer(
     model: nn.Module,  # backbone, adapted or not
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
-    task: Task,  # instruction and options
+    task: Question,  # instruction and options; a `Task` is one
     texts: list[str],  # what to classify
     max_length: int = 128,  # longest prompt, in tokens
     truncation: str = "field",  # how a longer one is cut

@@ -26,14 +26,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from .adapter import JumpLoraConfig, adapter_layers, delta_weights
 from .backbones import is_encoder_decoder
 from .conventions import METHOD_COLORS, check_choice, set_seed
-from .prompts import Example, Task
+from .prompts import Example, Question, Task
 from .regularizers import IncLoRA, Regularizer, Update
 from .schedule import SparsityCallback, SparsitySchedule, ramp_steps
 
 # %% ../nbs/08_training.ipynb #049f0b00
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,  # fast tokenizer of the backbone
-    task: Task,  # instruction and options
+    task: Question,  # instruction and options; a `Task` is one
     text: str,  # the row's text
     max_length: int,  # longest prompt, in tokens
     truncation: str = "field",  # "field": shorten the text; "reference": cut the prompt from the right

@@ -172,7 +172,7 @@ def test_the_installed_command_is_main(root):
         (["compare", "--method", "ELLA", "--strength", "-1"], "strength=-1.0 is not allowed"),
         (["compare", "--train-rows", "0"], "train=0 is no number of rows"),
         (["compare", "--seed", "-1"], "seed=-1 "),
-        (["compare", "--target-modules", '["q_prj"]'], "target_modules.*q_prj.*q_proj"),
+        (["compare", "--target-modules", "q_prj"], "target_modules.*q_prj.*q_proj"),
         (["compare", "--rank", "eight"], "rank"),
         (["compare", "--rnak", "8"], "rnak"),
         (["show"], "run"),
@@ -307,7 +307,7 @@ def test_other_settings_go_to_another_folder_and_into_no_common_table(compared, 
 
 def test_print_config_comes_back_through_config(jumplora, tasks, tmp_path):
     chosen = [*flags_for(tasks, tmp_path, "ELLA")[1:], "--rank", "4", "--kept", "0.1"]
-    chosen += ["--target-modules", '["q_proj"]']
+    chosen += ["--target-modules", "q_proj"]
     done = jumplora("compare", *chosen, "--print_config")
     assert done.code == 0
     file = tmp_path / "chosen.yaml"
