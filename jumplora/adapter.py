@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'WRAPPERS', 'JumpGate', 'JumpLoraConfig', 'add_peft_type', 'gate_arguments', 'add_update', 'take_update_back',
            'JumpLoraVariant', 'fused_adapter', 'JumpLoraLinear', 'group_name', 'JumpLoraModel', 'adapter_layers',
-           'delta_weights', 'GateGroup', 'gate_groups', 'dense_update', 'update_figure']
+           'delta_weight', 'delta_weights', 'GateGroup', 'gate_groups', 'dense_update', 'update_figure']
 
 # %% ../nbs/03_adapter.ipynb #a97560eb
 import math
@@ -259,23 +259,29 @@ def adapter_layers(
     }
 
 # %% ../nbs/03_adapter.ipynb #77cdfe81
+def delta_weight(
+    layer: LoraLayer,  # adapted layer, plain LoRA or gated
+    adapter_name: str = "default",  # which adapter
+    detach_threshold: bool = False,  # True: no gradient to τ (the paper's code does so in the penalty)
+) -> Tensor:  # ΔW_eff, (out, in), float32, differentiable
+    "What the adapter adds to a layer's weight, scaled and gated as in the forward pass."
+    if adapter_name not in getattr(layer, "lora_gate", ()):
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        return layer.scaling[adapter_name] * (B.float() @ A.float())  # (out, r) @ (r, in)
+    arguments = gate_arguments(layer, adapter_name)
+    if detach_threshold:
+        arguments["threshold"] = arguments["threshold"].detach()
+    return gated_update(**arguments)
+
+
 def delta_weights(
     model: nn.Module,  # model with PEFT adapters, plain LoRA or gated
     adapter_name: str = "default",  # which adapter
-    detach_threshold: bool = False,  # True: no gradient to τ (the paper's code does so in the penalty)
+    detach_threshold: bool = False,  # True: no gradient to τ
 ) -> dict[str, Tensor]:  # layer's name -> ΔW_eff, (out, in), float32, differentiable
-    "What the adapter adds to each weight, scaled and gated as in the forward pass."
-    deltas = {}
-    for name, layer in adapter_layers(model).items():
-        if adapter_name in getattr(layer, "lora_gate", ()):
-            arguments = gate_arguments(layer, adapter_name)
-            if detach_threshold:
-                arguments["threshold"] = arguments["threshold"].detach()
-            deltas[name] = gated_update(**arguments)
-        elif adapter_name in layer.lora_A:
-            A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-            deltas[name] = layer.scaling[adapter_name] * (B.float() @ A.float())  # (out, r) @ (r, in)
-    return deltas
+    "The update of every layer that has this adapter."
+    layers = adapter_layers(model).items()
+    return {n: delta_weight(o, adapter_name, detach_threshold) for n, o in layers if adapter_name in o.lora_A}
 
 # %% ../nbs/03_adapter.ipynb #0087a1db
 @dataclass(frozen=True)

@@ -51,9 +51,14 @@ def describe_settings(
 class Regularizer:
     "A penalty on named updates, and what to remember after a task; this one does neither."
 
+    def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
+        "Get ready for updates of these shapes, (out, in) by layer name, on this device."
+
     def penalty(self, updates: dict[str, Update]) -> Tensor:  # scalar with λ inside, added to the loss
         "The price of the current task's updates, at every training step."
         return zero_penalty(updates)
+
+    layer_penalty = None  # or a method (name, update): the price of one layer, where `penalty` is their sum
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
         "Remember what the next tasks need."
@@ -79,11 +84,11 @@ class IncLoRA(Regularizer):
 
 # %% ../nbs/05_regularizers.ipynb #657ec0e3
 def check_same_layers(
-    updates: dict[str, Update],  # the current updates
+    shapes: dict[str, tuple[int, int]],  # layer name -> (out, in) of the current updates
     past: dict[str, Tensor],  # layer name -> (out, in): W_past; empty before the first task
 ) -> None:
     "`ValueError` unless updates and W_past speak of the same layers, with the same shapes."
-    new, gone = sorted(updates.keys() - past.keys()), sorted(past.keys() - updates.keys())
+    new, gone = sorted(shapes.keys() - past.keys()), sorted(past.keys() - shapes.keys())
     if past and (new or gone):
         raise ValueError(
             f"the updates and W_past name different layers: {len(new)} only in the updates {new[:3]}, "
@@ -91,7 +96,7 @@ def check_same_layers(
             "modules for every task, and names without the prefixes of wrappers"
         )
     for name in past:
-        given, wanted = tuple(updates[name].delta.shape), tuple(past[name].shape)
+        given, wanted = tuple(shapes[name]), tuple(past[name].shape)
         if given != wanted:
             raise ValueError(
                 f"the update of {name!r} has shape {given}, but W_past holds {wanted} there; "
@@ -100,11 +105,12 @@ def check_same_layers(
 
 # %% ../nbs/05_regularizers.ipynb #dcf96d94
 def add_updates(
-    past: dict[str, Tensor],  # layer name -> (out, in) fp32: W_past; empty before the first task
+    past: dict[str, Tensor],  # layer name -> (out, in): W_past; empty before the first task
     updates: dict[str, Update],  # the finished task's updates
-) -> dict[str, Tensor]:  # the new W_past, fp32, on the device of the updates
+    dtype: torch.dtype = torch.float32,  # of the result; the sum is taken in fp32
+) -> dict[str, Tensor]:  # the new W_past, on the device of the updates
     "W_past + ΔW_eff; `ValueError` for NaN or infinity, and then nothing is added."
-    check_same_layers(updates, past)
+    check_same_layers({name: tuple(update.delta.shape) for name, update in updates.items()}, past)
     deltas = {name: update.delta.detach().float() for name, update in updates.items()}
     bad = [name for name, delta in deltas.items() if not torch.isfinite(delta).all()]
     if bad:
@@ -112,17 +118,19 @@ def add_updates(
             f"the update of {bad[0]!r} ({len(bad)} of {len(deltas)} layers) holds NaN or infinity and was "
             "not remembered: it would spoil the penalty of every later task. Look at this task's loss"
         )
-    return {n: d + past[n].to(d.device) if past else d.clone() for n, d in deltas.items()}
+    sums = {n: d + past[n].to(d.device) if past else d.clone() for n, d in deltas.items()}
+    return {n: total.to(dtype) for n, total in sums.items()}
 
 # %% ../nbs/05_regularizers.ipynb #38c44eed
 def read_past(
     state: dict[str, Tensor],  # "tasks", and "past.NAME" for every layer
-) -> tuple[dict[str, Tensor], int]:  # W_past in fp32, and how many tasks it holds
+    dtype: torch.dtype = torch.float32,  # of W_past
+) -> tuple[dict[str, Tensor], int]:  # W_past, and how many tasks it holds
     "The memory in a state; `ValueError` where it is not one of `PastUpdates`."
     odd = sorted(k for k in state if k != "tasks" and not k.startswith("past."))
     if odd or "tasks" not in state:
         raise ValueError(f"not the memory of past updates: it needs 'tasks' and 'past.*', but has {odd[:3]}")
-    past = {k.removeprefix("past."): w.float().clone() for k, w in state.items() if k != "tasks"}
+    past = {k.removeprefix("past."): w.to(dtype, copy=True) for k, w in state.items() if k != "tasks"}
     return past, int(state["tasks"])
 
 # %% ../nbs/05_regularizers.ipynb #05f9ace7
@@ -130,12 +138,21 @@ def read_past(
 class PastUpdates(Regularizer):
     "A regularizer that remembers W_past, the sum of all finished updates."
 
-    past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (out, in) fp32
+    past_dtype: str = field(default="float32", kw_only=True)  # of W_past; "bfloat16" takes half the memory
+    past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (out, in)
     tasks: int = field(default=0, init=False)  # how many finished tasks are in W_past
+
+    def __post_init__(self):
+        self.dtype = getattr(torch, check_choice(self.past_dtype, ("float32", "bfloat16"), "past_dtype"))
+
+    def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
+        "Check that W_past speaks of the same layers, and move it to the device."
+        check_same_layers(shapes, self.past)
+        self.to(device)
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
         "Add the updates to W_past."
-        self.past, self.tasks = add_updates(self.past, updates), self.tasks + 1
+        self.past, self.tasks = add_updates(self.past, updates, self.dtype), self.tasks + 1
 
     def state_dict(self) -> dict[str, Tensor]:  # "tasks", and "past.NAME" for every layer
         "The memory, ready for safetensors."
@@ -143,7 +160,7 @@ class PastUpdates(Regularizer):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # what `state_dict` gave
         "Put the memory back; `ValueError` for the state of another kind of regularizer."
-        self.past, self.tasks = read_past(state)
+        self.past, self.tasks = read_past(state, self.dtype)
 
     def to(self, device: torch.device | str) -> "PastUpdates":  # itself
         "Move W_past to a device."
@@ -153,14 +170,14 @@ class PastUpdates(Regularizer):
 # %% ../nbs/05_regularizers.ipynb #c04f01c6
 def overlap_energy(
     updates: dict[str, Update],  # the current updates
-    past: dict[str, Tensor],  # layer name -> (out, in) fp32: W_past
+    past: dict[str, Tensor],  # layer name -> (out, in): W_past
     reduction: str = "mean",  # over layers: "mean" (the authors' code) or "sum" (the paper's formula)
 ) -> Tensor:  # scalar fp32, 0 or above
     "Mean or sum over layers of ||ΔW_eff ⊙ W_past||_F² (ELLA, arXiv 2601.02232)."
     check_choice(reduction, ("mean", "sum"), "reduction")
     total = zero_penalty(updates)
     for name, update in updates.items():
-        product = update.delta.float() * past[name]  # (out, in): non-zero only where both are
+        product = update.delta.float() * past[name].to(update.delta.device)  # non-zero only where both are
         total = total + product.square().sum().to(total.device)
     return total / max(len(updates), 1) if reduction == "mean" else total
 
@@ -199,17 +216,24 @@ class ELLA(PastUpdates):
     reduction: str = "mean"  # over layers: "mean" (the authors' code) or "sum" (the paper's formula)
 
     def __post_init__(self):
+        super().__post_init__()
         self.strength = check_strength(self.strength)
         check_choice(self.reduction, ("mean", "sum"), "reduction")
 
-    def penalty(self, updates: dict[str, Update]) -> Tensor:  # scalar λ · ||ΔW_eff ⊙ W_past||²
-        "The price of overlap; 0 during the first task, whatever λ is."
+    def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar λ · ||ΔW_eff ⊙ W_past||² (/ L)
+        "One layer's price of overlap; 0 during the first task, whatever λ is."
         strength = strength_of_task(self.strength, self.tasks)
         if not self.past or strength == 0:
-            return zero_penalty(updates)
-        check_same_layers(updates, self.past)
-        self.past = {n: self.past[n].to(u.delta.device) for n, u in updates.items()}  # moved once, then kept
-        return strength * overlap_energy(updates, self.past, self.reduction)
+            return zero_penalty({name: update})
+        share = strength / len(self.past) if self.reduction == "mean" else strength
+        return share * overlap_energy({name: update}, self.past, "sum")
+
+    def penalty(self, updates: dict[str, Update]) -> Tensor:  # scalar, the sum over layers
+        "The price of overlap. `ValueError` where W_past speaks of other layers."
+        if self.past:
+            shapes = {name: tuple(update.delta.shape) for name, update in updates.items()}
+            self.before_task(shapes, zero_penalty(updates).device)
+        return sum((self.layer_penalty(n, u) for n, u in updates.items()), zero_penalty(updates))
 
 # %% ../nbs/05_regularizers.ipynb #3a9fff16
 def overlap_figure(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['encode_prompt', 'encode_answer', 'pad', 'Collator', 'label_loss', 'Diverged', 'PenaltyTrainer',
            'check_kept_and_targets', 'check_train_config', 'TrainConfig', 'check_targets', 'attach_adapter',
-           'named_updates', 'TaskLog', 'StepLog', 'training_arguments', 'encode_rows', 'build_trainer', 'run_training',
-           'task_steps', 'train_task', 'training_figure']
+           'layer_update', 'named_updates', 'layerwise_penalty', 'penalty_function', 'TaskLog', 'StepLog',
+           'training_arguments', 'encode_rows', 'build_trainer', 'run_training', 'task_steps', 'train_task',
+           'training_figure']
 
 # %% ../nbs/08_training.ipynb #889122bc
 import inspect
@@ -19,13 +20,15 @@ from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .adapter import JumpLoraConfig, adapter_layers, delta_weights
+from .adapter import JumpLoraConfig, adapter_layers, delta_weight
 from .backbones import is_encoder_decoder
 from .conventions import METHOD_COLORS, check_choice, set_seed
+from .jumprelu import refuse_double_backward
 from .prompts import Example, Question, Task
 from .regularizers import IncLoRA, Regularizer, Update
 from .schedule import SparsityCallback, SparsitySchedule, ramp_steps
@@ -231,16 +234,68 @@ def attach_adapter(
     return get_peft_model(model, JumpLoraConfig(**shared, **gate, threshold_scope=config.threshold_scope))
 
 # %% ../nbs/08_training.ipynb #5206a00d
+def layer_update(
+    layer: LoraLayer,  # adapted layer
+    adapter_name: str = "default",  # which adapter
+) -> Update:  # no gradient to τ, as in the paper's code
+    "What a regularizer sees of one layer."
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return Update(delta_weight(layer, adapter_name, detach_threshold=True), A, B)
+
+
 def named_updates(
     model: nn.Module,  # model with an adapter
     adapter_name: str = "default",  # which adapter
 ) -> dict[str, Update]:  # layer's name -> its update; no gradient to τ, as in the paper's code
     "What the regularizers see: every layer's dense update and its factors."
-    layers, updates = adapter_layers(model), {}
-    for name, delta in delta_weights(model, adapter_name, detach_threshold=True).items():
-        A, B = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-        updates[name] = Update(delta, A, B)
-    return updates
+    layers = adapter_layers(model).items()
+    return {name: layer_update(layer, adapter_name) for name, layer in layers if adapter_name in layer.lora_A}
+
+# %% ../nbs/08_training.ipynb #b752c857
+class _KnownGradients(torch.autograd.Function):
+    "A number that depends on tensors by gradients that were computed with it."
+
+    @staticmethod
+    def forward(ctx, value, gradients, *tensors):
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @refuse_double_backward
+    def backward(ctx, upstream):
+        return None, None, *[upstream * gradient for gradient in ctx.gradients]
+
+
+def layerwise_penalty(
+    layers: dict[str, LoraLayer],  # from `adapter_layers`
+    layer_penalty: Callable[[str, Update], Tensor],  # a regularizer's price of one layer
+    adapter_name: str = "default",  # which adapter
+) -> Tensor:  # scalar, differentiable in A and B
+    "The sum of a price over layers; no two layers' updates are held at once."
+    total, factors, gradients = 0.0, [], []
+    for name, layer in layers.items():
+        update = layer_update(layer, adapter_name)
+        price = layer_penalty(name, update)
+        total = total + price.detach().to(update.A.device)
+        if price.requires_grad:
+            factors += [update.A, update.B]
+            gradients += torch.autograd.grad(price, factors[-2:], allow_unused=True, materialize_grads=True)
+    return _KnownGradients.apply(total, gradients, *factors) if factors else total
+
+# %% ../nbs/08_training.ipynb #6c231005
+def penalty_function(
+    model: nn.Module,  # model with a trainable adapter, "default"
+    regularizer: Regularizer,  # what it costs to touch past updates
+) -> Callable[[], Tensor] | None:  # gives λΩ as it is now, differentiable; None where nothing costs
+    "A regularizer's penalty on a model, layer by layer where that is possible."
+    if isinstance(regularizer, IncLoRA):
+        return None
+    layers = adapter_layers(model)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    regularizer.before_task(shapes, next(model.parameters()).device)
+    if regularizer.layer_penalty is None:
+        return lambda: regularizer.penalty(named_updates(model))
+    return partial(layerwise_penalty, layers, regularizer.layer_penalty)
 
 # %% ../nbs/08_training.ipynb #96e9b802
 @dataclass
@@ -337,8 +392,7 @@ def build_trainer(
         compute_loss_func=partial(label_loss, shift=not seq2seq),
     )
     trainer.remove_callback(PrinterCallback)
-    if not isinstance(regularizer, IncLoRA):
-        trainer.penalty = lambda: regularizer.penalty(named_updates(model))
+    trainer.penalty = penalty_function(model, regularizer)
     return trainer
 
 # %% ../nbs/08_training.ipynb #b589ce77

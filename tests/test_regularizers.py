@@ -49,6 +49,33 @@ def test_ella_equals_its_formula_in_float64_after_several_tasks(reduction, stren
         np.testing.assert_allclose(update.delta.grad.numpy(), gradient, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_price_of_all_layers_is_the_sum_of_their_prices(reduction):
+    ella, current = ELLA(2.0, reduction), random_updates(9)
+    assert all(ella.layer_penalty(name, update) == 0 for name, update in current.items())
+    ella.after_task(random_updates(0))
+    parts = [ella.layer_penalty(name, update) for name, update in current.items()]
+    torch.testing.assert_close(sum(parts), ella.penalty(current))
+
+
+def test_a_past_in_bfloat16_takes_half_and_prices_within_its_rounding():
+    exact, half = ELLA(1.0), ELLA(1.0, past_dtype="bfloat16")
+    for seed in range(15):
+        for ella in (exact, half):
+            ella.after_task(random_updates(seed))
+    assert all(2 * half.past[n].nbytes == exact.past[n].nbytes for n in SHAPES)
+    current = random_updates(99)
+    assert abs(half.penalty(current) / exact.penalty(current) - 1) < 0.02
+    again = ELLA(1.0, past_dtype="bfloat16")
+    again.load_state_dict(load(save(half.state_dict())))
+    assert again.penalty(current) == half.penalty(current) and again.describe()["past_dtype"] == "bfloat16"
+
+
+def test_an_unknown_dtype_of_the_past_is_refused():
+    with pytest.raises(ValueError, match="past_dtype='float16' is not known.*bfloat16"):
+        ELLA(past_dtype="float16")
+
+
 def test_the_authors_mean_of_scaled_factors_is_s4_over_l_times_the_papers_sum():
     s, bare, old = 4.0, random_updates(0), random_updates(1)
     paper = sum(
@@ -195,7 +222,8 @@ def test_settings_are_json_and_the_memory_is_not_among_them():
     ella = ELLA([0.0, 3e4])
     ella.after_task(random_updates(0))
     described = json.loads(json.dumps(ella.describe()))
-    assert described == {"name": "ELLA", "strength": [0.0, 3e4], "reduction": "mean"}
+    settings = {"strength": [0.0, 3e4], "reduction": "mean", "past_dtype": "float32"}
+    assert described == {"name": "ELLA"} | settings
     assert ELLA(**{k: v for k, v in described.items() if k != "name"}).strength == (0.0, 3e4)
     assert IncLoRA().describe() == {"name": "IncLoRA"}
 

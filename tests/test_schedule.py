@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from jumplora.adapter import JumpLoraConfig, delta_weights, dense_update, gate_g
 from jumplora.schedule import (
     SparsityCallback,
     SparsitySchedule,
+    count_halves,
     entries_to_keep,
     initial_threshold,
     interpolation_factor,
-    largest_magnitudes,
     ramp_steps,
     start_thresholds,
     threshold_between,
@@ -139,7 +140,7 @@ def count_by_sorting(values, kept):
 
 def check_start(layers, kept):
     values = np.concatenate([layer.numpy().ravel() for layer in layers])
-    threshold = initial_threshold(iter(layers), kept)
+    threshold = initial_threshold(layers, kept)
     assert threshold == float(np.float32(threshold)), "not a number of fp32"
     assert int(np.sum(values > np.float32(threshold))) == count_by_sorting(values, kept) <= kept
     return threshold
@@ -196,22 +197,50 @@ def test_half_precision_magnitudes_are_compared_exactly():
     assert int((layer.float() > threshold).sum()) == 2
 
 
-def test_only_one_layer_and_the_best_so_far_are_held():
-    sizes, seen = [], []
+class Twice:
+    "Layers made anew each time they are asked for, one at a time."
 
-    def layers():
+    def __init__(self):
+        self.passes, self.alive, self.most = 0, 0, 0
+
+    def __iter__(self):
+        self.passes += 1
         for i in range(40):
-            seen.append(i)
-            yield torch.rand(100, generator=torch.Generator().manual_seed(i))
+            layer = torch.rand(10, 10, generator=torch.Generator().manual_seed(i))
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(layer, lambda: setattr(self, "alive", self.alive - 1))
+            yield layer
+            del layer
 
-    real = torch.cat
-    try:
-        torch.cat = lambda parts, *a: sizes.append(sum(p.numel() for p in parts)) or real(parts, *a)
-        best, total = largest_magnitudes(layers(), 10)
-    finally:
-        torch.cat = real
-    assert total == 4000 and best.numel() == 10 and len(seen) == 40
-    assert max(sizes) <= 110
+
+def test_two_passes_over_one_layer_at_a_time_are_enough():
+    layers = Twice()
+    threshold = initial_threshold(layers, 10)
+    assert layers.passes == 2 and layers.most <= 2  # one in use, the next one just made
+    assert sum(int((layer > threshold).sum()) for layer in layers) == 10
+
+
+def test_layers_that_can_be_seen_only_once_are_refused():
+    with pytest.raises(ValueError, match="only once; give a list"):
+        initial_threshold(iter([torch.ones(3)]), 2)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-4, 1.0, 1e30])
+@pytest.mark.parametrize("kept", [1, 17, 500, 999])
+def test_the_threshold_lies_between_two_neighbours_of_kthvalue(scale, kept):
+    layer = torch.randn(1000, generator=torch.Generator().manual_seed(kept)).abs() * scale
+    below, above = (layer.kthvalue(1000 - kept + i).values.item() for i in (0, 1))
+    assert below <= initial_threshold([layer], kept) < above
+
+
+def test_counting_finds_the_halves_of_every_key():
+    layer = torch.tensor([0.0, 1.0, 1.0, 1.5, 3.0])
+    uppers = count_halves([layer])
+    assert uppers.shape == (1, 2**16) and uppers.sum() == 5
+    assert uppers[0, 0x3F80] == 2 and uppers[0, 0x3FC0] == 1 and uppers[0, 0x4040] == 1
+    lowers = count_halves([layer], [0x3F80, 0x3FC0])
+    assert lowers.shape == (2, 2**16) and lowers[0, 0] == 2 and lowers[1, 0] == 1 and lowers.sum() == 3
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

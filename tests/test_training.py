@@ -1,8 +1,10 @@
 """Rows to tokens, the loss against numpy, accumulation, the penalty, and what stops a training."""
 
+import gc
 import inspect
 import math
 import tempfile
+import weakref
 from functools import cache
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ from transformers import (
 from jumplora.adapter import adapter_layers, delta_weights, gate_groups
 from jumplora.backbones import byte_tokenizer
 from jumplora.prompts import Task
-from jumplora.regularizers import ELLA, IncLoRA, Regularizer
+from jumplora.regularizers import ELLA, IncLoRA, Regularizer, Update
 from jumplora.training import (
     Collator,
     Diverged,
@@ -37,6 +39,7 @@ from jumplora.training import (
     encode_prompt,
     label_loss,
     named_updates,
+    penalty_function,
     task_steps,
     train_task,
 )
@@ -404,6 +407,60 @@ def test_ella_sees_the_updates_that_the_layers_apply():
     ella.penalty(named_updates(model)).backward()
     assert all(update.B.grad.any() for update in updates.values())
     assert all(group.gate.theta.grad is None for group in gate_groups(model).values())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_layer_by_layer_and_at_once_a_penalty_has_the_same_value_and_gradients(kind, gated, gamma):
+    model = randomize(attach_adapter(MODELS[kind]()[0], TrainConfig(rank=2), gated))
+    for group in gate_groups(model).values():
+        group.gate.interpolation.fill_(gamma)
+        group.gate.set_(0.05)
+    ella = ELLA(strength=3.0)
+    ella.after_task({n: Update(torch.randn_like(u.delta)) for n, u in named_updates(model).items()})
+    factors = [p for n, p in model.named_parameters() if p.requires_grad and "lora_gate" not in n]
+    results = []
+    for price in (ella.penalty(named_updates(model)), penalty_function(model, ella)()):
+        (price / 4).backward()  # a share, as under accumulation
+        results.append([price.detach(), *(p.grad.clone() for p in factors)])
+        model.zero_grad()
+    assert results[0][0] > 0
+    for at_once, one_by_one in zip(*results, strict=True):
+        torch.testing.assert_close(one_by_one, at_once, rtol=1e-5, atol=1e-8)
+    assert all(group.gate.theta.grad is None for group in gate_groups(model).values())
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_layer_by_layer_nothing_of_the_size_of_an_update_stays_in_memory(gated):
+    model = randomize(attach_adapter(llama()[0], TrainConfig(rank=2), gated))
+    ella, stored = ELLA(), []
+    ella.after_task({n: Update(torch.randn_like(u.delta)) for n, u in named_updates(model).items()})
+    small = max(p.numel() for p in model.parameters() if p.requires_grad)
+    past = {w.data_ptr() for w in ella.past.values()}
+
+    def keep(tensor):
+        if tensor.numel() > small and tensor.data_ptr() not in past:
+            stored.append(weakref.ref(tensor))
+        return tensor
+
+    def left(penalty):
+        stored.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            price = penalty()
+        gc.collect()
+        return sum(ref() is not None for ref in stored), price
+
+    assert left(lambda: ella.penalty(named_updates(model)))[0] > 0  # what is avoided
+    assert left(penalty_function(model, ella))[0] == 0
+
+
+def test_a_past_of_other_layers_is_found_before_the_first_step():
+    model = randomize(attach_adapter(llama()[0], TrainConfig(rank=2), False))
+    ella = ELLA()
+    ella.after_task({"elsewhere": Update(torch.ones(2, 2))})
+    with pytest.raises(ValueError, match="different layers.*elsewhere"):
+        penalty_function(model, ella)
 
 
 # ---- training a task --------------------------------------------------------------------------------------
