@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
-           'predict', 'show_parser', 'table_parser', 'predict_parser', 'overview', 'main']
+           'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'overview',
+           'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
@@ -273,12 +274,46 @@ def predict_parser() -> ArgumentParser:  # flags of `jumplora predict`
     add_model_flags(parser)
     return parser
 
+# %% ../nbs/13_command_line.ipynb #28d1f3f1
+def benchmark(
+    flags: Namespace,  # from `benchmark_parser`
+) -> int:  # exit code
+    "Measure, write one record per part, print the table."
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler talks; read at its import
+    import torch
+
+    from jumplora.backbones import pick_device, pick_dtype
+    from jumplora.benchmark import load_parts
+    from jumplora.benchmark_runs import PARTS, measure, speed_table
+
+    device = pick_device(flags.device)
+    dtype = pick_dtype(flags.dtype, device)
+    measure(flags.parts or PARTS, Path(flags.out), flags.quick, device, dtype)
+    parts = load_parts(flags.out, torch.device(device).type, str(dtype).removeprefix("torch."))
+    print("\n" + speed_table(parts).to_string())
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #18841843
+def benchmark_parser() -> ArgumentParser:  # flags of `jumplora benchmark`
+    "The flags of `jumplora benchmark`."
+    about = "Measure speed and memory on this machine."
+    parser = ArgumentParser(prog="jumplora benchmark", description=about, formatter_class=PlainHelp)
+    names = "layer, step, start, evaluation, batches, run, growth, startup"
+    parser.add_argument("--parts", type=str, nargs="+", default=[], help=f"some of {names}; none: all")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes")
+    parser.add_argument("--out", type=str, default="runs/speed", help="folder of the records")
+    add_model_flags(parser)
+    return parser
+
 # %% ../nbs/13_command_line.ipynb #280f9691
 COMMANDS = {
     "compare": (compare_parser, compare, "learn a sequence with several methods, print the table"),
     "show": (show_parser, show, "print one run"),
     "table": (table_parser, table, "print the table of all runs in a folder"),
     "predict": (predict_parser, predict, "ask the model that a run ended with"),
+    "benchmark": (benchmark_parser, benchmark, "measure speed and memory on this machine"),
 }
 
 

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'QUIET', 'Method', 'weights_of', 'merge_adapter', 'update_
            'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state', 'Learner',
            'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learn_task', 'finish_task', 'kept_adapter',
            'merged_weights', 'write_down', 'peak_memory', 'find_run', 'restore', 'own_name', 'new_run', 'rows_to_do',
-           'check_start', 'learn_rest', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'check_start', 'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -349,7 +349,7 @@ def find_run(
     try:
         found = Run.load(path)
     except DamagedRecord as error:
-        warnings.warn(f"{error} (now {set_aside(path).name}; the run starts again)", stacklevel=3)
+        warnings.warn(f"{error} (now {set_aside(path).name}; the run starts again)", stacklevel=4)
         return run
     check_same_configuration(found, run.configuration)
     if found.configuration_hash != run.configuration_hash:
@@ -460,6 +460,28 @@ def learn_rest(
     return run
 
 # %% ../nbs/09_continual.ipynb #d8652045
+def start_learner(
+    model: nn.Module,  # backbone
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    sequence: TaskSequence,  # tasks in the order learned
+    method: Method,  # how they are kept apart
+    config: TrainConfig,  # how each is learned
+    seed: int = 42,  # same seed, same numbers
+    out: str | Path | None = None,  # folder for record and state; None: keep nothing
+    backbone: str | None = None,  # the model's name in the record; None: its own
+    split: str = "test",  # rows that are scored
+) -> Learner:  # with the record that is on disk, if there is one
+    "A run that is about to begin, or to go on. Raises ValueError for a mistake in what is asked."
+    check_start(model, sequence, config, seed, split)
+    asked = dict(method=method.name, seed=seed, backbone=backbone or own_name(model))
+    asked["configuration"] = run_configuration(model, sequence, method, config, split)
+    run = new_run(sequence, split, next(model.parameters()).device, **asked)
+    run = find_run(run, Path(out)) if out is not None else run
+    folder = Path(out) / run.name if out is not None else None
+    method = replace(method, regularizer=copy.deepcopy(method.regularizer))  # it will remember updates
+    return Learner(model, tokenizer, sequence, method, config, run, split, folder)
+
+# %% ../nbs/09_continual.ipynb #6f12ffc7
 def learn_sequence(
     model: nn.Module,  # backbone; at the end it holds everything learned
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -475,16 +497,8 @@ def learn_sequence(
     progress: bool = True,  # show a bar
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. Raises ValueError on a damaged state."
-    config = config or TrainConfig()
-    check_start(model, sequence, config, seed, split)
-    asked = dict(method=method.name, seed=seed, backbone=backbone or own_name(model))
-    asked["configuration"] = run_configuration(model, sequence, method, config, split)
-    run = new_run(sequence, split, next(model.parameters()).device, **asked)
-    run = find_run(run, Path(out)) if out is not None else run
-    folder = Path(out) / run.name if out is not None else None
-    method = replace(method, regularizer=copy.deepcopy(method.regularizer))  # it will remember updates
-    learner = Learner(model, tokenizer, sequence, method, config, run, split, folder)
-    return learn_rest(learner, zero_shot, progress)
+    asked = (sequence, method, config or TrainConfig(), seed, out, backbone, split)
+    return learn_rest(start_learner(model, tokenizer, *asked), zero_shot, progress)
 
 # %% ../nbs/09_continual.ipynb #3a670894
 def load_learned(

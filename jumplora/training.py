@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['encode_prompt', 'encode_answer', 'pad', 'Collator', 'label_loss', 'Diverged', 'PenaltyTrainer',
-           'check_kept_and_targets', 'check_train_config', 'TrainConfig', 'check_targets', 'attach_adapter',
-           'layer_update', 'named_updates', 'layerwise_penalty', 'penalty_function', 'TaskLog', 'StepLog',
-           'training_arguments', 'encode_rows', 'build_trainer', 'run_training', 'task_steps', 'train_task',
+           'check_kept_and_targets', 'paper_config', 'check_train_config', 'TrainConfig', 'check_targets',
+           'attach_adapter', 'layer_update', 'named_updates', 'layerwise_penalty', 'penalty_function', 'TaskLog',
+           'StepLog', 'training_arguments', 'encode_rows', 'build_trainer', 'run_training', 'task_steps', 'train_task',
            'training_figure']
 
 # %% ../nbs/08_training.ipynb #889122bc
@@ -24,6 +24,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .adapter import JumpLoraConfig, adapter_layers, delta_weight
 from .backbones import is_encoder_decoder
@@ -128,6 +129,7 @@ class PenaltyTrainer(Trainer):
 
     penalty: Callable[[], Tensor] | None = None  # λΩ as a differentiable scalar, or None
     last_penalty: Tensor | None = None  # its latest value
+    group_by_length = False  # True: rows of similar length share a step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -138,6 +140,14 @@ class PenaltyTrainer(Trainer):
         if not torch.isfinite(loss):
             raise Diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(prompt) + len(answer) for prompt, answer in self.train_dataset]
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return LengthGroupedSampler(rows, lengths=lengths, generator=generator)
 
 # %% ../nbs/08_training.ipynb #f7ada1cc
 def check_kept_and_targets(
@@ -151,6 +161,14 @@ def check_kept_and_targets(
     named = isinstance(targets, (tuple, list)) and targets and all(isinstance(t, str) for t in targets)
     if targets is not None and not named:
         raise ValueError(f"target_modules={targets!r} is no list of names; use ('q_proj', 'v_proj') or None")
+
+
+def paper_config(
+    cls: type["TrainConfig"],  # the class
+    **changes,  # fields and their values
+) -> "TrainConfig":  # of a run
+    "The values of the paper's code, and changes to them."
+    return cls(**dict(batch_size=32, max_length=512, truncation="reference") | changes)
 
 # %% ../nbs/08_training.ipynb #59d66c7b
 def check_train_config(
@@ -169,6 +187,7 @@ def check_train_config(
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"lora_dropout={config.lora_dropout!r} is outside [0, 1)")
     check_choice(config.truncation, ("field", "reference"), "truncation")
+    check_choice(config.group_by_length, (False, True), "group_by_length")
     check_choice(config.threshold_scope, ("model", "block", "layer"), "threshold_scope")
     check_choice(config.threshold_reduction, ("mean", "sum"), "threshold_reduction")
     check_kept_and_targets(config.kept, config.target_modules)
@@ -188,6 +207,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     max_length: int = 128  # longest prompt, in tokens
     truncation: str = "field"  # how a longer one is cut: "field" or "reference"
+    group_by_length: bool = False  # rows of similar length share a step: less padding, another order
     gate_start: float = 0.2  # share of the steps before the gate begins to close
     gate_stop: float = 0.8  # share of the steps after which it is closed
     kept: float | int | None = None  # entries or share above the first threshold; by default LoRA's size
@@ -197,10 +217,7 @@ class TrainConfig:
 
     __post_init__ = check_train_config
 
-    @classmethod
-    def paper(cls, **changes) -> "TrainConfig":
-        "The values of the paper's code, and changes to them."
-        return cls(**dict(batch_size=32, max_length=512, truncation="reference") | changes)
+    paper = classmethod(paper_config)
 
 # %% ../nbs/08_training.ipynb #11c72206
 def check_targets(
@@ -392,7 +409,7 @@ def build_trainer(
         compute_loss_func=partial(label_loss, shift=not seq2seq),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.penalty = penalty_function(model, regularizer)
+    trainer.penalty, trainer.group_by_length = penalty_function(model, regularizer), config.group_by_length
     return trainer
 
 # %% ../nbs/08_training.ipynb #b589ce77

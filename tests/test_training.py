@@ -463,6 +463,38 @@ def test_a_past_of_other_layers_is_found_before_the_first_step():
         penalty_function(model, ella)
 
 
+LONG_AND_SHORT = Task(
+    "mixed", "", OPTIONS, [("word " * (1 + 7 * i % 23), "no") for i in range(64)], [], ROWS[:1]
+)
+
+
+def order_of_rows(grouped, seed=42):
+    config = TrainConfig(rank=2, batch_size=2, group_by_length=grouped)
+    model, tokenizer = llama()
+    with tempfile.TemporaryDirectory() as folder:
+        adapted = attach_adapter(model, config, False)
+        trainer = build_trainer(adapted, tokenizer, LONG_AND_SHORT, config, IncLoRA(), seed, folder)
+        lengths = [len(prompt) + len(answer) for prompt, answer in trainer.train_dataset]
+        order = list(trainer._get_train_sampler())
+    return order, lengths
+
+
+def test_rows_of_similar_length_share_a_step_when_asked():
+    order, lengths = order_of_rows(True)
+    assert sorted(order) == list(range(64)) and order == order_of_rows(True)[0]
+    padding = {}
+    for name, rows in (("grouped", order), ("drawn", order_of_rows(False)[0])):
+        pairs = [[lengths[i] for i in rows[k : k + 2]] for k in range(0, 64, 2)]
+        padding[name] = sum(max(pair) - min(pair) for pair in pairs)
+    assert padding["grouped"] < 0.3 * padding["drawn"]
+
+
+def test_the_order_is_the_papers_unless_asked():
+    assert type(order_of_rows(False)[0]) is list and not TrainConfig.paper().group_by_length
+    with pytest.raises(ValueError, match="group_by_length"):
+        TrainConfig(group_by_length="yes")
+
+
 # ---- training a task --------------------------------------------------------------------------------------
 
 
