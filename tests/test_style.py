@@ -162,8 +162,11 @@ def test_every_exception_is_needed_and_has_a_reason(name):
 @pytest.mark.parametrize("name", NBS)
 def test_notebook_starts_with_a_title_and_one_sentence(name):
     first = next(c for c in cells(name) if c.kind == "markdown")
-    found = re.match(r"# (?P<title>[^\n]+)\n\n> (?P<sentence>[^\n]+)(\n|\Z)", first.source)
-    assert found, f"the first Markdown cell of {name} is not `# Title`, an empty line, `> one sentence`"
+    found = re.match(r"# (?P<title>[^\n]+)\n\n> (?P<sentence>[^\n]+)\Z", first.source)
+    assert found, (
+        f"the first Markdown cell of {name} is not `# Title`, an empty line, `> one sentence` and nothing "
+        "else: the site makes its title from that cell and drops the rest"
+    )
     assert re.fullmatch(r"[^\n]*[^.\s][.?]", found["sentence"]), found["sentence"]
     assert not re.search(r"[.?!]\s+[A-Z]", found["sentence"]), f"more than one sentence: {found['sentence']}"
     assert len(found["title"]) <= 32, f"{found['title']!r} does not fit the sidebar"
