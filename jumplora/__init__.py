@@ -14,6 +14,7 @@ _MODULES = {
     "adapter": "JumpLoraConfig JumpLoraLinear JumpLoraModel adapter_layers delta_weights gate_groups",
     "schedule": "SparsityCallback SparsitySchedule initial_threshold interpolation_factor",
     "regularizers": "ELLA IncLoRA Regularizer Update",
+    "penalties": "NLoRA OLoRA",
     "prompts": "Example Task TaskSequence prompt",
     "tasks": "ORDERS load_sequence",
     "backbones": "load_backbone",

@@ -32,6 +32,7 @@ from .adapter import adapter_layers, delta_weights
 from .backbones import load_backbone
 from .conventions import check_choice, set_seed, write_atomic
 from .evaluation import Score, evaluate
+from .penalties import NLoRA, OLoRA
 from .prompts import Task, TaskSequence
 from .regularizers import ELLA, IncLoRA, Regularizer
 from .run_record import DamagedRecord, Run, check_same_configuration, environment, set_aside
@@ -71,6 +72,9 @@ METHODS: dict[str, Method] = {
         Method("ELLA", regularizer=ELLA()),
         Method("IncLoRA + JumpLoRA", gated=True),
         Method("ELLA + JumpLoRA", gated=True, regularizer=ELLA()),
+        Method("O-LoRA", regularizer=OLoRA()),
+        Method("O-LoRA + JumpLoRA", gated=True, regularizer=OLoRA()),
+        Method("N-LoRA", regularizer=NLoRA()),
     )
 }
 

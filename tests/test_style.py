@@ -40,7 +40,7 @@ EXCEPTIONS: dict[str, dict[str, tuple[tuple[int, int], str]]] = {
         "lines of an exported cell": ((0, 26), "`answer` has eight parameters, one documented line each"),
     },
     "09_continual.ipynb": {
-        "lines of an exported cell": ((0, 31), "the loop imports from every earlier page"),
+        "lines of an exported cell": ((0, 32), "the loop imports from every earlier page"),
     },
     "13_command_line.ipynb": {
         "words of prose": ((400, 1500), "the flags explain themselves on the page"),
