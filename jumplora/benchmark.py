@@ -101,7 +101,7 @@ def peak_bytes(
 def replaced(
     module,  # a module of this package
     **values,  # name -> what stands there inside the `with` block
-) -> Iterator[None]:
+) -> Iterator[None]:  # a context manager
     "Put other functions into a module for a while."
     before = {name: getattr(module, name) for name in values}
     try:
@@ -156,9 +156,9 @@ def there_and_back(
 
 # %% ../nbs/11_speed.ipynb #ebc11d5d
 def layer_variants(
-    tokens: int,  # T
-    size: int = 1024,  # n, inputs and outputs
-    rank: int = 8,  # r
+    tokens: int,  # rows of the input, T
+    size: int = 1024,  # inputs and outputs, n
+    rank: int = 8,  # of the update, r
     device: torch.device | str = "cpu",  # where
     dtype: torch.dtype = torch.float32,  # of weights and input
 ) -> dict[str, Callable[[], None]]:  # name -> one forward and backward pass
@@ -177,9 +177,9 @@ def layer_variants(
 # %% ../nbs/11_speed.ipynb #9d647b42
 def layer_work(
     variant: str,  # a name of `layer_variants`
-    tokens: int,  # T
-    size: int = 1024,  # n
-    rank: int = 8,  # r
+    tokens: int,  # rows of the input, T
+    size: int = 1024,  # inputs and outputs, n
+    rank: int = 8,  # of the update, r
 ) -> tuple[float, float]:  # floating-point operations; numbers that are read or written
     "Least work of one forward and backward pass: products, and what they and the element-wise steps touch."
     product, thin, dense = 2 * tokens * size**2, 2 * tokens * size * rank, 2 * size**2 * rank
@@ -333,7 +333,13 @@ def step_part(
 class RandomLayers:
     "|BA| of random factors, made anew at every pass."
 
-    def __init__(self, layers: int, size: int, rank: int = 8, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        layers: int,  # how many
+        size: int,  # their inputs and outputs, n
+        rank: int = 8,  # of their updates, r
+        device: torch.device | str = "cpu",  # where they are
+    ):
         set_seed(0)
         shape = (layers, size, rank)
         self.A, self.B = (0.02 * torch.randn(shape, device=device) for _ in "AB")

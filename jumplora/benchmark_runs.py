@@ -187,7 +187,7 @@ def batches_part(
 @contextmanager
 def everything_naive(
     evaluate: bool = True,  # False: layer and penalty alone
-) -> Iterator[None]:
+) -> Iterator[None]:  # a context manager
     "Inside, runs take the naive layer, the penalty of all layers at once, and the naive evaluation."
     slow = replaced(evaluation, answer=naive_answer) if evaluate else nullcontext()
     plain = replaced(training, penalty_function=benchmark.naive_penalty)
