@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['TOKENS', 'LAYERS', 'synchronize', 'alternate', 'compare_times', 'peak_bytes', 'replaced', 'naive_layer',
            'naive_penalty', 'random_update', 'there_and_back', 'layer_variants', 'layer_work', 'layer_part',
-           'rounding_table', 't5_large_shape', 'random_batch', 'with_shared_weights', 'full_past', 'training_step',
-           'step_variants', 'step_part', 'RandomLayers', 'kth_threshold', 'start_part', 'write_part', 'load_parts',
-           'speed_figure', 'verdict_row', 'layer_verdicts', 'step_verdicts', 'start_verdicts']
+           't5_large_shape', 'random_batch', 'with_shared_weights', 'full_past', 'training_step', 'step_variants',
+           'step_part', 'RandomLayers', 'kth_threshold', 'start_part', 'write_part', 'load_parts', 'speed_figure',
+           'verdict_row', 'layer_verdicts', 'step_verdicts', 'start_verdicts']
 
 # %% ../nbs/11_speed.ipynb #ee3755ac
 import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
@@ -211,23 +211,6 @@ def layer_part(
             row |= dict(gigaflop=operations / 1e9, megabytes=numbers * width / 1e6)
             row["peak_megabytes"] = peak_bytes(works[row["variant"]], device) / 1e6
         rows += timed
-    return rows
-
-# %% ../nbs/11_speed.ipynb #834e799f
-def rounding_table(
-    sizes: Iterable[float] = (1e-5, 1e-4, 1e-3, 1e-2),  # standard deviation of the update
-    weight: float = 0.05,  # standard deviation of the weight
-) -> list[dict]:  # one row per size: relative error of the update, percent
-    "What bfloat16 leaves of an update that is added to a weight, and of one that is kept apart."
-    set_seed(0)
-    W = (weight * torch.randn(512, 512)).bfloat16()
-    rows = []
-    for size in sizes:
-        update = size * torch.randn(512, 512)
-        summed = (W.float() + update).bfloat16().float() - W.float()
-        kept = {"one product": summed, "two products": update.bfloat16().float()}
-        errors = {name: 100 * ((k - update).norm() / update.norm()).item() for name, k in kept.items()}
-        rows.append({"size": size, **errors})
     return rows
 
 # %% ../nbs/11_speed.ipynb #64125b54

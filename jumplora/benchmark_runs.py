@@ -185,13 +185,10 @@ def batches_part(
 
 # %% ../nbs/11b_whole_runs.ipynb #50cec09c
 @contextmanager
-def everything_naive(
-    evaluate: bool = True,  # False: layer and penalty alone
-) -> Iterator[None]:  # a context manager
+def everything_naive() -> Iterator[None]:  # a context manager
     "Inside, runs take the naive layer, the penalty of all layers at once, and the naive evaluation."
-    slow = replaced(evaluation, answer=naive_answer) if evaluate else nullcontext()
-    plain = replaced(training, penalty_function=benchmark.naive_penalty)
-    with benchmark.naive_layer(), plain, slow:
+    penalty = replaced(training, penalty_function=benchmark.naive_penalty)
+    with benchmark.naive_layer(), penalty, replaced(evaluation, answer=naive_answer):
         yield
 
 # %% ../nbs/11b_whole_runs.ipynb #21abda42

@@ -415,3 +415,21 @@ def test_a_nan_in_a_factor_reaches_the_output(layer, gamma):
     given = inputs((5,))
     given["A"] = torch.full((RANK, IN), math.nan)
     assert layer(**given, interpolation=gamma).isnan().all()
+
+
+# ---- few passes on a processor, a factor elsewhere --------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("tau", [0.0, 0.01, 0.15, 0.5, 100.0])  # 0.01: the windows around +τ and -τ overlap
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_processor_and_a_gpu_go_different_ways_to_the_same_numbers(monkeypatch, dtype, gamma, tau, reduction):
+    results = []
+    for free in (True, False):
+        monkeypatch.setattr("jumplora.gated_linear.reads_for_free", lambda tensor, free=free: free)
+        results.append(run(gated_linear, inputs(dtype=dtype, tau=tau), gamma, reduction=reduction))
+    for name, one in results[0].items():
+        error = (one - results[1][name]).abs().max() / results[1][name].abs().max().clamp(min=1e-6)
+        assert error < TOLERANCE[dtype], name
+    assert results[0]["threshold"].any() == (gamma > 0 and 0 < tau < 100)
