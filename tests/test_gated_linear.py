@@ -424,7 +424,7 @@ def test_a_nan_in_a_factor_reaches_the_output(layer, gamma):
 @pytest.mark.parametrize("tau", [0.0, 0.01, 0.15, 0.5, 100.0])  # 0.01: the windows around +τ and -τ overlap
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_a_processor_and_a_gpu_go_different_ways_to_the_same_numbers(monkeypatch, dtype, gamma, tau, reduction):
+def test_processor_and_gpu_go_different_ways_to_the_same_numbers(monkeypatch, dtype, gamma, tau, reduction):
     results = []
     for free in (True, False):
         monkeypatch.setattr("jumplora.gated_linear.reads_for_free", lambda tensor, free=free: free)
