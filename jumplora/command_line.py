@@ -319,7 +319,7 @@ COMMANDS = {
 
 def overview() -> str:  # several lines
     "What `jumplora --help` prints."
-    lines = [f"  {name:9} {about}" for name, (_, _, about) in COMMANDS.items()]
+    lines = [f"  {name:10} {about}" for name, (_, _, about) in COMMANDS.items()]
     about = "Sparse low-rank continual learning of language models."
     head = ["usage: jumplora COMMAND [flags]", "", about, ""]
     return "\n".join([*head, "commands:", *lines, "", "`jumplora COMMAND --help` lists a command's flags."])
