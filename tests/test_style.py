@@ -163,6 +163,13 @@ def test_every_exception_is_needed_and_has_a_reason(name):
 
 
 @pytest.mark.parametrize("name", NBS)
+def test_a_cell_that_describes_a_picture_has_one(name):
+    described = [c for c in cells(name) if "fig-alt" in c.options]
+    bare = [c.source for c in described if not any("image/png" in o.get("data", {}) for o in c.outputs)]
+    assert not bare, f"{name}: no picture in the output of {bare}"
+
+
+@pytest.mark.parametrize("name", NBS)
 def test_notebook_starts_with_a_title_and_one_sentence(name):
     first = next(c for c in cells(name) if c.kind == "markdown")
     found = re.match(r"# (?P<title>[^\n]+)\n\n> (?P<sentence>[^\n]+)\Z", first.source)
