@@ -64,7 +64,8 @@ def naive_generate(
     device = next(model.parameters()).device
     inputs = training.pad(prompts, tokenizer.pad_token_id, left=True).to(device)
     mask = training.pad([[1] * len(p) for p in prompts], 0, left=True).to(device)
-    ends = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=-1, do_sample=False)
+    never = model.config.vocab_size  # no token has this id, so nothing ends early
+    ends = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=never, do_sample=False)
     tokens = model.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=new_tokens, **ends)
     ended = (tokens[:, inputs.shape[1] :] == tokenizer.eos_token_id).cumsum(1) > 0
     said = tokens[:, inputs.shape[1] :].masked_fill(ended, tokenizer.eos_token_id)
