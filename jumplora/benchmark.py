@@ -467,7 +467,7 @@ def start_verdicts(
     "Choosing the threshold by counting against `kthvalue`."
     rows = []
     for share, group in table.groupby("share"):
-        by, name = group.set_index("variant"), f"threshold of 151 million entries, {share:.1%} kept"
+        by, name = group.set_index("variant"), f"threshold, {share:.1%} kept"
         rows.append(verdict_row(f"{name}: seconds", by["milliseconds"]["counting"] / 1e3, 5))
         rows.append(verdict_row(f"{name}: counting over kthvalue", by["ratio"]["counting"], 1))
         memory = by["peak_megabytes"]["counting"] / by["peak_megabytes"]["kthvalue"]

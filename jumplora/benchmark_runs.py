@@ -24,7 +24,7 @@ from . import benchmark, continual, evaluation, training
 from .backbones import load_backbone
 from .benchmark import alternate, compare_times, replaced, synchronize, verdict_row
 from .conventions import check_choice, set_seed
-from .prompts import Example, Task, TaskSequence
+from .prompts import Example, Question, Task, TaskSequence
 from .regularizers import IncLoRA
 from .tasks import load_sequence
 from .training import TrainConfig
@@ -34,7 +34,7 @@ from .training import TrainConfig
 def naive_answer(
     model: nn.Module,  # decoder, adapted or not
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
-    task: Task,  # instruction and options
+    task: Question,  # instruction and options
     texts: Sequence[str],  # what to classify
     max_length: int = 128,  # longest prompt, in tokens
     truncation: str = "field",  # how a longer one is cut
@@ -96,7 +96,7 @@ def naive_option_scores(
 def sorted_answers(
     model: nn.Module,  # decoder
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
-    task: Task,  # instruction and options
+    task: Question,  # instruction and options
     texts: Sequence[str],  # what to classify
     batch_size: int = 16,  # rows per forward pass
 ) -> list[str]:  # answers

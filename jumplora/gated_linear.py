@@ -108,7 +108,7 @@ def apply_gate(
 def window_sum(
     delta: Tensor,  # ΔW, (out, in)
     G: Tensor,  # gradient of the dense update, (out, in)
-    threshold: float,  # τ
+    threshold: float,  # the number τ, 0 or above
     bandwidth: float,  # window width, ε
 ) -> Tensor:  # (), sum of G around +τ minus sum of G around -τ
     "What drives the threshold, in two passes for each window."
