@@ -254,7 +254,7 @@ def growth_figure(
     columns["megabytes"] = "memory, MB"
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
         axis.plot(table["task"], table[column], color="#0b3f8a")
-        axis.set(xlabel="task", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="task", ylabel=label, ylim=(0, 1.1 * table[column].max()))
     figure.suptitle("steps and memory stay level, scoring grows with the tasks that are scored")
     return figure
 
