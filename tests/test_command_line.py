@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from jumplora.command_line import COMMANDS, compare_parser, main, predict_parser, show_parser, table_parser
+from jumplora.command_line import COMMANDS, compare_parser, main
 
 BALL = [("the ball", "sport"), ("an atom", "physics")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 4
 METHODS = ["IncLoRA", "IncLoRA + JumpLoRA"]
-PARSERS = dict(compare=compare_parser, show=show_parser, table=table_parser, predict=predict_parser)
+PARSERS = {name: build for name, (build, _, _) in COMMANDS.items()}
 
 
 def write_tasks(folder):

@@ -123,9 +123,9 @@ def test_figures_lie_on_white_in_the_dark(seen):
 def test_search_finds_a_word_and_leads_to_it(tab, address):
     tab.size(1440, 900)
     tab.go(f"{address}/search.html?q=threshold")
-    tab.wait("document.querySelectorAll('#search-results ul.search li a').length > 0")
-    links = tab.js("[...document.querySelectorAll('#search-results ul.search li a')].map(a => a.href)")
-    assert any("jumprelu" in u for u in links), links
+    links = "[...document.querySelectorAll('#search-results ul.search li a')].map(a => a.href)"
+    tab.wait(f"{links}.some(u => u.includes('jumprelu'))")  # the list grows while it is made
+    links = tab.js(links)
     tab.go(links[0])
     assert "threshold" in tab.js("document.body.innerText").lower()
 
