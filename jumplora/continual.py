@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+# %% ../nbs/09_continual.ipynb #813f6197
 from .adapter import adapter_layers, delta_weights
 from .backbones import load_backbone
 from .conventions import check_choice, set_seed, write_atomic
@@ -63,7 +64,7 @@ class Method:
         penalty = self.regularizer.describe()
         return dict(name=self.name, gated=self.gated, regularizer=penalty, after_task=self.after_task)
 
-
+# %% ../nbs/09_continual.ipynb #0751f70c
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

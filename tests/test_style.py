@@ -34,17 +34,9 @@ EXCEPTIONS: dict[str, dict[str, tuple[tuple[int, int], str]]] = {
     "index.ipynb": {
         "cells": ((5, 40), "the front door is short"),
         "words of prose": ((100, 1500), "the front door is short"),
-        "lines of another cell": ((0, 17), "one cell holds all imports of the page"),
-        "kilobytes of outputs": ((0, 330), "three figures, two of them from records"),
-    },
-    "02_gated_linear.ipynb": {
-        "cells": ((40, 75), "the layer is built three times: naive, fused, and in few passes"),
     },
     "08b_evaluation.ipynb": {
         "lines of an exported cell": ((0, 26), "`answer` has eight parameters, one documented line each"),
-    },
-    "09_continual.ipynb": {
-        "lines of an exported cell": ((0, 32), "the loop imports from every earlier page"),
     },
     "13_command_line.ipynb": {
         "words of prose": ((400, 1500), "the flags explain themselves on the page"),
@@ -245,7 +237,8 @@ def test_the_rules_catch_what_they_forbid():
         words("Two words, $a + b$ and `code here`.\n\n| a | table |\n\n```sh\nno words\n```\n$$ x $$ {#eq-x}")
         == 5
     )
-    assert MACHINE.search("saved in /home/x/run") and not MACHINE.search("https://a.org/home/x and ~/work/x")
+    assert MACHINE.search("saved in " + "/".join(["", "home", "x", "run"]))
+    assert not MACHINE.search("https://a.org/home/x and ~/work/x")
     assert (
         before_code([Cell({"cell_type": "markdown", "source": "# T\n\n> s.\n\nAn opening."})]).strip()
         == "An opening."
