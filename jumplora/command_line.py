@@ -35,6 +35,7 @@ PRESETS = {
         test_rows=50,
         score="test",
         strength=3e5,
+        past_dtype="float32",
     ),
 }
 
@@ -51,6 +52,7 @@ COMPARE_HELP = {
     "test_rows": "test rows of each task",
     "score": "rows that are scored: test, or dev to choose settings",
     "strength": "λ of ELLA, 0 or above",
+    "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
 }
 
 # %% ../nbs/13_command_line.ipynb #f8733ae9
@@ -113,7 +115,7 @@ def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
 # %% ../nbs/13_command_line.ipynb #743b289a
 def chosen_methods(
     names: Sequence[str],  # names of methods
-    strength: float,  # λ of ELLA, 0 or above
+    **ella: float | str,  # settings of ELLA: strength, past_dtype
 ) -> list:  # of Method
     "The methods to compare. Raises ValueError naming the nearest one for an unknown name."
     from jumplora.continual import METHODS
@@ -121,7 +123,7 @@ def chosen_methods(
 
     unique = dict.fromkeys(names)  # a name given twice is run once
     methods = [METHODS[check_choice(name, tuple(METHODS), "method")] for name in unique]
-    return [replace(m, regularizer=ELLA(strength)) if isinstance(m.regularizer, ELLA) else m for m in methods]
+    return [replace(m, regularizer=ELLA(**ella)) if isinstance(m.regularizer, ELLA) else m for m in methods]
 
 # %% ../nbs/13_command_line.ipynb #d004722a
 def chosen_settings(
@@ -136,7 +138,8 @@ def chosen_settings(
     config = TrainConfig(**{item.name: getattr(flags, item.name) for item in fields(TrainConfig)})
     rows = dict(train=flags.train_rows, dev=flags.dev_rows, test=flags.test_rows)
     sequence = load_sequence(flags.sequence, flags.folder, **rows)
-    return sequence, chosen_methods(flags.method, flags.strength), config
+    methods = chosen_methods(flags.method, strength=flags.strength, past_dtype=flags.past_dtype)
+    return sequence, methods, config
 
 # %% ../nbs/13_command_line.ipynb #e5c88e29
 def compare(

@@ -1,6 +1,7 @@
 """Answers and option scores against one row at a time, without cache, mask or padding."""
 
 from functools import cache
+from os.path import commonprefix
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -52,6 +55,10 @@ def load(kind, seed=0):
         sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
         config = LlamaConfig(num_key_value_heads=1, initializer_range=0.3, **sizes, **ids)
         return LlamaForCausalLM(config).eval(), tokenizer
+    if kind == "mistral":  # looks back eight tokens, so padding inside a prompt would show
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+        config = MistralConfig(num_key_value_heads=1, initializer_range=0.3, sliding_window=8, **sizes, **ids)
+        return MistralForCausalLM(config).eval(), tokenizer
     if kind == "gpt2":  # learned positions: a wrong position shows, which rotary embeddings would hide
         sizes = dict(n_positions=256, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
         ids["bos_token_id"] = tokenizer.bos_token_id
@@ -66,7 +73,7 @@ def load(kind, seed=0):
     return model, tokenizer
 
 
-KINDS = ["llama", "gpt2", "t5"]
+KINDS = ["llama", "mistral", "gpt2", "t5"]
 
 
 @torch.no_grad()
@@ -167,6 +174,50 @@ def test_the_models_own_settings_come_back_after_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         answer(model, tokenizer, TASK, TEXTS[:1])
     assert model.generation_config is settings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_rows_that_say_no_option_are_generated(kind, monkeypatch):
+    model, tokenizer = load(kind, seed=2)
+    rows, steps = prompts(tokenizer), 3
+    said = []
+    for row in rows:  # greedy tokens of each
+        said.append([])
+        for _ in range(steps):
+            said[-1].append(next_logits(model, row, said[-1])[-1].argmax().item())
+    choices = [said[0], [9, 9, 9], said[3][:2] + [9]]  # an answer, none, and one that leaves it at the end
+    others = [i for i, tokens in enumerate(said) if tokens != said[0]]
+    assert 0 < len(others) < len(rows)
+    generated, own = [], evaluation.generate
+
+    def count(*args, **inputs):
+        answers = own(*args, **inputs)
+        generated.append(len(answers))
+        return answers
+
+    monkeypatch.setattr(evaluation, "generate", count)
+    answers, scores = evaluation.reader(model, rows)(model, tokenizer, rows, choices, steps)
+    assert generated == [len(others)]
+    assert answers == tokenizer.batch_decode(said, skip_special_tokens=True)
+    expected = np.array([[score(model, row, option) for option in choices] for row in rows])
+    assert np.abs(scores.numpy() - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_common_start_is_read_once(kind, monkeypatch):
+    model, tokenizer = load(kind)
+    read, own = [], type(model.get_decoder()).forward
+
+    def watch(self, *args, **inputs):
+        read.append(tuple((args[0] if args else inputs["input_ids"]).shape))
+        return own(self, *args, **inputs)
+
+    monkeypatch.setattr(type(model.get_decoder()), "forward", watch)
+    answer(model, tokenizer, TASK, TEXTS, batch_size=4)
+    rows = sorted(prompts(tokenizer), key=len)
+    shared = len(commonprefix(rows))
+    assert shared > 10 and read[0] == (1, shared)
+    assert (4, len(rows[3]) - shared - 1) in read and (3, len(rows[-1]) - shared - 1) in read
 
 
 def test_rows_are_read_from_short_to_long_and_each_once():
@@ -299,13 +350,13 @@ def test_train_or_eval_mode_is_as_before_also_after_an_error(training, monkeypat
     model, tokenizer = load("llama")
     model.train(training)
     modes = []
-    own = evaluation.option_scores
+    own = evaluation.read_options
 
     def watch(model, *args):
         modes.append(model.training)
         return own(model, *args)
 
-    monkeypatch.setattr(evaluation, "option_scores", watch)
+    monkeypatch.setattr(evaluation, "read_options", watch)
     evaluate(model, tokenizer, TASK)
     assert modes and not any(modes)
     assert model.training is training
@@ -313,7 +364,7 @@ def test_train_or_eval_mode_is_as_before_also_after_an_error(training, monkeypat
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(evaluation, "option_scores", fail)
+    monkeypatch.setattr(evaluation, "read_options", fail)
     with pytest.raises(RuntimeError):
         evaluate(model, tokenizer, TASK)
     assert model.training is training

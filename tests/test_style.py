@@ -35,9 +35,6 @@ EXCEPTIONS: dict[str, dict[str, tuple[tuple[int, int], str]]] = {
         "cells": ((5, 40), "the front door is short"),
         "words of prose": ((100, 1500), "the front door is short"),
     },
-    "08b_evaluation.ipynb": {
-        "lines of an exported cell": ((0, 26), "`answer` has eight parameters, one documented line each"),
-    },
     "13_command_line.ipynb": {
         "words of prose": ((400, 1500), "the flags explain themselves on the page"),
     },
