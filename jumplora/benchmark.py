@@ -31,7 +31,7 @@ from . import adapter, training
 from .adapter import JumpLoraConfig
 from .backbones import is_encoder_decoder, load_backbone
 from .conventions import check_choice, set_seed, write_atomic
-from .gated_linear import naive_gated_linear
+from .gated_linear import naive_gated_linear, naive_gated_update
 from .regularizers import ELLA, IncLoRA, Update
 from .run_record import environment
 from .schedule import Magnitudes, entries_to_keep, initial_threshold
@@ -115,8 +115,8 @@ def replaced(
 
 def naive_layer():  # a context manager
     "Inside, gated layers store every step of the dense update and multiply twice."
-    fused = dict(gated_linear=naive_gated_linear, fused_adapter=lambda layer: None)
-    return replaced(adapter, **fused)
+    naive = dict(gated_linear=naive_gated_linear, gated_update=naive_gated_update)
+    return replaced(adapter, fused_adapter=lambda layer: None, **naive)
 
 # %% ../nbs/11_speed.ipynb #9d86d308
 def naive_penalty(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .conventions import check_choice, figure_style
 
@@ -167,6 +168,22 @@ class PastUpdates(Regularizer):
         self.past = {name: w.to(device) for name, w in self.past.items()}
         return self
 
+# %% ../nbs/05_regularizers.ipynb #c83a821e
+class _Overlap(torch.autograd.Function):
+    "||U ⊙ P||_F² of two matrices (out, in), differentiable in U."
+
+    @staticmethod
+    def forward(ctx, update, past):
+        product = update * past  # non-zero only where both are
+        ctx.save_for_backward(product, past)
+        return product.flatten() @ product.flatten()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        product, past = ctx.saved_tensors
+        return (product * past).mul_(2 * grad), None
+
 # %% ../nbs/05_regularizers.ipynb #c04f01c6
 def overlap_energy(
     updates: dict[str, Update],  # the current updates
@@ -177,8 +194,8 @@ def overlap_energy(
     check_choice(reduction, ("mean", "sum"), "reduction")
     total = zero_penalty(updates)
     for name, update in updates.items():
-        product = update.delta.float() * past[name].to(update.delta.device)  # non-zero only where both are
-        total = total + product.square().sum().to(total.device)
+        there = past[name].to(update.delta.device)
+        total = total + _Overlap.apply(update.delta.float(), there).to(total.device)
     return total / max(len(updates), 1) if reduction == "mean" else total
 
 # %% ../nbs/05_regularizers.ipynb #dbe244a1

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from jumplora.gated_linear import dense_product, gated_linear, gated_update, naive_gated_linear
+from jumplora.gated_linear import (
+    dense_product,
+    gated_linear,
+    gated_update,
+    naive_gated_linear,
+    naive_gated_update,
+)
 
 LAYERS = [naive_gated_linear, gated_linear]
 OUT, IN, RANK, SCALING, EPSILON = 6, 7, 3, 2.5, 0.2
@@ -163,6 +169,43 @@ def test_a_fresh_adapter_changes_nothing(layer, gamma):
     given["B"] = torch.zeros(OUT, RANK)
     base = F.linear(given["x"], given["weight"], given["bias"])
     assert torch.equal(layer(**given, interpolation=gamma), base)
+
+
+@pytest.mark.parametrize("update", [gated_update, naive_gated_update])
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_update_alone_is_the_layer_without_a_weight(update, factors, gamma, reduction):
+    "x is the identity, so that the output of the layer is the transposed update."
+    wide = torch.promote_types(factors, torch.float32)
+    given = inputs((4,), dtype=wide, factors=factors, weight=False, bias=False)
+    given["x"] = torch.eye(IN, dtype=wide, requires_grad=True)
+    expected = reference(given, gamma, reduction)
+    A, B, tau = (given[name] for name in ("A", "B", "threshold"))
+    found = update(A, B, tau, gamma, SCALING, EPSILON, reduction)
+    found.backward(random(IN, OUT, seed=6, dtype=wide).T)
+    assert found.dtype == wide and A.grad.dtype == B.grad.dtype == factors
+    gradients = {"A": A.grad, "B": B.grad, "threshold": tau.grad}
+    wanted = {name: expected[name] for name in ("y", *gradients)}
+    tolerance = TOLERANCE[torch.bfloat16] if factors == torch.bfloat16 else 1e-5
+    assert_close({"y": found.detach().T} | gradients, wanted, tolerance)
+
+
+def test_the_update_keeps_its_factors_and_nothing_else_for_backward():
+    given, stored = inputs(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.shape) or t, lambda t: t):
+        gated_update(given["A"], given["B"], given["threshold"], 0.5)
+    assert sorted(map(tuple, stored)) == sorted([(RANK, IN), (OUT, RANK), (1,), (1,)])
+
+
+def test_the_update_of_a_frozen_factor_or_threshold_trains_the_others():
+    for frozen in ("A", "B", "threshold"):
+        given = inputs()
+        given[frozen].requires_grad_(False)
+        gated_update(given["A"], given["B"], given["threshold"], 0.5, bandwidth=EPSILON).pow(
+            2
+        ).sum().backward()
+        assert {n for n in ("A", "B", "threshold") if given[n].grad is None} == {frozen}
 
 
 def test_layer_with_the_gate_closed_equals_the_merged_weight_bit_for_bit():
