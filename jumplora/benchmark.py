@@ -297,7 +297,7 @@ def step_part(
     "Time and memory of one training step."
     large = dict(rows=32, length=512) if torch.device(device).type == "cuda" else dict(rows=8, length=128)
     shapes = {"smollm2-135m": dict(rows=8, length=128)} | ({} if quick else {"T5-large's shape": large})
-    rounds, rows = {"smollm2-135m": 3 if quick else 10, "T5-large's shape": 3}, []
+    rounds, rows = {"smollm2-135m": 3 if quick else 30, "T5-large's shape": 5}, []
     for name, shape in shapes.items():
         set_seed(0)
         model = load_backbone(name)[0] if name == "smollm2-135m" else t5_large_shape()

@@ -24,9 +24,9 @@ from . import benchmark, continual, evaluation, training
 from .backbones import load_backbone
 from .benchmark import alternate, compare_times, replaced, synchronize, verdict_row
 from .conventions import check_choice, set_seed
+from .paper_rows import load_sequence
 from .prompts import Example, Question, Task, TaskSequence
 from .regularizers import IncLoRA
-from .tasks import load_sequence
 from .training import TrainConfig
 
 # %% ../nbs/11b_whole_runs.ipynb #0b6ccb40

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
-           'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'overview',
-           'main']
+           'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'data',
+           'data_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
@@ -130,7 +130,7 @@ def chosen_settings(
     flags: Namespace,  # what the parser returned
 ) -> tuple:  # TaskSequence, list of Method, TrainConfig
     "Turn flags into objects; every mistake in them is found here, before anything is computed."
-    from jumplora.tasks import load_sequence
+    from jumplora.paper_rows import load_sequence
     from jumplora.training import TrainConfig
 
     check_choice(flags.preset, tuple(PRESETS), "preset")
@@ -310,12 +310,36 @@ def benchmark_parser() -> ArgumentParser:  # flags of `jumplora benchmark`
     add_model_flags(parser)
     return parser
 
+# %% ../nbs/13_command_line.ipynb #fe31499c
+def data(
+    flags: Namespace,  # from `data_parser`
+) -> int:  # exit code: 0 where every row is the paper's, else 1
+    "Print what a folder holds of the benchmark."
+    from jumplora.paper_rows import check_folder
+
+    check_choice(flags.action, ("check",), "action")
+    table = check_folder(flags.folder)
+    good = table["verdict"].isin(["ok", "cut from the copy"])
+    print(table.to_string())
+    print(f"\n{good.sum()} of {len(table)} lines are the paper's rows")
+    return 0 if good.all() else 1
+
+
+def data_parser() -> ArgumentParser:  # flags of `jumplora data`
+    "The flags of `jumplora data`."
+    about = "Compare a folder with the rows of the paper's benchmark."
+    parser = ArgumentParser(prog="jumplora data", description=about, formatter_class=PlainHelp)
+    parser.add_argument("action", type=str, help="check")
+    parser.add_argument("folder", type=str, help="a public copy of O-LoRA's benchmark, or rows already split")
+    return parser
+
 # %% ../nbs/13_command_line.ipynb #280f9691
 COMMANDS = {
     "compare": (compare_parser, compare, "learn a sequence with several methods, print the table"),
     "show": (show_parser, show, "print one run"),
     "table": (table_parser, table, "print the table of all runs in a folder"),
     "predict": (predict_parser, predict, "ask the model that a run ended with"),
+    "data": (data_parser, data, "compare a folder with the rows of the paper's benchmark"),
     "benchmark": (benchmark_parser, benchmark, "measure speed and memory on this machine"),
 }
 

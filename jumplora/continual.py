@@ -6,8 +6,9 @@
 __all__ = ['METHODS', 'QUIET', 'Method', 'weights_of', 'merge_adapter', 'update_sparsity', 'fingerprint', 'task_fingerprint',
            'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state', 'Learner',
            'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learn_task', 'finish_task', 'kept_adapter',
-           'merged_weights', 'write_down', 'peak_memory', 'find_run', 'restore', 'own_name', 'new_run', 'rows_to_do',
-           'check_start', 'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'merged_weights', 'write_down', 'peak_memory', 'find_run', 'restore', 'about_tasks', 'own_name', 'new_run',
+           'rows_to_do', 'check_start', 'learn_rest', 'start_learner', 'learn_sequence', 'load_learned',
+           'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -382,6 +383,14 @@ def restore(
         learner.weights[name] = target.detach() if target.dtype == torch.float32 else weight.to(device)
 
 # %% ../nbs/09_continual.ipynb #db6794ba
+def about_tasks(
+    sequence: TaskSequence,  # tasks in the order learned
+) -> dict[str, dict]:  # "prompts": name -> instruction and options; "notes": name -> what readers must know
+    "What a record says of the tasks, so that nobody needs their rows to ask the model again."
+    prompts = {task.name: [task.instruction, list(task.options)] for task in sequence}
+    return dict(prompts=prompts, notes={task.name: task.note for task in sequence if task.note})
+
+# %% ../nbs/09_continual.ipynb #98873aed
 QUIET = dict(leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)  # of progress bars
 
 
@@ -407,7 +416,7 @@ def new_run(
         test_rows=[len(getattr(task, split)) for task in sequence],
         seconds=dict(train=[], evaluate=[], merge=[]),
         environment=environment(device),
-        extra=dict(loss={}, penalty={}, prompts={t.name: [t.instruction, list(t.options)] for t in sequence}),
+        extra=dict(loss={}, penalty={}, **about_tasks(sequence)),
         **asked,
     )
 

