@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -34,11 +33,6 @@ from jumplora.tasks import (
     read_tab,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("JUMPLORA_DATA") or ROOT.parent / "shared" / "data" / "cl_benchmark")
-needs_rows = pytest.mark.skipif(
-    not (DATA / "tasks.json").is_file(), reason=f"no benchmark rows in {DATA}: set JUMPLORA_DATA"
-)
 YES_NO = ("yes", "no")
 ROWS = [("one", "yes"), ("two", "no")]
 
