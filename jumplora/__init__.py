@@ -14,7 +14,7 @@ _MODULES = {
     "adapter": "JumpLoraConfig JumpLoraLinear JumpLoraModel adapter_layers delta_weights gate_groups",
     "schedule": "SparsityCallback SparsitySchedule initial_threshold interpolation_factor",
     "regularizers": "ELLA IncLoRA Regularizer Update",
-    "penalties": "NLoRA OLoRA",
+    "penalties": "EWC NLoRA OLoRA",
     "prompts": "Example Task TaskSequence prompt",
     "tasks": "ORDERS",
     "paper_rows": "check_folder load_sequence paper_split",
@@ -23,7 +23,9 @@ _MODULES = {
     "run_record": "DamagedRecord Run",
     "training": "TrainConfig train_task",
     "evaluation": "evaluate",
-    "continual": "METHODS Method learn_sequence load_learned",
+    "continual": "Method learn_sequence load_learned",
+    "methods": "METHODS",
+    "grid": "plan run_grid status",
     "records": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }
 _NAMES = {name: module for module, names in _MODULES.items() for name in names.split()}

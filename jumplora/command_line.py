@@ -6,15 +6,16 @@
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
            'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'data',
-           'data_parser', 'overview', 'main']
+           'data_parser', 'parse_settings', 'grid', 'grid_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
+import json
 import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -34,7 +35,7 @@ PRESETS = {
         dev_rows=40,
         test_rows=50,
         score="test",
-        strength=3e5,
+        strength=["ELLA=3e5"],
         past_dtype="float32",
     ),
 }
@@ -51,7 +52,7 @@ COMPARE_HELP = {
     "dev_rows": "dev rows of each task",
     "test_rows": "test rows of each task",
     "score": "rows that are scored: test, or dev to choose settings",
-    "strength": "λ of ELLA, 0 or above",
+    "strength": "λ of a penalty, or one per task: ELLA=3e5 O-LoRA=0,0.5,0.5,0.5",
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
 }
 
@@ -115,15 +116,16 @@ def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
 # %% ../nbs/13_command_line.ipynb #743b289a
 def chosen_methods(
     names: Sequence[str],  # names of methods
-    **ella: float | str,  # settings of ELLA: strength, past_dtype
+    strength: Sequence[str],  # such as "ELLA=3e5"
+    **settings: str,  # of their penalties: past_dtype
 ) -> list:  # of Method
     "The methods to compare. Raises ValueError naming the nearest one for an unknown name."
-    from jumplora.continual import METHODS
-    from jumplora.regularizers import ELLA
+    from jumplora.methods import METHODS, base_of, parse_strengths, with_settings
 
     unique = dict.fromkeys(names)  # a name given twice is run once
     methods = [METHODS[check_choice(name, tuple(METHODS), "method")] for name in unique]
-    return [replace(m, regularizer=ELLA(**ella)) if isinstance(m.regularizer, ELLA) else m for m in methods]
+    known = parse_strengths(strength)
+    return [with_settings(m, strength=known.get(base_of(m.name)), **settings) for m in methods]
 
 # %% ../nbs/13_command_line.ipynb #d004722a
 def chosen_settings(
@@ -138,7 +140,7 @@ def chosen_settings(
     config = TrainConfig(**{item.name: getattr(flags, item.name) for item in fields(TrainConfig)})
     rows = dict(train=flags.train_rows, dev=flags.dev_rows, test=flags.test_rows)
     sequence = load_sequence(flags.sequence, flags.folder, **rows)
-    methods = chosen_methods(flags.method, strength=flags.strength, past_dtype=flags.past_dtype)
+    methods = chosen_methods(flags.method, flags.strength, past_dtype=flags.past_dtype)
     return sequence, methods, config
 
 # %% ../nbs/13_command_line.ipynb #e5c88e29
@@ -333,6 +335,67 @@ def data_parser() -> ArgumentParser:  # flags of `jumplora data`
     parser.add_argument("folder", type=str, help="a public copy of O-LoRA's benchmark, or rows already split")
     return parser
 
+# %% ../nbs/13_command_line.ipynb #0d77fb77
+def parse_settings(
+    pairs: Sequence[str],  # such as "kept=0.05" or "slurm_partition=gpu"
+) -> dict[str, object]:  # name -> number, true, false or null as in JSON, or text
+    "Settings as words. Raises ValueError where there is no equals sign."
+    found = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{pair!r} is not NAME=VALUE, such as kept=0.05")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def grid(
+    flags: Namespace,  # from `grid_parser`
+) -> int:  # exit code: 1 where a run failed
+    "Do what is missing of a grid, and print how far it is."
+    from jumplora.grid import PROTOCOLS, plan, run_grid, status
+    from jumplora.methods import parse_strengths
+
+    if not flags.status:
+        budget = PROTOCOLS[check_choice(flags.protocol, tuple(PROTOCOLS), "protocol")]
+        budget = dict(rows=budget["rows"], train=budget["train"] | parse_settings(flags.set))
+        shared = dict(backbone=flags.backbone, split=flags.score, dtype=flags.dtype, **budget)
+        jobs = plan(flags.methods, flags.orders, flags.seeds, parse_strengths(flags.strength), **shared)
+        where = dict(workers=flags.workers, engine=flags.engine, folder=flags.folder, device=flags.device)
+        run_grid(jobs, flags.out, **where, **parse_settings(flags.slurm))
+    table = status(flags.out)
+    print(table.reset_index(drop=True).to_string(index=False))
+    counts = table["state"].value_counts()
+    print(", ".join(f"{counts.get(state, 0)} {state}" for state in ("done", "running", "failed", "waiting")))
+    return int("failed" in counts)
+
+# %% ../nbs/13_command_line.ipynb #4f23d210
+def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
+    "The flags of `jumplora grid`."
+    about = "Do many runs, several at a time; those that are done are not repeated."
+    parser = ArgumentParser(prog="jumplora grid", description=about, formatter_class=PlainHelp)
+    add, preset = parser.add_argument, PRESETS["laptop"]
+    add("--methods", nargs="+", type=str, default=preset["method"][1:], help=COMPARE_HELP["method"])
+    orders = ["order1", "order2", "order3"]
+    add("--orders", nargs="+", type=str, default=orders, help=COMPARE_HELP["sequence"])
+    add("--seeds", nargs="+", type=int, default=[42, 43, 44], help=COMPARE_HELP["seed"])
+    add("--protocol", default="reduced", help="the budget: reduced, or paper for all rows")
+    add("--strength", nargs="+", type=str, default=preset["strength"], help=COMPARE_HELP["strength"])
+    add("--set", nargs="+", type=str, default=[], help="other settings of training, e.g. kept=0.05")
+    add("--score", default="test", help=COMPARE_HELP["score"])
+    add("--backbone", default=preset["backbone"], help=COMPARE_HELP["backbone"])
+    add("--folder", type=str, default=None, help=COMPARE_HELP["folder"])
+    add("--out", type=str, default="runs/grid", help="the grid's folder")
+    add("--status", action="store_true", help="only say how far the grid in --out is")
+    add("--workers", type=int, default=1, help="runs at a time")
+    add("--engine", default="local", help="local, or slurm")
+    add("--slurm", nargs="+", type=str, default=[], help="submitit's parameters, e.g. slurm_partition=gpu")
+    add_model_flags(parser)
+    return parser
+
 # %% ../nbs/13_command_line.ipynb #280f9691
 COMMANDS = {
     "compare": (compare_parser, compare, "learn a sequence with several methods, print the table"),
@@ -340,6 +403,7 @@ COMMANDS = {
     "table": (table_parser, table, "print the table of all runs in a folder"),
     "predict": (predict_parser, predict, "ask the model that a run ended with"),
     "data": (data_parser, data, "compare a folder with the rows of the paper's benchmark"),
+    "grid": (grid_parser, grid, "many runs, several at a time, here or on a cluster"),
     "benchmark": (benchmark_parser, benchmark, "measure speed and memory on this machine"),
 }
 

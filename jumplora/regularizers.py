@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Update:
     "The update of one layer, as a regularizer sees it."
 
-    delta: Tensor  # (out, in): ΔW_eff, scaled, as it is added to the frozen weight
+    delta: Tensor | None  # (out, in): ΔW_eff, scaled, as it is added to the frozen weight; None: not formed
     A: Tensor | None = None  # (r, in): first factor, for methods that need it
     B: Tensor | None = None  # (out, r): second factor
 
@@ -35,8 +35,9 @@ def zero_penalty(
     updates: dict[str, Update],  # layer name -> its update; may be empty
 ) -> Tensor:  # scalar 0, fp32, on the device of the updates
     "The price of nothing."
-    device = next(iter(updates.values())).delta.device if updates else None
-    return torch.zeros((), device=device)
+    first = next(iter(updates.values()), None)
+    tensor = None if first is None else first.A if first.delta is None else first.delta
+    return torch.zeros((), device=None if tensor is None else tensor.device)
 
 # %% ../nbs/05_regularizers.ipynb #17e24a80
 def describe_settings(
@@ -56,10 +57,13 @@ class Regularizer:
         "Get ready for updates of these shapes, (out, in) by layer name, on this device."
 
     def penalty(self, updates: dict[str, Update]) -> Tensor:  # scalar with λ inside, added to the loss
-        "The price of the current task's updates, at every training step."
-        return zero_penalty(updates)
+        "The price of the current task's updates, at every training step: the sum over layers."
+        prices = (self.layer_penalty(n, u) for n, u in updates.items()) if self.layer_penalty else ()
+        return sum(prices, zero_penalty(updates))
 
-    layer_penalty = None  # or a method (name, update): the price of one layer, where `penalty` is their sum
+    layer_penalty = None  # or a method (name, update): the price of one layer
+    after_rows = None  # or a method (rows): the gradients of every training row, before `after_task`
+    needs_kept_adapter = False  # True: it remembers one adapter, which must go on from task to task
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
         "Remember what the next tasks need."
@@ -250,7 +254,7 @@ class ELLA(PastUpdates):
         if self.past:
             shapes = {name: tuple(update.delta.shape) for name, update in updates.items()}
             self.before_task(shapes, zero_penalty(updates).device)
-        return sum((self.layer_penalty(n, u) for n, u in updates.items()), zero_penalty(updates))
+        return super().penalty(updates)
 
 # %% ../nbs/05_regularizers.ipynb #3a9fff16
 def overlap_figure(

@@ -147,9 +147,9 @@ class RunProgress(RunScores):
 
     @property
     def finished(self) -> int:  # 0 to T
-        "Tasks that were learned and after which every task seen so far was scored."
-        rows = (np.isnan(self.accuracy[i, : i + 1]).any() for i in range(len(self.tasks)))
-        return next((i for i, missing in enumerate(rows) if missing), len(self.tasks))
+        "Tasks up to the last one after which every task seen so far was scored."
+        scored = (i + 1 for i in range(len(self.tasks)) if not np.isnan(self.accuracy[i, : i + 1]).any())
+        return max(scored, default=0)
 
     @property
     def complete(self) -> bool:  # True when every task is finished

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from jumplora.adapter import JumpLoraConfig
 from jumplora.backbones import load_backbone
-from jumplora.continual import METHODS, learn_sequence
+from jumplora.continual import learn_sequence
 from jumplora.conventions import check_name
 from jumplora.evaluation import answer, evaluate
+from jumplora.methods import METHODS
 from jumplora.paper_rows import load_sequence
 from jumplora.prompts import Task, TaskSequence
 from jumplora.run_record import DamagedRecord, Run, set_aside

@@ -13,8 +13,9 @@ import torch
 from jumplora import backbones, continual
 from jumplora.adapter import adapter_layers, delta_weights, gate_groups
 from jumplora.backbones import load_backbone
-from jumplora.continual import METHODS, Method, learn_sequence, load_learned, merge_adapter, weights_of
+from jumplora.continual import Method, learn_sequence, load_learned, merge_adapter, weights_of
 from jumplora.evaluation import evaluate
+from jumplora.methods import METHODS
 from jumplora.prompts import Task, TaskSequence
 from jumplora.regularizers import ELLA, Regularizer
 from jumplora.run_record import Run

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load, save
 
 from jumplora.backbones import load_backbone
-from jumplora.continual import METHODS, learn_sequence
+from jumplora.continual import learn_sequence
+from jumplora.methods import METHODS
 from jumplora.penalties import NLoRA, OLoRA, leak, shared_directions
 from jumplora.prompts import Task, TaskSequence
 from jumplora.regularizers import Update

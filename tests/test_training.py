@@ -315,7 +315,7 @@ def gradients(kind, accumulation, regularizer, gated=False, task=TASK, batch=Non
     model = randomize(attach_adapter(model, config, gated))
     counted = []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(model, tokenizer, task, config, regularizer, 0, folder)
+        trainer = build_trainer(model, tokenizer, [task], config, regularizer, 0, folder)
         loss_function, spy = trainer.compute_loss_func, Spy(model)
 
         def listen(outputs, labels, num_items_in_batch=None):
@@ -473,7 +473,7 @@ def order_of_rows(grouped, seed=42):
     model, tokenizer = llama()
     with tempfile.TemporaryDirectory() as folder:
         adapted = attach_adapter(model, config, False)
-        trainer = build_trainer(adapted, tokenizer, LONG_AND_SHORT, config, IncLoRA(), seed, folder)
+        trainer = build_trainer(adapted, tokenizer, [LONG_AND_SHORT], config, IncLoRA(), seed, folder)
         lengths = [len(prompt) + len(answer) for prompt, answer in trainer.train_dataset]
         order = list(trainer._get_train_sampler())
     return order, lengths
@@ -607,7 +607,7 @@ def test_weight_decay_reaches_no_parameter():
     config = TrainConfig(rank=2, batch_size=4)
     model = attach_adapter(model, config, True)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(model, tokenizer, TASK, config, IncLoRA(), 0, folder)
+        trainer = build_trainer(model, tokenizer, [TASK], config, IncLoRA(), 0, folder)
         optimizer = trainer.create_optimizer()
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
