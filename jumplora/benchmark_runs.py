@@ -24,6 +24,7 @@ from . import benchmark, continual, evaluation, training
 from .backbones import load_backbone
 from .benchmark import alternate, compare_times, replaced, synchronize, verdict_row
 from .conventions import check_choice, set_seed
+from .methods import METHODS
 from .paper_rows import load_sequence
 from .prompts import Example, Question, Task, TaskSequence
 from .regularizers import IncLoRA
@@ -185,7 +186,7 @@ def run_part(
     seconds, rows = {}, []
     for name, surroundings in (ways | {"fast": nullcontext}).items():
         model, tokenizer = load_backbone("smollm2-135m")
-        method = continual.METHODS["ELLA + JumpLoRA"]
+        method = METHODS["ELLA + JumpLoRA"]
         start, options = time.perf_counter(), dict(seed=0, zero_shot=False, progress=False)
         with surroundings():
             run = continual.learn_sequence(model.to(device, dtype), tokenizer, sequence, method, **options)
@@ -211,7 +212,7 @@ def growth_part(
     content = ("Which?\n", ("red", "blue"), examples, [], examples[:8])
     tasks = [Task(f"task {i}", *content) for i in range(10 if quick else 50)]
     rows, config = [], TrainConfig(batch_size=8)
-    many, method = TaskSequence("many", tasks), continual.METHODS["ELLA + JumpLoRA"]
+    many, method = TaskSequence("many", tasks), METHODS["ELLA + JumpLoRA"]
     learner = continual.start_learner(model, tokenizer, many, method, config)
     for i in range(len(tasks)):
         continual.learn_task(learner, i)

@@ -7,8 +7,8 @@ __all__ = ['QUIET', 'check_method', 'describe_method', 'Method', 'weights_of', '
            'task_fingerprint', 'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state',
            'Learner', 'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn',
            'learn_task', 'finish_task', 'kept_adapter', 'merged_weights', 'write_down', 'peak_memory', 'find_run',
-           'restore', 'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_start', 'learn_rest', 'start_learner',
-           'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'restore', 'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start',
+           'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -466,6 +466,18 @@ def rows_to_do(
     return steps * rows_per_step(learner.config) + scored
 
 # %% ../nbs/09_continual.ipynb #93b45331
+def check_method_fits(
+    method: Method,  # how tasks are kept apart
+    sequence: TaskSequence,  # tasks in the order learned
+) -> None:
+    "Raise ValueError where a method asks for another number of tasks."
+    strengths = getattr(method.regularizer, "strength", None)
+    if isinstance(strengths, tuple) and len(strengths) != len(sequence):
+        raise ValueError(f"strength has {len(strengths)} values for {len(sequence)} tasks; give one per task")
+    if method.training == "isolated" and len(sequence) > 1:
+        raise ValueError(f"{method.name!r} learns one task; {sequence.name!r} has {len(sequence)}")
+
+
 def check_start(
     model: nn.Module,  # backbone
     sequence: TaskSequence,  # tasks in the order learned
@@ -481,11 +493,7 @@ def check_start(
         raise ValueError(f"seed={seed!r} is not a whole number from 0 to 4294966")
     check_targets(model, config.target_modules)
     check_choice(split, ("test", "dev"), "split")
-    strengths = getattr(method.regularizer, "strength", None)
-    if isinstance(strengths, tuple) and len(strengths) != len(sequence):
-        raise ValueError(f"strength has {len(strengths)} values for {len(sequence)} tasks; give one per task")
-    if method.training == "isolated" and len(sequence) > 1:
-        raise ValueError(f"{method.name!r} learns one task; {sequence.name!r} has {len(sequence)}")
+    check_method_fits(method, sequence)
     empty = [task.name for task in sequence if not getattr(task, split)]
     if empty:
         raise ValueError(f"no {split} rows to score in {empty}; give some, or score another split")

@@ -33,7 +33,8 @@ EVERYWHERE = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
 LEARNS = TrainConfig(
     batch_size=4, epochs=10, learning_rate=1e-2, max_length=200, target_modules=EVERYWHERE
 )
-RESUMED = ("ELLA + JumpLoRA", "SeqLoRA", Method("kept gate", gated=True, after_task="keep"))
+SEQUENTIAL = [name for name in METHODS if METHODS[name].training == "sequential"]
+RESUMED = ("ELLA + JumpLoRA", "SeqLoRA", "EWC", Method("kept gate", gated=True, after_task="keep"))
 
 
 @dataclass
@@ -99,8 +100,8 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(out):
-    "One quick run of every method on the tiny decoder."
-    return {name: learn(name, out) for name in METHODS}
+    "One quick run on the tiny decoder of every method that learns task after task."
+    return {name: learn(name, out) for name in SEQUENTIAL}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def files(folder):
 # ---- every method -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SEQUENTIAL)
 def test_every_method_learns_and_scores_the_whole_sequence(runs, name):
     run, T = runs[name].run, len(SEQUENCE)
     assert run.complete and run.method == name
@@ -236,7 +237,7 @@ def expected_update(layer):
     return layer["scaling"] * gated, np.abs(np.abs(dense) - tau) < 1e-6 * tau
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].after_task == "merge"])
+@pytest.mark.parametrize("name", [name for name in SEQUENTIAL if METHODS[name].after_task == "merge"])
 def test_the_merge_adds_the_gated_update_to_the_weight(runs, name):
     for task in runs[name].updates:
         for layer in task.values():
@@ -258,7 +259,7 @@ def test_weight_and_memory_grow_by_the_same_bits(runs, name):
         assert torch.equal(layer["before"], first[key]["after"])  # the next task starts where this one ended
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SEQUENTIAL)
 def test_weights_outside_the_adapted_layers_never_change(runs, name):
     base, result = load_backbone("tiny-llama", dtype="float32")[0].state_dict(), runs[name]
     adapted = {f"{layer}.weight" for layer in result.updates[0]}
@@ -269,7 +270,7 @@ def test_weights_outside_the_adapted_layers_never_change(runs, name):
     assert changed == (adapted if METHODS[name].after_task == "merge" else set())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SEQUENTIAL)
 def test_the_recorded_sparsity_is_the_share_of_zeros(runs, name):
     result = runs[name]
     for task, layers in zip(SEQUENCE.names, result.updates, strict=True):

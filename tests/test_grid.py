@@ -1,0 +1,279 @@
+"""Grids: plans, keys, states, real processes that fail or are killed, a stand-in for SLURM, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jumplora.command_line import main, parse_settings
+from jumplora.grid import (
+    Job,
+    held_lock,
+    job_sequence,
+    job_state,
+    open_grid,
+    plan,
+    read_job,
+    run_grid,
+    run_job,
+    status,
+)
+from jumplora.run_record import Run
+
+SMALL = dict(backbone="tiny-llama", rows=dict(train=8, dev=0, test=4), train=dict(max_length=200))
+
+
+def states(out):
+    table = status(out)
+    return dict(zip(table.index, table["state"], strict=True))
+
+
+# ---- plans ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_has_every_combination_once_and_single_tasks_once():
+    jobs = plan(["IncLoRA", "ELLA", "IncLoRA"], ["order1", "order2"], [1, 2, 1], {"ELLA": 3.0}, **SMALL)
+    assert len(jobs) == len({job.key for job in jobs}) == 8
+    assert [job.strength for job in jobs[:4]] == [None, None, 3.0, 3.0]
+    tasks = [job.sequence for job in plan(["single task"], ["order1", "order2", "order3"], [1], **SMALL)]
+    assert tasks == ["dbpedia", "amazon", "yahoo", "agnews"]
+    everything = plan(["single task"], [f"order{n}" for n in range(1, 7)], [1], **SMALL)
+    assert len(everything) == 15
+    with pytest.raises(ValueError, match="did you mean 'ELLA'"):
+        plan(["Ella"], ["order1"], [1], **SMALL)
+
+
+def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
+    job = Job("ELLA + JumpLoRA", "order1", 1, "tiny-llama")
+    changes = dict(
+        method="ELLA", sequence="order2", seed=2, backbone="x", rows={"train": 3}, train={"kept": 0.1},
+        strength=1.0, split="dev", dtype="float32",
+    )  # fmt: skip
+    keys = {replace(job, **{name: value}).key for name, value in changes.items()}
+    assert len(keys | {job.key}) == len(changes) + 1
+    assert Job("ELLA", "../../x/..", 1, "b").key.strip("-._abcdefghijklmnopqrstuvwxyz0123456789") == ""
+    assert "/" not in Job("ELLA", "../../x/..", 1, "b").key
+
+
+def test_every_mistake_is_found_before_anything_is_written(tmp_path):
+    jobs = {
+        "is no setting of training": Job("ELLA", "newsroom", 1, "tiny-llama", train={"rang": 4}),
+        "rank=0": Job("ELLA", "newsroom", 1, "tiny-llama", train={"rank": 0}),
+        "order9": Job("ELLA", "order9", 1, "tiny-llama"),
+        "not allowed": Job("ELLA", "newsroom", 1, "tiny-llama", strength=-1.0),
+        "strength has 3 values for 4 tasks": Job(
+            "ELLA", "newsroom", 1, "tiny-llama", strength=[0.0, 1.0, 1.0]
+        ),
+    }
+    for message, job in jobs.items():
+        with pytest.raises(ValueError, match=message):
+            run_grid([job], tmp_path / "grid")
+    with pytest.raises(OSError, match="no such place|does not exist|not shipped"):
+        run_grid(
+            [Job("ELLA", "order1", 1, "tiny-llama")],
+            tmp_path / "grid",
+            folder=str(tmp_path / "no such place"),
+        )
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
+    from jumplora import grid
+    from jumplora.tasks import newsroom
+
+    whole = newsroom().limit(train=4, dev=0, test=4)
+    monkeypatch.setattr(grid, "load_sequence", lambda name, folder, **rows: whole)
+    sequence = job_sequence(Job("single task", "hobbies", 1, "tiny-llama"))
+    assert sequence.names == ("hobbies",) and sequence[0] == whole["hobbies"]
+
+
+# ---- states -----------------------------------------------------------------------------------------------
+
+
+def test_a_done_job_is_done_only_while_its_record_is_good(tmp_path):
+    (job,) = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
+    open_grid(tmp_path, [job])
+    folder = tmp_path / "jobs" / job.key
+    assert job_state(folder) == ("waiting", "")
+    assert run_job(str(tmp_path), job.key) == "done" and job_state(folder)[0] == "done"
+    record = next(tmp_path.glob("newsroom*/record.json"))
+    text = record.read_text()
+    for damaged in (text[:100], text.replace('"seed": 1', '"seed": 2')):
+        record.write_text(damaged)
+        assert job_state(folder) == ("waiting", "its record is gone or damaged")
+    record.write_text(text)
+    assert job_state(folder)[0] == "done"
+    (folder / "state.json").write_text('{"state": "done", "record": "../../../etc"}')
+    assert job_state(folder)[0] == "waiting"  # a name is never a path
+    (folder / "state.json").write_text("no json")
+    assert job_state(folder) == ("waiting", "")
+    before = record.stat().st_mtime_ns
+    run_job(str(tmp_path), job.key)  # finds its record, and learns nothing again
+    assert Run.load(record).complete and record.stat().st_mtime_ns == before
+
+
+def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from jumplora.grid import held_lock\n"
+        "with held_lock(Path(sys.argv[1])) as ours: print(ours, flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "True\n"
+    with held_lock(tmp_path / "lock") as ours:
+        assert not ours
+    holder.kill()
+    holder.wait()
+    with held_lock(tmp_path / "lock") as ours:
+        assert ours
+
+
+def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(tmp_path):
+    jobs = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
+    for content in ('{"format": 99}', "no json", "[]"):
+        (tmp_path / "grid.json").write_text(content)
+        with pytest.raises(ValueError, match="is a grid of format"):
+            run_grid(jobs, tmp_path)
+        assert (tmp_path / "grid.json").read_text() == content and not (tmp_path / "jobs").exists()
+    (tmp_path / "grid.json").unlink()
+    open_grid(tmp_path, jobs)
+    asked = tmp_path / "jobs" / jobs[0].key / "asked.json"
+    for damage in (asked.read_text().replace('"seed": 1', '"seed": 2'), "{}", "[1]", ""):
+        asked.write_text(damage)
+        with pytest.raises(ValueError, match="is damaged; delete"):
+            read_job(asked.parent)
+    with pytest.raises(ValueError, match="holds no grid"):
+        status(tmp_path / "nowhere")
+
+
+# ---- real processes ---------------------------------------------------------------------------------------
+
+
+def worker_of(out, key):
+    "The process that holds a job's lock, as the kernel knows it."
+    inode = str((out / "jobs" / key / "lock").stat().st_ino)
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if "FLOCK" in words and words[5].split(":")[-1] == inode:
+            return int(words[4])
+
+
+def start_grid(out, *words):
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from jumplora.command_line import main; sys.exit(main(sys.argv[1:]))",
+    ]
+    command += ["grid", "--backbone", "tiny-llama", "--orders", "newsroom", "--out", str(out), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the worker is found through /proc/locks")
+def test_a_killed_worker_stops_no_other_and_a_second_call_runs_only_what_is_missing(tmp_path):
+    words = ["--methods", "IncLoRA", "SeqLoRA", "--seeds", "1", "--set", "max_length=200", "--workers", "2"]
+    grid = start_grid(tmp_path, *words)
+    jobs = plan(
+        ["IncLoRA", "SeqLoRA"], ["newsroom"], [1], backbone="tiny-llama",
+        rows=dict(train=120, dev=40, test=50), train=dict(max_length=200),
+    )  # fmt: skip
+    victim, other = (job.key for job in jobs)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(tmp_path.glob("*_inclora_*/record.json")):
+        time.sleep(0.05)  # until its first task is written down
+    os.kill(worker_of(tmp_path, victim), signal.SIGKILL)
+    out, err = grid.communicate(timeout=240)
+    assert grid.returncode == 1, err
+    assert "1 done, 0 running, 1 failed, 0 waiting" in out
+    assert "its process was killed; a second call goes on after its last finished task" in out
+    assert states(tmp_path) == {victim: "failed", other: "done"}
+    killed = Run.load(next(tmp_path.glob("*_inclora_*")))
+    assert 0 < killed.finished < 4
+    stamp = next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns
+
+    again = start_grid(tmp_path, *words)
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0 and "2 done, 0 running, 0 failed, 0 waiting" in out, err
+    assert next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns == stamp  # not done again
+    resumed = Run.load(next(tmp_path.glob("*_inclora_*")))
+    assert np.array_equal(
+        resumed.accuracy[: killed.finished], killed.accuracy[: killed.finished], equal_nan=True
+    )
+    assert resumed.extra["loss"]["reuters"] == killed.extra["loss"]["reuters"]
+
+
+def test_a_run_that_fails_says_its_last_line_and_the_others_are_done(tmp_path):
+    good = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
+    bad = plan(["IncLoRA"], ["newsroom"], [1], **SMALL | dict(backbone="no such model"))
+    table = run_grid([*bad, *good], tmp_path, workers=2)
+    assert states(tmp_path) == {bad[0].key: "failed", good[0].key: "done"}
+    error = table.loc[bad[0].key, "note"]
+    assert "no such model" in error and "\n" not in error
+    assert main(["grid", "--status", "--out", str(tmp_path)]) == 1
+
+
+def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, monkeypatch):
+    tools, out = tmp_path / "bin", tmp_path / "grid"
+    tools.mkdir()
+    for name, says in dict(sbatch="Submitted batch job 4242", srun="", sacct="", scontrol="").items():
+        (tools / name).write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/{name}.sh 2>/dev/null\necho "{says}"\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    jobs = plan(["IncLoRA"], ["newsroom"], [1, 2, 3], **SMALL)
+    open_grid(out, jobs)
+    run_job(str(out), jobs[0].key)
+    options = dict(slurm_partition="fast", gpus_per_node=1, timeout_min=90)
+    table = run_grid(jobs, out, workers=2, engine="slurm", **options)
+    script = (tmp_path / "sbatch.sh").read_text()
+    assert "#SBATCH --array=0-1%2" in script  # two of three, two at a time
+    assert "#SBATCH --partition=fast" in script and "#SBATCH --time=90" in script
+    assert sorted(table["state"]) == ["done", "waiting", "waiting"]
+    with pytest.raises(ValueError, match="engine='lsf'"):
+        run_grid(jobs, out, engine="lsf")
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def test_settings_are_json_or_text():
+    words = ["kept=0.05", "threshold_scope=block", "group_by_length=true", "kept=null"]
+    assert parse_settings(words) == dict(kept=None, threshold_scope="block", group_by_length=True)
+    for word in ("kept", "=1"):
+        with pytest.raises(ValueError, match="is not NAME=VALUE"):
+            parse_settings([word])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "Ella"], "did you mean 'ELLA'"),
+        (["--protocol", "big"], "protocol='big'"),
+        (["--strength", "ELLA"], "is no NAME=NUMBER"),
+        (["--set", "rang=4"], "is no setting of training"),
+        (["--orders", "order7"], "order7"),
+        (["--workers", "0"], "workers=0"),
+        (["--status"], "holds no grid"),
+    ],
+)
+def test_wrong_words_are_answered_and_nothing_is_written(words, message, tmp_path, capsys):
+    out = tmp_path / "grid"
+    words = ["grid", "--orders", "newsroom", "--backbone", "tiny-llama", "--out", str(out), *words]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "Traceback" not in said.err and not out.exists()
+
+
+def test_records_of_a_grid_say_the_protocol_in_numbers(tmp_path):
+    (job,) = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
+    open_grid(tmp_path, [job])
+    run_job(str(tmp_path), job.key)
+    record = json.loads(next(tmp_path.glob("newsroom*/record.json")).read_text())
+    assert all(counts == [8, 0, 4] for counts in record["configuration"]["counts"].values())
+    assert record["configuration"]["train"]["max_length"] == 200
