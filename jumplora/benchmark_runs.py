@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'naive_answer', 'naive_generate', 'naive_option_scores', 'learned_model', 'evenly', 'unlike',
            'evaluation_part', 'batches_part', 'everything_naive', 'run_part', 'growth_part', 'growth_figure',
-           'startup_part', 'measure', 'loop_verdicts', 'speed_table']
+           'path_part', 'startup_part', 'measure', 'loop_verdicts', 'speed_table']
 
 # %% ../nbs/11b_whole_runs.ipynb #63f09362
 import subprocess
@@ -239,6 +239,26 @@ def growth_figure(
     figure.suptitle("steps and memory stay level, scoring grows with the tasks that are scored")
     return figure
 
+# %% ../nbs/11b_whole_runs.ipynb #9514999b
+def path_part(
+    quick: bool,  # the tiny T5 instead
+    device: torch.device | str = "cpu",  # where
+    dtype: torch.dtype = torch.float32,  # of the weights
+) -> list[dict]:  # one row: seconds of each stage of the second task, and the peak of memory
+    "ELLA + JumpLoRA on a random model of T5-large's shape: a step, a batch of answers, a merge."
+    set_seed(0)
+    tiny, tokenizer = load_backbone("tiny-t5")
+    model = (tiny if quick else benchmark.t5_large_shape()).to(device, dtype)
+    examples = [Example(f"{word} " * 200, word) for word in ("red", "blue") * 4]
+    content = ("Which?\n", ("red", "blue"), examples, [], examples)
+    tasks = TaskSequence("path", [Task(name, *content) for name in ("one", "two")])
+    method, config = METHODS["ELLA + JumpLoRA"], TrainConfig(batch_size=8)
+    options = dict(zero_shot=False, progress=False)
+    run = continual.learn_sequence(model, tokenizer, tasks, method, config, **options)
+    taken = {name: values[-1] for name, values in run.seconds.items()}
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    return [taken | dict(million_weights=size, peak_megabytes=run.peak_memory / 1e6)]
+
 # %% ../nbs/11b_whole_runs.ipynb #d0c0798f
 def startup_part(
     quick: bool,  # fewer rounds
@@ -266,6 +286,7 @@ PARTS: dict[str, Callable[..., list[dict]]] = {
     "batches": batches_part,
     "run": run_part,
     "growth": growth_part,
+    "path": path_part,
     "startup": startup_part,
 }
 

@@ -218,16 +218,21 @@ def show(
 def table(
     flags: Namespace,  # from `table_parser`
 ) -> int:  # exit code
-    "Print the table of all runs in a folder."
-    from jumplora.records import comparison_table, load_runs, markdown_table
+    "Print the tables of all runs in a folder; with --out, write them too."
+    from jumplora.comparison import tables_of, write_tables
+    from jumplora.records import load_runs, markdown_table
 
     formats = ("text", "markdown", "csv", "html")
-    name, runs = check_choice(flags.format, formats, "format"), load_runs(flags.folder)
+    form, runs = check_choice(flags.format, formats, "format"), load_runs(flags.folder)
     if not runs:
         raise ValueError(f"{flags.folder} holds no run; give a folder that `jumplora compare` wrote to")
-    frame = comparison_table(runs)
-    write = dict(text=frame.to_string, csv=frame.to_csv, html=frame.to_html)
-    print(markdown_table(frame) if name == "markdown" else write[name]())
+    tables = tables_of(runs)
+    for name, frame in tables.items():
+        print(f"\n{name}\n" if len(tables) > 1 else "", end="")
+        write = dict(text=frame.to_string, csv=frame.to_csv, html=frame.to_html)
+        print(markdown_table(frame) if form == "markdown" else write[form]())
+    for path in write_tables(tables, flags.out) if flags.out else ():
+        print(path)
     return 0
 
 # %% ../nbs/13_command_line.ipynb #2223b859
@@ -266,6 +271,7 @@ def table_parser() -> ArgumentParser:  # flags of `jumplora table`
     parser = ArgumentParser(prog="jumplora table", description=about, formatter_class=PlainHelp)
     parser.add_argument("folder", type=str, nargs="?", default="runs/laptop", help="folder of runs")
     parser.add_argument("--format", default="text", help="text, markdown, csv or html")
+    parser.add_argument("--out", type=str, default=None, help="folder for all tables in three formats")
     return parser
 
 # %% ../nbs/13_command_line.ipynb #8412f920
@@ -305,7 +311,7 @@ def benchmark_parser() -> ArgumentParser:  # flags of `jumplora benchmark`
     "The flags of `jumplora benchmark`."
     about = "Measure speed and memory on this machine."
     parser = ArgumentParser(prog="jumplora benchmark", description=about, formatter_class=PlainHelp)
-    names = "layer, step, start, evaluation, batches, run, growth, startup"
+    names = "layer, step, start, evaluation, batches, run, growth, path, startup"
     parser.add_argument("--parts", type=str, nargs="+", default=[], help=f"some of {names}; none: all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes")
     parser.add_argument("--out", type=str, default="runs/speed", help="folder of the records")
@@ -351,7 +357,7 @@ def parse_settings(
             found[name] = text
     return found
 
-
+# %% ../nbs/13_command_line.ipynb #ea8ce7fd
 def grid(
     flags: Namespace,  # from `grid_parser`
 ) -> int:  # exit code: 1 where a run failed

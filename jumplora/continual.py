@@ -477,7 +477,7 @@ def check_method_fits(
     if method.training == "isolated" and len(sequence) > 1:
         raise ValueError(f"{method.name!r} learns one task; {sequence.name!r} has {len(sequence)}")
 
-
+# %% ../nbs/09_continual.ipynb #df1ef75e
 def check_start(
     model: nn.Module,  # backbone
     sequence: TaskSequence,  # tasks in the order learned

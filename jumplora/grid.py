@@ -80,14 +80,15 @@ def plan(
     seeds: Iterable[int],  # one run each
     strengths: dict[str, float | list[float]] | None = None,  # from `parse_strengths`
     **shared: object,  # other fields of `Job`, the same for all
-) -> list[Job]:  # seed by seed, so that a grid that is stopped has whole columns
+) -> list[Job]:  # seed by seed, order by order
     "The jobs of a grid, each once. Raises ValueError for an unknown method."
     methods, orders, strengths = list(dict.fromkeys(methods)), list(orders), strengths or {}
+    places = [(i, m, name) for m in methods for i, name in enumerate(sequences_for(m, orders))]
+    places.sort(key=lambda place: place[0])  # all methods of the first order, then of the second
     return [
         Job(method, sequence, seed, strength=strengths.get(base_of(method)), **shared)
         for seed in dict.fromkeys(seeds)
-        for method in methods
-        for sequence in sequences_for(method, orders)
+        for _, method, sequence in places
     ]
 
 # %% ../nbs/12b_grid.ipynb #dc164da9
@@ -227,7 +228,7 @@ def job_state(
         return "waiting", "its record is gone or damaged"
     return ("done" if run.complete else "waiting"), f"{run.average_accuracy:.1f} %, {run.minutes:.1f} minutes"
 
-
+# %% ../nbs/12b_grid.ipynb #a4163daa
 def status(
     out: str | Path,  # a grid's folder
 ) -> pd.DataFrame:  # one row per job: method, sequence, seed, state, note
@@ -285,7 +286,7 @@ def executor_for(
     executor.update_parameters(**dict(name="jumplora", timeout_min=7 * 24 * 60) | options)
     return executor
 
-
+# %% ../nbs/12b_grid.ipynb #72f30b35
 def run_local(
     out: Path,  # a grid's folder
     keys: Sequence[str],  # jobs to do
@@ -310,7 +311,7 @@ def run_local(
             running[1].cancel()
         raise
 
-# %% ../nbs/12b_grid.ipynb #72f30b35
+# %% ../nbs/12b_grid.ipynb #24862f7b
 def devices_for(
     device: str,  # "auto", "cpu", "cuda", "cuda:1"
 ) -> list[str]:  # one or more, to be taken in turn
@@ -320,7 +321,7 @@ def devices_for(
     count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     return [f"cuda:{i}" for i in range(count)] or [device]
 
-
+# %% ../nbs/12b_grid.ipynb #70a0e972
 def run_grid(
     jobs: Sequence[Job],  # from `plan`
     out: str | Path,  # the grid's folder

@@ -59,7 +59,7 @@ def parse_strengths(
         found[check_choice(name, able, "method with a strength")] = values[0] if len(values) == 1 else values
     return found
 
-
+# %% ../nbs/09a_methods.ipynb #85a5ef32
 def with_settings(
     method: Method,  # of the list
     **settings: object,  # fields of its regularizer, e.g. strength; None: as it is

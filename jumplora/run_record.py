@@ -147,9 +147,11 @@ class RunProgress(RunScores):
 
     @property
     def finished(self) -> int:  # 0 to T
-        "Tasks up to the last one after which every task seen so far was scored."
-        scored = (i + 1 for i in range(len(self.tasks)) if not np.isnan(self.accuracy[i, : i + 1]).any())
-        return max(scored, default=0)
+        "Tasks that were learned and after which every task seen so far was scored."
+        known = [~np.isnan(self.accuracy[i, : i + 1]) for i in range(len(self.tasks))]
+        if known[-1].all() and not any(row.any() for row in known[:-1]):
+            return len(known)  # all tasks were learned at once, and scored once
+        return next((i for i, row in enumerate(known) if not row.all()), len(known))
 
     @property
     def complete(self) -> bool:  # True when every task is finished

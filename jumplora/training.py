@@ -7,7 +7,8 @@ __all__ = ['OPTIMIZERS', 'encode_prompt', 'encode_answer', 'pad', 'Collator', 'l
            'check_kept_and_targets', 'paper_config', 'check_train_config', 'TrainConfig', 'check_targets',
            'attach_adapter', 'layer_factors', 'layer_update', 'named_updates', 'layerwise_penalty', 'penalty_function',
            'TaskLog', 'StepLog', 'training_arguments', 'encode_rows', 'collator_for', 'optimizer_choice',
-           'build_trainer', 'run_training', 'task_steps', 'train_task', 'row_gradients', 'training_figure']
+           'build_trainer', 'run_training', 'task_steps', 'schedule_gate', 'train_task', 'row_gradients',
+           'training_figure']
 
 # %% ../nbs/08_training.ipynb #889122bc
 import inspect
@@ -471,6 +472,17 @@ def task_steps(
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
 
 # %% ../nbs/08_training.ipynb #051980bd
+def schedule_gate(
+    trainer: PenaltyTrainer,  # ready to train
+    steps: int,  # K, optimizer steps of the task
+    config: TrainConfig,  # when the gate begins to close, and how much passes
+) -> SparsitySchedule:  # it fills its history as training goes on
+    "Let the trainer move the gate."
+    schedule = SparsitySchedule(trainer.model, steps, config.gate_start, config.gate_stop, config.kept)
+    trainer.add_callback(SparsityCallback(schedule))
+    return schedule
+
+# %% ../nbs/08_training.ipynb #621becf6
 def train_task(
     model: nn.Module,  # model with a trainable adapter from `attach_adapter`
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -488,13 +500,10 @@ def train_task(
     set_seed(seed)
     log, start = TaskLog(task_steps(task, config, also)), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        asked = (config, regularizer, seed, folder, optimizer)
-        trainer = build_trainer(model, tokenizer, (task, *also), *asked)
+        trainer = build_trainer(model, tokenizer, (task, *also), config, regularizer, seed, folder, optimizer)
         trainer.add_callback(StepLog(trainer, log, advance))
         if gated:
-            schedule = SparsitySchedule(model, log.steps, config.gate_start, config.gate_stop, config.kept)
-            log.gate = schedule.history
-            trainer.add_callback(SparsityCallback(schedule))
+            log.gate = schedule_gate(trainer, log.steps, config).history
         run_training(trainer, task)
     model.eval()
     log.seconds = time.perf_counter() - start

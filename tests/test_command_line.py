@@ -169,7 +169,7 @@ def test_the_installed_command_is_main(root):
         (["compare", "--device", "cuad"], "device='cuad' is not usable here.*use 'auto' or 'cpu'"),
         (["compare", "--rank", "0"], "rank=0 is not a whole number of at least 1"),
         (["compare", "--batch-size", "-3"], "batch_size=-3 is not a whole number of at least 1"),
-        (["compare", "--method", "ELLA", "--strength", "-1"], "strength=-1.0 is not allowed"),
+        (["compare", "--method", "ELLA", "--strength", "ELLA=-1"], "strength=-1.0 is not allowed"),
         (["compare", "--method", "ELLA", "--past-dtype", "half"], "past_dtype='half'"),
         (["compare", "--train-rows", "0"], "train=0 is no number of rows"),
         (["compare", "--seed", "-1"], "seed=-1 "),

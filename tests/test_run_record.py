@@ -113,8 +113,17 @@ def test_a_run_in_progress_has_nan_instead_of_errors(tmp_path):
 def test_a_row_with_a_hole_is_not_finished():
     run = make(accuracy=[[80, None], [None, 91]])
     assert run.finished == 1
-    run = make(accuracy=[[None, None], [60, 91]])
+    three = dict(tasks=["a", "b", "c"], test_rows=[9, 9, 9])
+    run = make(accuracy=[[None] * 3, [60, 91, None], [60, 90, 80]], **three)
     assert run.finished == 0
+    run = make(accuracy=[[None] * 3, [None] * 3, [60, 90, None]], **three)
+    assert run.finished == 0
+
+
+def test_tasks_learned_at_once_are_finished_by_one_row():
+    run = make(accuracy=[[None, None], [60, 91]])
+    assert run.finished == 2 and run.complete and run.average_accuracy == 75.5
+    assert math.isnan(run.backward_transfer) and math.isnan(run.forgetting)
 
 
 def test_one_task_alone_has_no_backward_transfer_but_a_score():
