@@ -212,6 +212,8 @@ def show(
     print()
     for heading, (name, _) in COLUMNS.items():
         print(f"{heading:18} {getattr(run, name):8.2f}")
+    for task, note in run.extra.get("notes", {}).items():
+        print(f"{task}: {note}")
     return 0
 
 # %% ../nbs/13_command_line.ipynb #7a9dc807

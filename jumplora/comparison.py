@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'GATED_AND_BASE', 'scratch_scores', 'forward_transfer', 'measured', 'order_values', 'grid_table', 'wins',
-           'summary_table', 'typical_interval', 'paired_difference', 'gate_table', 'sequence_figure', 'falls',
-           'forgetting_figure', 'beside_figure', 'write_tables', 'part_tables', 'tables_of']
+           'summary_table', 'span', 'budget_text', 'search_table', 'typical_interval', 'paired_difference',
+           'gate_table', 'sequence_figure', 'falls', 'forgetting_figure', 'beside_figure', 'write_tables',
+           'part_tables', 'tables_of']
 
 # %% ../nbs/12a_comparison.ipynb #e1c3d8b9
 import itertools
@@ -149,6 +150,44 @@ def summary_table(
         rows[method] = {name: mean_text(v) if v else "not run" for name, v in values.items()}
         rows[method]["runs"] = str(count)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+# %% ../nbs/12a_comparison.ipynb #ab64c828
+def span(
+    values: Iterable[int],  # numbers, at least one
+) -> str:  # "50" or "40 to 50"
+    "The smallest and the largest."
+    low, high = min(values := list(values)), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def budget_text(
+    runs: Sequence[Run],  # runs of one budget
+) -> str:  # one or two sentences
+    "Backbone, rows, length and what must be known of the rows; computed from the records."
+    if not runs:
+        return "Not run."
+    counts = [rows for run in runs for rows in run.configuration["counts"].values()]
+    lengths = [run.configuration["train"]["max_length"] for run in runs]
+    names = " and ".join(sorted({run.backbone for run in runs}))
+    notes = {f"{task}: {note}" for run in runs for task, note in run.extra.get("notes", {}).items()}
+    return (f"{len(runs)} runs of {names}; per task {span(c[0] for c in counts)} training rows and "
+            f"{span(c[2] for c in counts)} test rows, prompts of at most {span(lengths)} tokens."
+            + "".join(f" {note}." for note in sorted(notes)))  # fmt: skip
+
+# %% ../nbs/12a_comparison.ipynb #19ee16ae
+def search_table(
+    runs: Iterable[Run],  # runs scored on dev rows
+) -> pd.DataFrame:  # text: a row per try
+    "What was tried to choose strengths and thresholds, and how it did on dev rows."
+    rows = []
+    for run in runs:
+        strength = run.configuration["method"]["regularizer"].get("strength")
+        kept = run.configuration["train"]["kept"]
+        tried = f"λ = {strength:g}" if strength is not None else f"kept = {kept}"
+        scores = f"{run.average_accuracy:.1f}", f"{run.just_learned:.1f}"
+        rows.append([run.method, run.sequence, tried, *scores])
+    columns = ["method", "sequence", "tried", "overall accuracy on dev", "just learned on dev"]
+    return pd.DataFrame(rows, columns=columns).sort_values(columns[:2], kind="stable").set_index("method")
 
 # %% ../nbs/12a_comparison.ipynb #f1b7495d
 def typical_interval(

@@ -73,7 +73,7 @@ def sequences_for(
     tasks = [ORDERS[int(n)] if n.isdigit() and int(n) in ORDERS else (f"order{n}",) for n in numbers]
     return list(dict.fromkeys(task for names in tasks for task in names))
 
-
+# %% ../nbs/12b_grid.ipynb #b99f99e0
 def plan(
     methods: Iterable[str],  # keys of `METHODS`
     orders: Iterable[str],  # "order1" to "order6", or other sequences

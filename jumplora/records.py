@@ -7,12 +7,13 @@ __all__ = ['COMPARED', 'RUN_COMMAND', 'COLUMNS', 'PARTS', 'mean_text', 'load_run
            'shared_settings', 'by_method', 'overall_interval', 'method_row', 'comparison_table', 'best_cells',
            'interval_note', 'markdown_table', 'new_figure', 'not_run_figure', 'title_of', 'draw_matrix',
            'accuracy_figure', 'first_task_line', 'first_task_figure', 'reported_results', 'measured_text',
-           'reported_rows', 'reported_table', 'source_list', 'command_for', 'what_was_run']
+           'reported_rows', 'reported_table', 'source_list', 'grid_command', 'what_was_run']
 
 # %% ../nbs/12_records.ipynb #7937a177
 import json
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -380,14 +381,15 @@ def source_list(
     return "\n".join(f"- [{note}] {source}" for note, source in pairs)
 
 
-def command_for(
-    method: str,  # a method's name
-    sequence: str,  # "order1" to "order6", or "newsroom"
-    backbone: str = "google-t5/t5-large",  # a backbone's name
+def grid_command(
+    methods: Sequence[str],  # names of methods
+    orders: Sequence[str],  # "order1" to "order6"
+    backbone: str,  # a backbone's name
 ) -> str:  # a shell command
-    "The command that fills a \"not run\" cell."
-    out = f"results/{Path(backbone).name}-{sequence}"
-    return f'jumplora compare --method "{method}" --sequence {sequence} --backbone {backbone} --out {out}'
+    "The command that fills \"not run\" cells, under the paper's budget."
+    quoted = " ".join(shlex.quote(name) for name in methods)
+    where = f"--backbone {backbone} --folder DATA --out results/{Path(backbone).name}"
+    return f"jumplora grid --protocol paper --methods {quoted} --orders {' '.join(orders)} {where}"
 
 # %% ../nbs/12_records.ipynb #7dbc55fe
 def what_was_run(

@@ -15,9 +15,9 @@ from jumplora.records import (
     accuracy_figure,
     best_cells,
     by_method,
-    command_for,
     comparison_table,
     first_task_figure,
+    grid_command,
     in_order,
     interval_note,
     load_runs,
@@ -264,12 +264,17 @@ def test_every_note_of_a_table_is_in_the_list_of_sources():
             assert f"- {source.split(' ')[0]} " in listed
 
 
-def test_the_command_for_a_cell_is_one_shell_line():
+def test_the_command_that_fills_the_grid_is_one_shell_line_with_flags_that_exist():
     import shlex
 
-    words = shlex.split(command_for("ELLA + JumpLoRA", "order4"))
-    assert words == ["jumplora", "compare", "--method", "ELLA + JumpLoRA", "--sequence", "order4",
-                     "--backbone", "google-t5/t5-large", "--out", "results/t5-large-order4"]  # fmt: skip
+    from jumplora.command_line import grid_parser
+
+    line = grid_command(["ELLA", "ELLA + JumpLoRA"], ["order1", "order4"], "google-t5/t5-large")
+    words = shlex.split(line)
+    assert words[:2] == ["jumplora", "grid"]
+    flags = grid_parser().parse_args(words[2:])
+    assert flags.methods == ["ELLA", "ELLA + JumpLoRA"] and flags.orders == ["order1", "order4"]
+    assert (flags.protocol, flags.backbone, flags.out) == ("paper", "google-t5/t5-large", "results/t5-large")
 
 
 def test_the_first_sentence_counts_the_records():

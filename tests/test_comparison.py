@@ -1,0 +1,224 @@
+"""Comparison over orders and seeds: cells against numpy, intervals against brute force, wins and files."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jumplora.command_line import main
+from jumplora.comparison import (
+    budget_text,
+    falls,
+    forgetting_figure,
+    gate_table,
+    grid_table,
+    measured,
+    order_values,
+    paired_difference,
+    part_tables,
+    scratch_scores,
+    search_table,
+    sequence_figure,
+    summary_table,
+    typical_interval,
+    wins,
+    write_tables,
+)
+from jumplora.run_record import Run
+
+ORDERS = {
+    "order1": ["dbpedia", "amazon", "yahoo", "agnews"],
+    "order2": ["dbpedia", "amazon", "agnews", "yahoo"],
+    "order3": ["yahoo", "amazon", "agnews", "dbpedia"],
+}
+ALL = ["amazon", "agnews", "dbpedia", "yahoo"]
+
+
+def make(method, order, seed, rng=None, split="test", **changes):
+    "A run with random scores."
+    rng = rng or np.random.default_rng([seed, *map(ord, method + order)])
+    tasks = ORDERS.get(order, [order])
+    matrix = np.where(np.tri(len(tasks), dtype=bool), rng.uniform(0, 100, (len(tasks), len(tasks))), np.nan)
+    configuration = dict(
+        method=dict(regularizer=dict(name=method)),
+        train=dict(max_length=128, kept=None),
+        rows={task: f"rows of {task}" for task in tasks},
+        counts={task: [120, 40, 50] for task in tasks},
+        scored_split=split,
+    )
+    content = dict(configuration=configuration, accuracy=matrix, seconds=dict(train=[60.0], evaluate=[30.0]))
+    return Run(method, "a model", order, seed, tasks, [50] * len(tasks), **content | changes)
+
+
+METHODS = ("IncLoRA", "IncLoRA + JumpLoRA", "ELLA")
+RUNS = [make(*where) for where in itertools.product(METHODS, ORDERS, (1, 2, 3))]
+ALONE = [make("single task", task, seed) for task in ALL for seed in (1, 2)]
+
+
+def test_cells_are_means_over_seeds_with_their_standard_deviation():
+    table = grid_table(RUNS, "SC", "backward transfer")
+    for method in METHODS:
+        values = {}
+        for run in (run for run in RUNS if run.method == method):
+            a = run.accuracy
+            values[run.sequence, run.seed] = np.mean([a[3, j] - a[j, j] for j in range(3)])
+        for order in ORDERS:
+            cell = [values[order, seed] for seed in (1, 2, 3)]
+            assert table.loc[method, order] == f"{np.mean(cell):.1f} ± {np.std(cell, ddof=1):.1f}"
+        parts = [np.mean([values[order, seed] for order in ORDERS]) for seed in (1, 2, 3)]
+        assert table.loc[method, "SC"] == f"{np.mean(parts):.1f} ± {np.std(parts, ddof=1):.1f}"
+        assert table.loc[method, "seeds"] == "3"
+
+
+def test_a_seed_without_all_orders_does_not_count_in_the_mean_of_orders():
+    runs = [run for run in RUNS if (run.sequence, run.seed) != ("order3", 2)]
+    assert len(order_values(measured(runs, "ELLA"), tuple(ORDERS))) == 2
+    assert len(order_values(measured(runs, "ELLA"), ("order1",))) == 3
+    table = grid_table(runs, methods=["SeqLoRA", "ELLA"])
+    assert (table.loc["ELLA", "seeds"], table.loc["SeqLoRA", "SC"]) == ("2", "not run")
+    assert list(table.index[:2]) == ["SeqLoRA", "IncLoRA"]  # the order of every table
+    unfinished = make("ELLA", "order1", 9, accuracy=np.full((4, 4), np.nan))
+    assert grid_table([*RUNS, unfinished]).equals(grid_table(RUNS))
+
+
+def test_forward_transfer_uses_the_same_task_on_the_same_rows_and_settings():
+    run = RUNS[0]
+    expected = [np.mean([o.accuracy[0, 0] for o in ALONE if o.tasks == [task]]) for task in run.tasks]
+    assert scratch_scores(run, ALONE) == pytest.approx(expected)
+    summary = summary_table([*RUNS, *ALONE])
+    own = [r for r in RUNS if r.method == run.method]
+    per_seed = [
+        np.mean([np.mean(r.accuracy[3] - np.array(scratch_scores(r, ALONE))) for r in own if r.seed == seed])
+        for seed in (1, 2, 3)
+    ]
+    shown = f"{np.mean(per_seed):.1f} ± {np.std(per_seed, ddof=1):.1f}"
+    assert summary.loc[run.method, "forward transfer"] == shown
+    assert "single task" not in summary.index and summary.loc["ELLA", "runs"] == "9"
+    for key, value in dict(train=dict(max_length=512), rows=dict.fromkeys(ALL, "other")).items():
+        other = [
+            make("single task", o.tasks[0], o.seed, configuration=o.configuration | {key: value})
+            for o in ALONE
+        ]
+        assert scratch_scores(run, other) is None
+    assert summary_table(RUNS).loc["ELLA", "forward transfer"] == "not measured"
+
+
+def brute_force(differences, outer):
+    means = []
+    for size in range(1, len(differences) + 1):
+        means += [np.mean(pick) for pick in itertools.combinations(differences, size)]
+    means.sort()
+    return means[outer - 1], means[-outer]
+
+
+@pytest.mark.parametrize("n", [6, 7, 9])
+def test_the_interval_is_that_of_all_subset_means(n):
+    differences = np.random.default_rng(n).normal(size=n)
+    outer = math.floor(0.025 * 2**n)
+    assert typical_interval(differences) == pytest.approx(brute_force(differences, outer))
+
+
+def test_too_few_or_too_many_pairs_have_no_interval():
+    assert typical_interval([1.0] * 5) is None and typical_interval([]) is None
+    assert typical_interval([2.0] * 6) == (2.0, 2.0)
+    with pytest.raises(ValueError, match="17 pairs"):
+        typical_interval([1.0] * 17)
+
+
+def test_pairs_share_order_and_seed():
+    runs = [run for run in RUNS if (run.method, run.seed) != ("IncLoRA", 3)]
+    row = paired_difference(runs, "IncLoRA + JumpLoRA", "IncLoRA")
+    a, b = measured(runs, "IncLoRA + JumpLoRA"), measured(runs, "IncLoRA")
+    differences = [a[key] - b[key] for key in sorted(b)]
+    assert row["pairs"] == "6" and row["mean"] == f"{np.mean(differences):+.1f}"
+    low, high = typical_interval(differences)
+    assert row["95 % interval"] == f"{low:+.1f} to {high:+.1f}"
+    assert row["better in"] == f"{sum(d > 0 for d in differences)} of 6"
+    less = paired_difference(runs, "IncLoRA + JumpLoRA", "IncLoRA", measure="forgetting")
+    c, d = measured(runs, "IncLoRA + JumpLoRA", "forgetting"), measured(runs, "IncLoRA", "forgetting")
+    assert less["better in"] == f"{sum(c[k] < d[k] for k in d)} of 6"  # less is better
+    table = gate_table(runs)
+    assert set(table["pairs"]) == {"6", "0"} and "not run" in set(table["mean"])
+
+
+def test_a_win_is_clear_of_the_next_by_more_than_either_spread():
+    cells = dict(
+        clear=["60.0 ± 1.0", "63.0 ± 0.5", "50.0 ± 9.0"],
+        within=["60.0 ± 4.0", "63.0 ± 0.5", "50.0 ± 9.0"],
+        low=["-9.0 ± 0.1", "-5.0 ± 0.1", "not run"],
+        single=["60.0 ± 1.0", "63.0", "50.0 ± 1.0"],
+        alone=["60.0 ± 1.0", "not run", "not run"],
+    )
+    table = pd.DataFrame(cells, index=["A", "B", "C"])
+    won = wins(table, dict(clear=1, within=1, low=-1, single=1, alone=1))
+    assert won.to_numpy().nonzero()[0].tolist() == [0, 1] and won.loc["B", "clear"] and won.loc["A", "low"]
+
+
+def test_two_records_in_one_place_are_refused():
+    with pytest.raises(ValueError, match="two runs of IncLoRA on order1 with seed 1; keep one"):
+        grid_table([*RUNS, RUNS[0]])
+    with pytest.raises(ValueError, match="measure='accuracy'"):
+        measured(RUNS, "ELLA", "accuracy")
+
+
+def test_falls_are_from_the_best_score_and_leave_the_last_task_out():
+    own = [run for run in RUNS if run.method == "ELLA"]
+    found = {task: [] for task in ALL}
+    for run in own:
+        for j, task in enumerate(run.tasks[:3]):
+            found[task].append(max(run.accuracy[j:, j]) - run.accuracy[3, j])
+    assert falls(own) == pytest.approx({task: np.mean(values) for task, values in found.items()})
+
+
+def test_the_budget_and_what_must_be_known_of_rows_are_said():
+    noted = make("ELLA", "order1", 7, extra=dict(notes=dict(yahoo="a different sample")))
+    text = budget_text([*RUNS, noted])
+    assert "28 runs of a model" in text and "120 training rows and 50 test rows" in text
+    assert "at most 128 tokens" in text and "yahoo: a different sample." in text
+    assert budget_text([]) == "Not run."
+
+
+def test_a_search_shows_every_try():
+    tries = []
+    for strength in (1e4, 1e5):
+        run = make("ELLA", "order1", 1, split="dev")
+        run.configuration["method"]["regularizer"]["strength"] = strength
+        tries.append(run)
+    gate = make("IncLoRA + JumpLoRA", "order1", 1, split="dev")
+    gate.configuration["train"]["kept"] = 0.05
+    assert search_table([*tries, gate])["tried"].tolist() == ["λ = 10000", "λ = 100000", "kept = 0.05"]
+
+
+def test_tables_are_written_in_three_forms_that_agree(tmp_path):
+    tables = part_tables(RUNS)
+    paths = write_tables(tables, tmp_path)
+    assert sorted({path.suffix for path in paths}) == [".csv", ".html", ".md"] and len(paths) == 15
+    back = pd.read_csv(tmp_path / "SC-summary.csv", index_col=0, dtype=str)
+    assert back.equals(tables["SC-summary"])
+    markdown = (tmp_path / "SC-summary.md").read_text()
+    assert all(cell in markdown for cell in tables["SC-summary"].to_numpy().ravel())
+
+
+def test_the_command_prints_and_writes_the_tables_of_several_orders(tmp_path, capsys):
+    for run in [*RUNS, *ALONE]:
+        run.save(tmp_path / "runs")
+    assert (
+        main(["table", str(tmp_path / "runs"), "--format", "markdown", "--out", str(tmp_path / "tables")])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "SC-overall-accuracy" in said and (tmp_path / "tables" / "SC-gate.csv").exists()
+    assert main(["table", str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("figure", [sequence_figure, forgetting_figure])
+def test_figures_say_when_nothing_was_run_and_draw_a_line_or_bars_per_method(figure):
+    empty = figure([])
+    assert "not run" in empty.axes[0].texts[0].get_text()
+    drawn = figure(RUNS).axes[0]
+    assert len(drawn.get_legend_handles_labels()[1]) == len(METHODS)
+    joint = make("multi-task", "order1", 1, accuracy=[[None] * 4] * 3 + [[50.0] * 4])
+    assert joint.complete
+    figure([*RUNS, joint])  # a bound without a diagonal is left out, and breaks nothing
