@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'naive_answer', 'naive_generate', 'naive_option_scores', 'learned_model', 'evenly', 'unlike',
            'evaluation_part', 'batches_part', 'everything_naive', 'run_part', 'growth_part', 'growth_figure',
-           'path_part', 'startup_part', 'measure', 'loop_verdicts', 'speed_table']
+           'path_part', 'startup_part', 'measure', 'loop_verdicts', 'path_verdicts', 'speed_table']
 
 # %% ../nbs/11b_whole_runs.ipynb #63f09362
 import subprocess
@@ -334,6 +334,19 @@ def loop_verdicts(
     return rows
 
 # %% ../nbs/11b_whole_runs.ipynb #26c109aa
+def path_verdicts(
+    parts: dict,  # from `load_parts`
+) -> list[dict]:  # rows without a target
+    "What the paper's model takes."
+    if "path" not in parts:
+        return []
+    row = parts["path"].iloc[0]
+    named = {"learning a task of one step, seconds": "train", "merging a task, seconds": "merge"}
+    found = {what: f"{row[key]:.1f}" for what, key in named.items()}
+    found["peak memory, GB"] = f"{row['peak_megabytes'] / 1e3:.1f}"
+    return [{"what": f"T5-large's shape: {what}", "measured": value} for what, value in found.items()]
+
+
 def speed_table(
     parts: dict,  # from `load_parts`
 ):  # DataFrame: what, measured, target, met
@@ -343,4 +356,5 @@ def speed_table(
     rows = []
     for name in ("layer", "step", "start"):
         rows += getattr(benchmark, f"{name}_verdicts")(parts[name]) if name in parts else []
-    return pd.DataFrame(rows + loop_verdicts(parts)).fillna("").set_index("what")
+    rows += loop_verdicts(parts) + path_verdicts(parts)
+    return pd.DataFrame(rows, columns=["what", "measured", "target", "met"]).fillna("").set_index("what")
