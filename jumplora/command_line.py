@@ -172,11 +172,12 @@ def report(
     out: Path,  # folder for table and figures
 ) -> None:
     "Print the table, write it beside the records, draw the two figures, and say where they are."
+    from jumplora.comparison import budget_text
     from jumplora.conventions import figure_style, write_atomic
     from jumplora.records import accuracy_figure, comparison_table, first_task_figure, markdown_table
 
     table = comparison_table(runs)
-    print("\n" + table.to_string() + "\n")
+    print(f"\n{table.to_string()}\n\n{budget_text(runs)}\n")
     write_atomic(out / "table.md", markdown_table(table) + "\n")
     with figure_style():
         figures = {"accuracy.png": accuracy_figure(runs), "first_task.png": first_task_figure(runs)}
