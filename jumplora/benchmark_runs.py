@@ -341,10 +341,11 @@ def path_verdicts(
     if "path" not in parts:
         return []
     row = parts["path"].iloc[0]
-    named = {"learning a task of one step, seconds": "train", "merging a task, seconds": "merge"}
+    named = {"a task of one step, seconds": "train", "merging a task, seconds": "merge"}
     found = {what: f"{row[key]:.1f}" for what, key in named.items()}
     found["peak memory, GB"] = f"{row['peak_megabytes'] / 1e3:.1f}"
-    return [{"what": f"T5-large's shape: {what}", "measured": value} for what, value in found.items()]
+    model = f"T5 of {row['million_weights']:.0f} million weights"
+    return [{"what": f"{model}: {what}", "measured": value} for what, value in found.items()]
 
 
 def speed_table(

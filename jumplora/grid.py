@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'FORMAT', 'Job', 'sequences_for', 'plan', 'job_method', 'job_sequence', 'check_jobs', 'learn_job',
-           'held_lock', 'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'run_job',
-           'executor_for', 'run_local', 'devices_for', 'run_grid', 'start_here']
+           'held_lock', 'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process',
+           'run_job', 'executor_for', 'run_local', 'devices_for', 'run_grid', 'start_here']
 
 # %% ../nbs/12b_grid.ipynb #903f8de4
 import fcntl
@@ -69,8 +69,8 @@ def sequences_for(
     "The orders themselves; for a method that learns one task alone, the tasks of the benchmark's orders."
     if METHODS[check_choice(method, tuple(METHODS), "method")].training != "isolated":
         return list(dict.fromkeys(orders))
-    numbers = [order.removeprefix("order") for order in orders]
-    tasks = [ORDERS[int(n)] if n.isdigit() and int(n) in ORDERS else (f"order{n}",) for n in numbers]
+    known = {f"order{number}": tasks for number, tasks in ORDERS.items()}
+    tasks = [known.get(order, (order,)) for order in orders]
     return list(dict.fromkeys(task for names in tasks for task in names))
 
 # %% ../nbs/12b_grid.ipynb #b99f99e0
@@ -120,7 +120,7 @@ def check_jobs(
     jobs: Sequence[Job],  # all of a grid
     folder: str | None = None,  # the benchmark's rows
 ) -> None:
-    "Find what is wrong with any job before the first begins. Raises ValueError or FileNotFoundError."
+    "Find wrong methods, settings and sequences first. Raises ValueError or FileNotFoundError."
     loaded = {}
     for job, method in [(job, job_method(job)[0]) for job in jobs]:  # all words first, then the rows
         place = (job.sequence, str(job.rows), method.training)
@@ -146,16 +146,21 @@ def learn_job(
 @contextmanager
 def held_lock(
     path: Path,  # the lock's file; made if it is not there
+    patience: float = 0.0,  # seconds to wait for somebody who only looks
 ) -> Iterator[bool]:  # whether the lock is ours
     "Take a lock for as long as the block runs, if nobody holds it."
     path.parent.mkdir(parents=True, exist_ok=True)
+    until, ours = time.monotonic() + patience, False
     with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        while not ours:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = True
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.05)
+        yield ours
 
 # %% ../nbs/12b_grid.ipynb #159540b8
 def write_json(
@@ -212,8 +217,8 @@ def job_state(
     folder: Path,  # a job's folder, in a grid's folder
 ) -> tuple[str, str]:  # "done", "running", "failed" or "waiting", and what there is to say
     "How far a job is."
-    note = read_json(folder / "state.json")
     with held_lock(folder / "lock") as free:
+        note = read_json(folder / "state.json")
         if not free:
             return "running", f"since {note.get('since', 'now')}"
     if note.get("state") == "failed":
@@ -245,23 +250,35 @@ def status(
     return pd.DataFrame(rows, columns=columns).set_index("key")
 
 # %% ../nbs/12b_grid.ipynb #57f60f78
+def prepare_process(
+    threads: int | None,  # of the CPU; None: torch decides
+    visible: str | None,  # CUDA_VISIBLE_DEVICES; "all": none is hidden; None: as it is
+) -> None:
+    "Set the threads, and undo that submitit hides GPUs from jobs of this machine."
+    import torch
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    if visible is not None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
+
+# %% ../nbs/12b_grid.ipynb #65a6fcfc
 def run_job(
     out: str,  # a grid's folder
     key: str,  # which job
     folder: str | None = None,  # the benchmark's rows
     device: str = "auto",  # as in `load_backbone`
-    threads: int | None = None,  # of the CPU; None: torch decides
+    threads: int | None = None,  # as in `prepare_process`
+    visible: str | None = None,  # the same
 ) -> str:  # how far it is now
     "Do one job, unless it is done or somebody is at it; what goes wrong is written down and raised again."
-    import torch
-
     place = Path(out) / "jobs" / key
+    prepare_process(threads, visible)
     if job_state(place)[0] == "done":
         return "done"
-    with held_lock(place / "lock") as ours:
+    with held_lock(place / "lock", patience=2) as ours:
         if not ours:
             return "running"
-        torch.set_num_threads(threads or torch.get_num_threads())
         write_json(place / "state.json", dict(state="running", since=time.strftime("%Y-%m-%d %H:%M")))
         try:
             run = learn_job(read_job(place), Path(out), folder, device)
@@ -270,7 +287,7 @@ def run_job(
             write_json(place / "state.json", dict(state="failed", error=f"{type(error).__name__}: {said}"))
             raise
         write_json(place / "state.json", dict(state="done", record=run.name))
-    return "done"
+        return "done"
 
 # %% ../nbs/12b_grid.ipynb #8eb0904f
 def executor_for(
@@ -341,7 +358,8 @@ def run_grid(
     missing = [job.key for job in jobs if job_state(out / "jobs" / job.key)[0] not in ("done", "running")]
     if engine == "slurm" and missing:
         executor = executor_for(engine, out / "jobs" / "log", dict(slurm_array_parallelism=workers) | options)
-        executor.map_array(run_job, [str(out.resolve())] * len(missing), missing, [folder] * len(missing))
+        shared = ([value] * len(missing) for value in (folder, device))
+        executor.map_array(run_job, [str(out.resolve())] * len(missing), missing, *shared)
     elif missing:
         start_here(out, missing, workers, folder, device, options)
     return status(out)
@@ -357,10 +375,11 @@ def start_here(
 ) -> None:
     "Share this machine's threads and GPUs among the workers, and do the jobs."
     devices, threads = devices_for(device), max(1, (os.cpu_count() or 1) // workers)
-    gpus = dict(gpus_per_node=len(devices)) if devices[0].startswith("cuda") else {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
     def submit(key: str, slot: int):
-        executor = executor_for("local", out / "jobs" / key / "log", gpus | options)
-        return executor.submit(run_job, str(out), key, folder, devices[slot % len(devices)], threads)
+        executor = executor_for("local", out / "jobs" / key / "log", options)
+        here = (devices[slot % len(devices)], threads, visible)
+        return executor.submit(run_job, str(out), key, folder, *here)
 
     run_local(out, keys, workers, submit)

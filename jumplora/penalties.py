@@ -148,7 +148,7 @@ class NLoRA(Regularizer):
     strength: float = 1e-5  # λ ≥ 0, on the sum over all entries of all layers; not tuned
 
     def __post_init__(self):
-        check_strength(self.strength)
+        check_strength((self.strength,))
 
     def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar
         "One layer's price."
@@ -234,7 +234,7 @@ class SavedFactorMemory(FactorMemory):
 # %% ../nbs/05a_penalties.ipynb #bf2c2eef
 @dataclass(eq=False)
 class EWC(SavedFactorMemory):
-    "Pay for moving factors that finished tasks are sensitive to (arXiv 1612.00796, online form)."
+    "Pay for moving factors that finished tasks are sensitive to (arXiv 1612.00796, 1805.06370)."
 
     strength: float = 1e3  # λ ≥ 0; not tuned
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # F by "layer.A"

@@ -118,7 +118,7 @@ def test_the_whole_benchmark_writes_a_record_per_part_and_a_table(small, tmp_pat
     assert parts["run"]["accuracy"].map(str).nunique() == 1
     assert len(parts["growth"]) == 10
     table = benchmark_runs.speed_table(parts)
-    assert set(table["met"]) <= {"yes", "no", ""} and len(table) == 4 + 4 + 6 + 7
+    assert set(table["met"]) <= {"yes", "no", ""} and len(table) == 4 + 4 + 6 + 7 + 3
     records = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert all(record["environment"]["versions"]["torch"] for record in records)
 

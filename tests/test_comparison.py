@@ -95,7 +95,7 @@ def test_forward_transfer_uses_the_same_task_on_the_same_rows_and_settings():
     ]
     shown = f"{np.mean(per_seed):.1f} ± {np.std(per_seed, ddof=1):.1f}"
     assert summary.loc[run.method, "forward transfer"] == shown
-    assert "single task" not in summary.index and summary.loc["ELLA", "runs"] == "9"
+    assert "single task" not in summary.index and summary.loc["ELLA", "runs"] == "9 of 9"
     for key, value in dict(train=dict(max_length=512), rows=dict.fromkeys(ALL, "other")).items():
         other = [
             make("single task", o.tasks[0], o.seed, configuration=o.configuration | {key: value})
@@ -159,6 +159,10 @@ def test_a_win_is_clear_of_the_next_by_more_than_either_spread():
 def test_two_records_in_one_place_are_refused():
     with pytest.raises(ValueError, match="two runs of IncLoRA on order1 with seed 1; keep one"):
         grid_table([*RUNS, RUNS[0]])
+    other = make("IncLoRA", "order1", 9)
+    other.configuration["train"]["kept"] = 0.5
+    with pytest.raises(ValueError, match="differ in train; compare runs of one setting"):
+        grid_table([*RUNS, other])
     with pytest.raises(ValueError, match="measure='accuracy'"):
         measured(RUNS, "ELLA", "accuracy")
 
@@ -188,7 +192,7 @@ def test_a_search_shows_every_try():
         tries.append(run)
     gate = make("IncLoRA + JumpLoRA", "order1", 1, split="dev")
     gate.configuration["train"]["kept"] = 0.05
-    assert search_table([*tries, gate])["tried"].tolist() == ["λ = 10000", "λ = 100000", "kept = 0.05"]
+    assert search_table([*tries, gate])["tried"].tolist() == ["λ = 10000.0", "λ = 100000.0", "kept = 0.05"]
 
 
 def test_tables_are_written_in_three_forms_that_agree(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,25 @@ def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path):
         assert ours
 
 
+def test_a_worker_waits_out_somebody_who_only_looks(tmp_path):
+    lock = tmp_path / "lock"
+    looks = threading.Event()
+
+    def look():
+        with held_lock(lock):
+            looks.set()
+            time.sleep(0.3)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    looks.wait()
+    with held_lock(lock) as at_once:
+        assert not at_once
+    with held_lock(lock, patience=5) as ours:
+        assert ours
+    looker.join()
+
+
 def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(tmp_path):
     jobs = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
     for content in ('{"format": 99}', "no json", "[]"):
@@ -166,46 +186,34 @@ def worker_of(out, key):
             return int(words[4])
 
 
-def start_grid(out, *words):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from jumplora.command_line import main; sys.exit(main(sys.argv[1:]))",
-    ]
-    command += ["grid", "--backbone", "tiny-llama", "--orders", "newsroom", "--out", str(out), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the worker is found through /proc/locks")
-def test_a_killed_worker_stops_no_other_and_a_second_call_runs_only_what_is_missing(tmp_path):
-    words = ["--methods", "IncLoRA", "SeqLoRA", "--seeds", "1", "--set", "max_length=200", "--workers", "2"]
-    grid = start_grid(tmp_path, *words)
-    jobs = plan(
-        ["IncLoRA", "SeqLoRA"], ["newsroom"], [1], backbone="tiny-llama",
-        rows=dict(train=120, dev=40, test=50), train=dict(max_length=200),
-    )  # fmt: skip
+def test_a_killed_worker_stops_no_other_and_a_second_call_runs_only_what_is_missing(tmp_path, capsys):
+    enough = SMALL | dict(rows=dict(train=64, dev=0, test=4))  # so much that there is time to kill it
+    jobs = plan(["IncLoRA"], ["newsroom"], [1], **enough) + plan(["SeqLoRA"], ["newsroom"], [1], **SMALL)
     victim, other = (job.key for job in jobs)
-    deadline = time.time() + 120
-    while time.time() < deadline and not list(tmp_path.glob("*_inclora_*/record.json")):
-        time.sleep(0.05)  # until its first task is written down
-    os.kill(worker_of(tmp_path, victim), signal.SIGKILL)
-    out, err = grid.communicate(timeout=240)
-    assert grid.returncode == 1, err
-    assert "1 done, 0 running, 1 failed, 0 waiting" in out
-    assert "its process was killed; a second call goes on after its last finished task" in out
+
+    def kill_after_the_first_task():
+        deadline = time.time() + 120
+        while time.time() < deadline and not list(tmp_path.glob("*_inclora_*/record.json")):
+            time.sleep(0.02)
+        os.kill(worker_of(tmp_path, victim), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_after_the_first_task)
+    killer.start()
+    table = run_grid(jobs, tmp_path, workers=2)
+    killer.join()
     assert states(tmp_path) == {victim: "failed", other: "done"}
+    said = "its process was killed; a second call goes on after its last finished task"
+    assert table.loc[victim, "note"] == said and f"{victim}: failed: {said}" in capsys.readouterr().out
     killed = Run.load(next(tmp_path.glob("*_inclora_*")))
     assert 0 < killed.finished < 4
     stamp = next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns
 
-    again = start_grid(tmp_path, *words)
-    out, err = again.communicate(timeout=240)
-    assert again.returncode == 0 and "2 done, 0 running, 0 failed, 0 waiting" in out, err
+    run_grid(jobs, tmp_path, workers=2)
+    assert states(tmp_path) == {victim: "done", other: "done"}
     assert next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns == stamp  # not done again
-    resumed = Run.load(next(tmp_path.glob("*_inclora_*")))
-    assert np.array_equal(
-        resumed.accuracy[: killed.finished], killed.accuracy[: killed.finished], equal_nan=True
-    )
+    resumed, done = Run.load(next(tmp_path.glob("*_inclora_*"))), killed.finished
+    assert np.array_equal(resumed.accuracy[:done], killed.accuracy[:done], equal_nan=True)
     assert resumed.extra["loss"]["reuters"] == killed.extra["loss"]["reuters"]
 
 

@@ -277,10 +277,15 @@ def test_a_method_with_a_penalty_of_its_own_runs_and_is_recorded():
 
 
 def test_strengths_are_numbers_or_lists_for_methods_that_have_one():
-    assert parse_strengths(["ELLA=3e5", "EWC=0,1,2"]) == {"ELLA": 3e5, "EWC": [0.0, 1.0, 2.0]}
+    assert parse_strengths(["EWC=3e5", "ELLA=0,1,2"]) == {"EWC": 3e5, "ELLA": [0.0, 1.0, 2.0]}
     assert with_settings(METHODS["IncLoRA"], strength=1.0) == METHODS["IncLoRA"]
     assert with_settings(METHODS["EWC"], strength=5.0, past_dtype="bfloat16").regularizer.strength == 5.0
     assert METHODS["ELLA"].regularizer.strength == 3e4  # the list itself does not change
+
+
+def test_one_strength_per_task_is_for_ella_alone():
+    with pytest.raises(ValueError, match="only ELLA takes one per task"):
+        parse_strengths(["O-LoRA=0,1,1,1"])
 
 
 @pytest.mark.parametrize("pair", ["3e5", "ELLA", "ELLA=", "ELLA=a", "ELLA=1;2", "=3"])
