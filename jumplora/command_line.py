@@ -52,7 +52,7 @@ COMPARE_HELP = {
     "dev_rows": "dev rows of each task",
     "test_rows": "test rows of each task",
     "score": "rows that are scored: test, or dev to choose settings",
-    "strength": "λ of a penalty, or one per task: ELLA=3e5 O-LoRA=0,0.5,0.5,0.5",
+    "strength": "λ of a penalty, e.g. ELLA=3e5 O-LoRA=0.5; one per task for ELLA: ELLA=0,3e5,3e5,3e5",
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
 }
 
