@@ -385,7 +385,8 @@ def grid(
         budget = PROTOCOLS[check_choice(flags.protocol, tuple(PROTOCOLS), "protocol")]
         shared = dict(backbone=flags.backbone, split=flags.score, dtype=flags.dtype, rows=budget["rows"])
         asked = (flags.methods, flags.orders, flags.seeds, parse_strengths(flags.strength))
-        jobs = [job for one in swept(flags.set) for job in plan(*asked, **shared, train=budget["train"] | one)]
+        tries = [budget["train"] | settings for settings in swept(flags.set)]
+        jobs = [job for train in tries for job in plan(*asked, **shared, train=train)]
         where = dict(workers=flags.workers, engine=flags.engine, folder=flags.folder, device=flags.device)
         run_grid(jobs, flags.out, **where, **parse_settings(flags.slurm))
     table = status(flags.out)
@@ -406,7 +407,7 @@ def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
     add("--seeds", nargs="+", type=int, default=[42, 43, 44], help=COMPARE_HELP["seed"])
     add("--protocol", default="reduced", help="the budget: reduced, or paper for all rows")
     add("--strength", nargs="+", type=str, default=preset["strength"], help=COMPARE_HELP["strength"])
-    add("--set", nargs="+", type=str, default=[], help="other settings, e.g. kept=0.05; one that comes twice is swept")
+    add("--set", nargs="+", type=str, default=[], help="other settings, e.g. kept=0.05; repeat one to sweep it")
     add("--score", default="test", help=COMPARE_HELP["score"])
     add("--backbone", default=preset["backbone"], help=COMPARE_HELP["backbone"])
     add("--folder", type=str, default=None, help=COMPARE_HELP["folder"])
