@@ -407,7 +407,7 @@ def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
     add("--seeds", nargs="+", type=int, default=[42, 43, 44], help=COMPARE_HELP["seed"])
     add("--protocol", default="reduced", help="the budget: reduced, or paper for all rows")
     add("--strength", nargs="+", type=str, default=preset["strength"], help=COMPARE_HELP["strength"])
-    add("--set", nargs="+", type=str, default=[], help="other settings, e.g. kept=0.05; repeat one to sweep it")
+    add("--set", nargs="+", type=str, default=[], help="settings, e.g. kept=0.05; repeat one to sweep it")
     add("--score", default="test", help=COMPARE_HELP["score"])
     add("--backbone", default=preset["backbone"], help=COMPARE_HELP["backbone"])
     add("--folder", type=str, default=None, help=COMPARE_HELP["folder"])
