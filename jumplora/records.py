@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMPARED', 'RUN_COMMAND', 'COLUMNS', 'PARTS', 'mean_text', 'load_runs', 'scored_on_test', 'in_order',
            'shared_settings', 'by_method', 'overall_interval', 'method_row', 'comparison_table', 'best_cells',
-           'interval_note', 'markdown_table', 'new_figure', 'not_run_figure', 'title_of', 'draw_matrix',
+           'told_apart', 'interval_note', 'markdown_table', 'new_figure', 'not_run_figure', 'title_of', 'draw_matrix',
            'accuracy_figure', 'first_task_line', 'first_task_figure', 'reported_results', 'measured_text',
            'reported_rows', 'reported_table', 'source_list', 'grid_command', 'what_was_run']
 
@@ -159,22 +159,30 @@ def best_cells(
     return best
 
 # %% ../nbs/12_records.ipynb #a9cf1c03
-def interval_note(
-    runs: Sequence[Run],  # runs of one sequence and one backbone
+def told_apart(
+    groups: dict[str, Sequence[Run]],  # name -> finished runs; those without any are passed over
+    what: str = "methods",  # what the names are
 ) -> str:  # one or two sentences
-    "Which methods have intervals of overall accuracy that do not overlap."
-    groups = {name: [run for run in group if run.complete] for name, group in by_method(runs).items()}
+    "Which groups have intervals of overall accuracy that do not overlap."
     ends = {name: overall_interval(group) for name, group in groups.items() if group}
     if len(ends) < 2:
-        return "Fewer than two methods were run, so there is nothing to tell apart."
+        return f"Fewer than two {what} were run, so there is nothing to tell apart."
     apart = [f"{a} over {b}" for a in ends for b in ends if ends[a][0] > ends[b][1]]
     pairs = len(ends) * (len(ends) - 1) // 2
     seeds = min(len(groups[name]) for name in ends)
     return (
-        f"The intervals overlap for {pairs - len(apart)} of {pairs} pairs of methods"
+        f"The intervals overlap for {pairs - len(apart)} of {pairs} pairs of {what}"
         + (f"; they are apart for {', '.join(apart)}" if apart else "")
-        + f". The intervals know the test rows only; seeds per method: {seeds}."
+        + f". The intervals know the test rows only; seeds per {what.removesuffix('s')}: {seeds}."
     )
+
+
+def interval_note(
+    runs: Sequence[Run],  # runs of one sequence and one backbone
+) -> str:  # one or two sentences
+    "Which methods have intervals of overall accuracy that do not overlap."
+    groups = by_method(runs).items()
+    return told_apart({name: [run for run in group if run.complete] for name, group in groups})
 
 # %% ../nbs/12_records.ipynb #f26f0d16
 def markdown_table(
