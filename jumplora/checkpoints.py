@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE_FORMAT', 'USUAL', 'state_checksum', 'write_state', 'DamagedState', 'check_note', 'read_state', 'join_parts',
-           'split_parts', 'held_lock', 'alone_in', 'Stopped', 'StopRequest', 'polite_stop', 'optimizer_tensors',
-           'load_optimizer', 'random_states', 'set_random_states', 'adapter_tensors', 'Checkpoint', 'read_checkpoint',
-           'ResumableTrainer', 'training_state', 'SaveWhenDue', 'train_or_resume']
+           'split_parts', 'held_lock', 'Stopped', 'StopRequest', 'polite_stop', 'optimizer_tensors', 'load_optimizer',
+           'random_states', 'set_random_states', 'adapter_tensors', 'Checkpoint', 'read_checkpoint', 'ResumableTrainer',
+           'training_state', 'SaveWhenDue', 'train_or_resume']
 
 # %% ../nbs/07c_checkpoints.ipynb #cf4728c4
 import fcntl
@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,21 +131,6 @@ def held_lock(
                     break
                 time.sleep(0.05)
         yield ours
-
-# %% ../nbs/07c_checkpoints.ipynb #150c2143
-@contextmanager
-def alone_in(
-    folder: Path,  # made if it is not there
-) -> Iterator[None]:  # for a `with` block
-    "Be the only process that works in a folder; waits, with a warning, for another one."
-    lock = folder / "state" / "lock"
-    with held_lock(lock, patience=1) as ours:
-        if not ours:
-            warnings.warn(f"another process works in {folder}; this one waits for its end", stacklevel=5)
-    with held_lock(lock, patience=float("inf")):
-        for left in folder.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
-        yield
 
 # %% ../nbs/07c_checkpoints.ipynb #3929cb93
 class Stopped(KeyboardInterrupt):

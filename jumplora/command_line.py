@@ -13,6 +13,7 @@ import inspect
 import itertools
 import json
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ PRESETS = {
         score="test",
         strength=["ELLA=3e5"],
         past_dtype="float32",
+        checkpoint_every=60.0,
     ),
 }
 
@@ -55,6 +57,7 @@ COMPARE_HELP = {
     "score": "rows that are scored: test, or dev to choose settings",
     "strength": "λ of a penalty, e.g. ELLA=3e5 O-LoRA=0.5; one per task for ELLA: ELLA=0,3e5,3e5,3e5",
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
+    "checkpoint_every": "seconds of training between checkpoints; inf: only when stopped",
 }
 
 # %% ../nbs/13_command_line.ipynb #f8733ae9
@@ -160,7 +163,8 @@ def compare(
     for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
-        run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
+        options |= dict(progress=flags.progress, checkpoint_every=flags.checkpoint_every)
+        run = learn_sequence(model, tokenizer, sequence, method, config, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")
@@ -459,6 +463,7 @@ def main(
     except (RuntimeError, OSError) as error:
         print(f"jumplora: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("jumplora: stopped; the same command goes on after the last finished task", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        again = shlex.join(["jumplora", *argv])
+        print(f"jumplora: {str(stop) or 'stopped'}; this goes on where it was:\n{again}", file=sys.stderr)
+        return getattr(stop, "status", 130)
