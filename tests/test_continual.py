@@ -552,7 +552,8 @@ def test_a_state_that_is_not_the_recorded_one_is_refused(damage, lost, no_traini
     state.unlink() if bad is None else state.write_bytes(bad)
     before, word = files(lost), "missing" if bad is None else "damaged"
     for use in (lambda: learn("ELLA + JumpLoRA", lost.parent), lambda: load_learned(lost)):
-        with pytest.raises(ValueError, match=rf"after-1\.safetensors is {word}.*; delete .* to learn .* again"):
+        said = rf"after-1\.safetensors is {word}.*; delete .* to learn .* again"
+        with pytest.raises(ValueError, match=said):
             use()
     assert files(lost) == before  # nothing is lost: the record still says what was measured
 
