@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -31,6 +32,8 @@ from unittest.mock import patch
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
 
 import torch
+from tqdm import tqdm
+from transformers.models.llama import modeling_llama  # noqa: F401 - here once, and not in every process
 
 from jumplora import checkpoints, continual, run_folder
 from jumplora.backbones import load_backbone
@@ -64,6 +67,7 @@ CASES = {  # name -> method, settings, seconds between checkpoints
     "IncLoRA (Muon)": (METHODS["IncLoRA (Muon)"], HARD, 0),
     "multi-task": (METHODS["multi-task"], SORTED, 0),
 }
+PATIENCE = 3600  # seconds for a run that nobody kills from outside
 PHASES = {  # what is watched: where it is looked up, its name, and what it is called here
     "restoring": (continual, "restore"),
     "training": (continual, "train_task"),
@@ -84,10 +88,11 @@ class Watch:
         self.tell()
 
     def tell(self):
-        self.board[:40] = self.phase.encode().ljust(40)
+        self.board[:40] = f"{self.phase} {self.events}".encode().ljust(40)
 
     def event(self):
         self.events += 1
+        self.tell()
         if self.events == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -96,7 +101,6 @@ class Watch:
 
         def call(*args, **options):
             before, self.phase = self.phase, phase or self.phase
-            self.tell()
             self.event()
             try:
                 return function(*args, **options)
@@ -130,11 +134,14 @@ def learn(case: str, tasks: int, out: Path, watch: Watch) -> None:
     (out / "model").write_text(checkpoints.state_checksum(weights, {}))
 
 
-def in_a_process(case: str, tasks: int, out: Path, fatal: int, after: float | None) -> tuple[str, bool]:
-    "Learn in a process of its own; returns its last phase, and whether it was killed."
+def in_a_process(
+    case: str, tasks: int, out: Path, fatal: int = 0, after: float | None = None
+) -> tuple[str, int, bool]:
+    "Learn in a process of its own; returns its last phase, how many events it saw, whether it was killed."
     board, (reading, writing) = mmap.mmap(-1, 40), os.pipe()
     if (child := os.fork()) == 0:
         os.close(reading)
+        tqdm.set_lock(threading.RLock())  # the lock from before is one for all: a killed process keeps it
         gc.freeze()  # what was loaded before need not be looked through again
         try:
             learn(case, tasks, out, Watch(board, fatal))
@@ -143,14 +150,15 @@ def in_a_process(case: str, tasks: int, out: Path, fatal: int, after: float | No
             print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
             os._exit(1)
     os.close(writing)
-    if after is not None and not select.select([reading], [], [], after)[0]:  # it closes with the process
+    patience = PATIENCE if after is None else after
+    if not select.select([reading], [], [], patience)[0]:  # the pipe closes with the child
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     os.close(reading)
-    phase = board[:40].decode().strip()
-    if status and not os.WIFSIGNALED(status):
-        raise SystemExit(f"{case} failed in its phase {phase!r}")
-    return phase, bool(status)
+    phase, events = board[:40].decode().split()
+    if (status and not os.WIFSIGNALED(status)) or (status and not fatal and after is None):
+        raise SystemExit(f"{case} failed, or took longer than {PATIENCE} s, in its phase {phase!r}")
+    return phase, int(events), bool(status)
 
 
 def ended(out: Path) -> tuple[dict, str]:
@@ -165,9 +173,9 @@ def ended(out: Path) -> tuple[dict, str]:
 def torture(case: str, tasks: int, kills: int, place: Path, seed: int) -> dict:
     "Kill runs of one case so many times; compare every one that reached its end."
     start, chance = time.perf_counter(), random.Random(f"{case} {seed}")
-    alone, watch = place / "alone", Watch(mmap.mmap(-1, 40), fatal=0)
-    learn(case, tasks, alone, watch)  # in this process, so that the others are born with everything loaded
-    events, seconds, expected = watch.events, time.perf_counter() - start, ended(alone)
+    alone = place / "alone"
+    _, events, _ = in_a_process(case, tasks, alone)
+    seconds, expected = time.perf_counter() - start, ended(alone)
     phases, runs, equal = Counter(), 0, 0
     while phases.total() < kills:
         out = place / f"run-{runs}"
@@ -175,7 +183,7 @@ def torture(case: str, tasks: int, kills: int, place: Path, seed: int) -> dict:
             left = phases.total() < kills
             fatal = chance.randrange(1, events + 1) if left and chance.random() < 0.5 else 0
             after = chance.uniform(0, seconds) if left and not fatal else None
-            phase, killed = in_a_process(case, tasks, out, fatal, after)
+            phase, _, killed = in_a_process(case, tasks, out, fatal, after)
             if not killed:
                 break
             phases[phase] += 1
