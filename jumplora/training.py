@@ -232,7 +232,6 @@ class TrainConfig:
     __post_init__ = check_train_config
 
     paper = classmethod(paper_config)
-    describe = describe_config
 
 # %% ../nbs/08_training.ipynb #11c72206
 def check_targets(
@@ -263,8 +262,7 @@ def attach_adapter(
     names = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
     if not gated:
         return get_peft_model(model, LoraConfig(**shared))
-    gate = {name: getattr(config, name) for name in names}
-    adapted = get_peft_model(model, JumpLoraConfig(**shared, **gate))
+    adapted = get_peft_model(model, JumpLoraConfig(**shared | {name: getattr(config, name) for name in names}))
     for group in gate_groups(adapted).values():
         group.gate.theta.requires_grad_(config.learn_threshold)
     return adapted
