@@ -262,7 +262,8 @@ def attach_adapter(
     names = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
     if not gated:
         return get_peft_model(model, LoraConfig(**shared))
-    adapted = get_peft_model(model, JumpLoraConfig(**shared | {name: getattr(config, name) for name in names}))
+    gate = {name: getattr(config, name) for name in names}
+    adapted = get_peft_model(model, JumpLoraConfig(**shared, **gate))
     for group in gate_groups(adapted).values():
         group.gate.theta.requires_grad_(config.learn_threshold)
     return adapted
