@@ -24,8 +24,11 @@ _MODULES = {
     "run_record": "DamagedRecord Run",
     "training": "TrainConfig train_task",
     "evaluation": "evaluate",
+    "sparse_updates": "SparseUpdate sparse_update",
     "continual": "Method learn_sequence load_learned",
     "methods": "METHODS",
+    "sparsity": "overlap_report support_overlap",
+    "archives": "load_without rollback",
     "grid": "plan run_grid status",
     "records": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }

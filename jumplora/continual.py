@@ -6,9 +6,9 @@
 __all__ = ['QUIET', 'check_method', 'describe_method', 'Method', 'weights_of', 'merge_adapter', 'update_sparsity', 'fingerprint',
            'task_fingerprint', 'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state',
            'Learner', 'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn',
-           'learn_task', 'finish_task', 'kept_adapter', 'merged_weights', 'write_down', 'peak_memory', 'find_run',
-           'restore', 'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start',
-           'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'learn_task', 'archive_update', 'finish_task', 'kept_adapter', 'merged_weights', 'write_down', 'peak_memory',
+           'find_run', 'restore', 'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits',
+           'check_start', 'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -38,6 +38,7 @@ from .evaluation import Score, evaluate
 from .prompts import Task, TaskSequence
 from .regularizers import IncLoRA, Regularizer
 from .run_record import DamagedRecord, Run, check_same_configuration, environment, set_aside
+from .sparse_updates import archive_adapter, archive_path, neutral_zeros, support_so_far
 from jumplora.training import (
     OPTIMIZERS,
     TrainConfig,
@@ -109,7 +110,7 @@ def merge_adapter(
     deltas = delta_weights(model)
     backbone = model.unload()
     for name, delta in deltas.items():
-        weights[name] += delta  # (out, in)
+        weights[name] += neutral_zeros(delta)  # (out, in)
         backbone.get_submodule(name).weight.copy_(weights[name])
     return backbone
 
@@ -222,6 +223,7 @@ class Learner:
     bar: tqdm | None = None  # progress, in rows
     weights: dict[str, Tensor] = field(default_factory=dict)  # merged weights, float32
     adapted: nn.Module | None = None  # the model with its adapter, while there is one
+    archive: bool = True  # keep every task's update as a file of its own, where there is a folder
 
     def say(self, text: str) -> None:
         "Name the current step in the progress bar."
@@ -316,6 +318,25 @@ def learn_task(
     run.extra["loss"][task.name], run.extra["penalty"][task.name] = log.loss, log.penalty
 
 # %% ../nbs/09_continual.ipynb #d6f2207b
+def archive_update(
+    learner: Learner,  # a run in progress, its last task learned and not yet merged
+    i: int,  # that task
+) -> None:
+    "Keep the update of one task on disk, and in the record its size and what it shares with the others."
+    run, method, task = learner.run, learner.method, learner.run.tasks[i]
+    apart = method.after_task == "merge" and method.training != "joint"
+    if learner.folder is None or not learner.archive or not apart:
+        return
+    about = dict(task=task, position=i, method=method.name, model=run.backbone)
+    about["base"] = run.configuration["weights"]
+    path = archive_path(learner.folder, i, task)
+    written = archive_adapter(path, learner.adapted, learner.weights, **about)
+    run.extra["archives"] = run.extra.get("archives", {}) | {task: written}
+    if method.gated:
+        counts = support_so_far(learner.folder, run.tasks[: i + 1], run.extra.get("support"))
+        run.extra["support"] = counts
+
+# %% ../nbs/09_continual.ipynb #4e084102
 @torch.no_grad()
 def finish_task(
     learner: Learner,  # a run in progress
@@ -329,6 +350,7 @@ def finish_task(
             asked = (learner.tokenizer, learner.sequence[i], learner.config)
             method.regularizer.after_rows(row_gradients(learner.adapted, *asked))
     method.regularizer.after_task(named_updates(learner.adapted))
+    archive_update(learner, i)
     if method.after_task == "merge":
         learner.model, learner.adapted = merge_adapter(learner.adapted, learner.weights), None
     run.seconds["merge"].append(time.perf_counter() - start)
@@ -558,10 +580,13 @@ def learn_sequence(
     split: str = "test",  # rows that are scored: "test", or "dev" to choose settings
     zero_shot: bool | tuple[list, list] = True,  # score before learning; or both scores, where they are known
     progress: bool = True,  # show a bar
+    archive: bool = True,  # keep every task's update as a file of its own in the run's folder
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. Raises ValueError on a damaged state."
     asked = (sequence, method, config or TrainConfig(), seed, out, backbone, split)
-    return learn_rest(start_learner(model, tokenizer, *asked), zero_shot, progress)
+    learner = start_learner(model, tokenizer, *asked)
+    learner.archive = archive
+    return learn_rest(learner, zero_shot, progress)
 
 # %% ../nbs/09_continual.ipynb #3a670894
 def load_learned(
