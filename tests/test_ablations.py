@@ -8,8 +8,8 @@ from jumplora.ablations import (
     by_age,
     claim,
     density,
-    density_claim,
-    density_figure,
+    tradeoff_claim,
+    tradeoff_figure,
     drift,
     long_figure,
     setting_figure,
@@ -84,8 +84,8 @@ def test_density_is_measured_and_its_title_compares_the_ends():
     thin, full = [made(learned=68.0, lost=2.0, sparsity=0.98)], [made(sparsity=0.0)]
     assert density(thin) == pytest.approx(2.0) and density(full) == 100
     said = "Keeping 2 % of the entries instead of 100 %: -2.0 points learned, -4.5 forgotten"
-    assert density_claim([thin, full]) == said
-    figure = density_figure({"full": full, "thin": thin})  # in any order
+    assert tradeoff_claim([thin, full]) == said
+    figure = tradeoff_figure({"full": full, "thin": thin})  # in any order
     assert figure.get_suptitle() == said
     assert figure.axes[0].lines[0].get_xdata() == pytest.approx([2.0, 100.0])
 
@@ -108,6 +108,6 @@ def test_forgetting_by_age_is_a_mean_over_the_tasks_that_reach_it():
 
 
 def test_figures_without_runs_say_so():
-    for figure in (setting_figure({}, "x"), density_figure({}), threshold_figure({}), long_figure([])):
+    for figure in (setting_figure({}, "x"), tradeoff_figure({}), threshold_figure({}), long_figure([])):
         assert "not run" in figure.axes[0].texts[0].get_text()
     assert variants([made()], None, "kept") == {} and variant_table({}).empty
