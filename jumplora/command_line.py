@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ PRESETS = {
         strength=["ELLA=3e5"],
         past_dtype="float32",
         archive=True,
+        checkpoint_every=60.0,
     ),
 }
 
@@ -58,6 +60,7 @@ COMPARE_HELP = {
     "strength": "λ of a penalty, e.g. ELLA=3e5 O-LoRA=0.5; one per task for ELLA: ELLA=0,3e5,3e5,3e5",
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
     "archive": "keep every task's update in a file, for sparsity and rollback: true or false",
+    "checkpoint_every": "seconds of training between checkpoints; inf: only when stopped",
 }
 
 # %% ../nbs/13_command_line.ipynb #f8733ae9
@@ -163,7 +166,7 @@ def compare(
     for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
-        options["archive"] = flags.archive
+        options |= dict(archive=flags.archive, checkpoint_every=flags.checkpoint_every)
         run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
@@ -524,6 +527,7 @@ def main(
     except (RuntimeError, OSError) as error:
         print(f"jumplora: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("jumplora: stopped; the same command goes on after the last finished task", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        again = shlex.join(["jumplora", *argv])
+        print(f"jumplora: {str(stop) or 'stopped'}; this goes on where it was:\n{again}", file=sys.stderr)
+        return getattr(stop, "status", 130)

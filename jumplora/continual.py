@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'check_method', 'describe_method', 'Method', 'weights_of', 'merge_adapter', 'update_sparsity', 'fingerprint',
-           'task_fingerprint', 'weights_fingerprint', 'run_configuration', 'state_path', 'save_state', 'load_state',
-           'Learner', 'score_task', 'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn',
-           'learn_task', 'archive_update', 'finish_task', 'kept_adapter', 'merged_weights', 'write_down', 'peak_memory',
-           'find_run', 'restore', 'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits',
-           'check_start', 'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'task_fingerprint', 'weights_fingerprint', 'run_configuration', 'Learner', 'score_task', 'keep_scores',
+           'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn', 'step_checkpoint',
+           'learn_task', 'archive_update', 'finish_task', 'merged_weights', 'write_down', 'peak_memory', 'restore',
+           'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start', 'learn_tasks',
+           'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -18,14 +18,13 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load, save
+from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -33,11 +32,26 @@ from transformers import PreTrainedTokenizerBase
 # %% ../nbs/09_continual.ipynb #813f6197
 from .adapter import adapter_layers, delta_weights
 from .backbones import load_backbone
-from .conventions import check_choice, set_seed, write_atomic
+from .checkpoints import Checkpoint, DamagedState, StopRequest, adapter_tensors, polite_stop
+from .conventions import check_choice, set_seed
 from .evaluation import Score, evaluate
 from .prompts import Task, TaskSequence
 from .regularizers import IncLoRA, Regularizer
-from .run_record import DamagedRecord, Run, check_same_configuration, environment, set_aside
+from .run_record import Run, environment
+
+# %% ../nbs/09_continual.ipynb #ce8f4304
+from jumplora.run_folder import (
+    alone_in,
+    find_run,
+    find_state,
+    is_complete,
+    keep_states,
+    learned,
+    load_state,
+    state_path,
+    step_path,
+    write_finished,
+)
 from .sparse_updates import archive_adapter, archive_path, neutral_zeros, support_so_far
 from jumplora.training import (
     OPTIMIZERS,
@@ -168,45 +182,6 @@ def run_configuration(
         device=parameter.device.type,
     )
 
-# %% ../nbs/09_continual.ipynb #3d664570
-def state_path(
-    folder: Path,  # the run's folder
-    finished: int,  # tasks learned
-) -> Path:  # a safetensors file
-    "Where the state after so many tasks is kept."
-    return folder / "state" / f"after-{finished}.safetensors"
-
-
-def save_state(
-    folder: Path,  # the run's folder
-    finished: int,  # tasks learned
-    parts: dict[str, dict[str, Tensor]],  # "weight", "regularizer", "adapter" -> named tensors
-) -> str:  # SHA-256 of the file, for the record
-    "Write what is needed to go on after a task."
-    tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_atomic(state_path(folder, finished), data)
-    return hashlib.sha256(data).hexdigest()
-
-# %% ../nbs/09_continual.ipynb #17e45f9d
-def load_state(
-    folder: Path,  # the run's folder
-    finished: int,  # tasks learned
-    sha256: str,  # from the record
-) -> dict[str, dict[str, Tensor]]:  # "weight", "regularizer", "adapter" -> named tensors
-    "Read a state. Raises ValueError when the file is missing or not the one that the record names."
-    path = state_path(folder, finished)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; delete {folder} to learn the sequence again")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged; delete {folder} to learn the sequence again")
-    parts = {"weight": {}, "regularizer": {}, "adapter": {}}
-    for key, tensor in load(data).items():
-        part, name = key.split(".", 1)
-        parts[part][name] = tensor
-    return parts
-
 # %% ../nbs/09_continual.ipynb #a4ab16c9
 @dataclass
 class Learner:
@@ -224,6 +199,8 @@ class Learner:
     weights: dict[str, Tensor] = field(default_factory=dict)  # merged weights, float32
     adapted: nn.Module | None = None  # the model with its adapter, while there is one
     archive: bool = True  # keep every task's update as a file of its own, where there is a folder
+    every: float = 60.0  # seconds between two checkpoints of a training
+    stop: StopRequest = field(default_factory=StopRequest)  # whether a signal has asked for the end
 
     def say(self, text: str) -> None:
         "Name the current step in the progress bar."
@@ -247,25 +224,45 @@ def score_task(
     settings |= dict(batch_size=2 * config.batch_size, advance=learner.advance)
     return evaluate(model, learner.tokenizer, task, learner.split, **settings)
 
+# %% ../nbs/09_continual.ipynb #0282ce02
+def keep_scores(
+    learner: Learner,  # a run in progress
+) -> None:
+    "Put the scores taken so far on disk; raise `Stopped` where a signal asked for it."
+    if learner.folder is not None:
+        learner.run.save(learner.folder.parent)
+    learner.stop.obey()
+
 
 def score_untrained(
-    learner: Learner,  # a run that has not begun
-) -> tuple[list[float], list[float]]:  # exact match and option accuracy of every task, percent
-    "What the backbone can do before it learns anything."
-    scores = [score_task(learner, task) for task in learner.sequence]
-    return [score.exact_match for score in scores], [score.option_accuracy for score in scores]
+    learner: Learner,  # a run that has learned nothing
+) -> None:
+    "Score every task with the backbone as it is; goes on after the last score on record."
+    run = learner.run
+    run.zero_shot, run.zero_shot_options = run.zero_shot or [], run.zero_shot_options or []
+    for task in list(learner.sequence)[len(run.zero_shot) :]:
+        score = score_task(learner, task)
+        run.zero_shot.append(score.exact_match)
+        run.zero_shot_options.append(score.option_accuracy)
+        keep_scores(learner)
 
-# %% ../nbs/09_continual.ipynb #0282ce02
+# %% ../nbs/09_continual.ipynb #ad2c8b82
 def score_seen(
     learner: Learner,  # a run in progress
     i: int,  # the task learned last
 ) -> None:
-    "Fill row i of both accuracy matrices."
-    start, run = time.perf_counter(), learner.run
+    "Fill row i of both accuracy matrices; goes on after the last score on record."
+    run, seconds = learner.run, learner.run.seconds["evaluate"]
+    seconds += [0.0] * (len(run.seconds["train"]) - len(seconds))
     for j in range(i + 1):
+        if not math.isnan(run.accuracy[i, j]):
+            learner.advance(run.test_rows[j])
+            continue
+        start = time.perf_counter()
         score = score_task(learner, learner.sequence[j])
         run.accuracy[i, j], run.option_accuracy[i, j] = score.exact_match, score.option_accuracy
-    run.seconds["evaluate"].append(time.perf_counter() - start)
+        seconds[-1] += time.perf_counter() - start
+        keep_scores(learner)
 
 # %% ../nbs/09_continual.ipynb #13247362
 def rows_per_step(
@@ -295,6 +292,18 @@ def left_to_learn(
     return range(max(learner.run.finished, total - 1 if learner.method.training == "joint" else 0), total)
 
 # %% ../nbs/09_continual.ipynb #f42e6ad4
+def step_checkpoint(
+    learner: Learner,  # a run in progress
+    i: int,  # which task is learned
+) -> Checkpoint | None:  # of this task and no other; None without a folder
+    "Where the training of a task is kept until it is finished."
+    if learner.folder is None:
+        return None
+    begun = learner.run.extra.get("state_sha256", "")  # the state that the task began with
+    owner = dict(run=learner.run.configuration_hash, task=i, after=begun)
+    return Checkpoint(step_path(learner.folder), owner, learner.every, learner.stop)
+
+# %% ../nbs/09_continual.ipynb #c8ffab47
 def learn_task(
     learner: Learner,  # a run in progress
     i: int,  # which task to learn
@@ -311,7 +320,7 @@ def learn_task(
     log = train_task(
         learner.adapted, learner.tokenizer, task, *settings,
         gated=method.gated, also=learned_along(learner, i), optimizer=method.optimizer, seed=seed,
-        advance=lambda steps: learner.advance(steps * rows),
+        advance=lambda steps: learner.advance(steps * rows), checkpoint=step_checkpoint(learner, i),
     )  # fmt: skip
     run.seconds["train"].append(log.seconds)
     run.thresholds[task.name] = log.gate
@@ -355,16 +364,6 @@ def finish_task(
         learner.model, learner.adapted = merge_adapter(learner.adapted, learner.weights), None
     run.seconds["merge"].append(time.perf_counter() - start)
 
-# %% ../nbs/09_continual.ipynb #7be8f551
-def kept_adapter(
-    learner: Learner,  # a run in progress
-) -> dict[str, Tensor]:  # tensors of the adapter that goes on to the next task, or nothing
-    "What a method that keeps its adapter must save."
-    if learner.adapted is None:
-        return {}
-    state = get_peft_model_state_dict(learner.adapted, save_embedding_layers=False)
-    return {name: tensor.clone() for name, tensor in state.items()}  # layers may share a gate, a file may not
-
 # %% ../nbs/09_continual.ipynb #ac9677a8
 def merged_weights(
     learner: Learner,  # a run in progress
@@ -378,16 +377,14 @@ def write_down(
     learner: Learner,  # a run in progress
     i: int,  # the task learned last
 ) -> None:
-    "Put state and record on disk, in this order, then drop the state before."
-    run = learner.run
-    run.peak_memory = peak_memory(learner.model)
-    if learner.folder is None:
-        return
-    regularizer = learner.method.regularizer.state_dict()
-    parts = dict(weight=merged_weights(learner), regularizer=regularizer, adapter=kept_adapter(learner))
-    run.extra["state_sha256"] = save_state(learner.folder, i + 1, parts)
-    run.save(learner.folder.parent)
-    state_path(learner.folder, i).unlink(missing_ok=True)
+    "Put state and record on disk, before the task is scored."
+    learner.run.peak_memory = peak_memory(learner.model)
+    if learner.folder is not None:
+        adapter = adapter_tensors(learner.adapted) if learner.adapted is not None else {}
+        memory = learner.method.regularizer.state_dict()
+        parts = dict(weight=merged_weights(learner), regularizer=memory, adapter=adapter)
+        write_finished(learner.run, learner.folder, i + 1, parts)
+    learner.stop.obey()
 
 # %% ../nbs/09_continual.ipynb #ddbfe59f
 def peak_memory(
@@ -401,34 +398,19 @@ def peak_memory(
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # %% ../nbs/09_continual.ipynb #b28060d1
-def find_run(
-    run: Run,  # a fresh record of the same run
-    out: Path,  # folder of all runs
-) -> Run:  # the record on disk where it is good, else the fresh one
-    "The record that an earlier call left, if it can be trusted; a damaged one is set aside with a warning."
-    path = out / run.name / "record.json"
-    if not path.exists():
-        return run
-    try:
-        found = Run.load(path)
-    except DamagedRecord as error:
-        warnings.warn(f"{error} (now {set_aside(path).name}; the run starts again)", stacklevel=4)
-        return run
-    check_same_configuration(found, run.configuration)
-    if found.configuration_hash != run.configuration_hash:
-        raise ValueError(f"{path} is the record of another run ({found.name}); move it out of {out}")
-    return found
-
-# %% ../nbs/09_continual.ipynb #8715db68
 @torch.no_grad()
 def restore(
-    learner: Learner,  # a run whose record says what is finished
+    learner: Learner,  # a run that is about to begin, or to go on
 ) -> None:
-    "Load the state after the last finished task. Raises ValueError when it is missing or damaged."
-    parts = load_state(learner.folder, learner.run.finished, learner.run.extra["state_sha256"])
-    learner.method.regularizer.load_state_dict(parts["regularizer"])
+    "Go on from record and state on disk, if there are any. Raises ValueError when no state can be trusted."
+    learner.run = find_run(learner.run, learner.folder)
+    tasks, regularizer = learned(learner.run), learner.method.regularizer
+    if not tasks or (learner.run.complete and not state_path(learner.folder, tasks).is_file()):
+        return
+    learner.run, parts = find_state(learner.run, learner.folder)
     device = next(learner.model.parameters()).device
-    learner.method.regularizer.to(device)
+    regularizer.load_state_dict(parts["regularizer"])
+    regularizer.to(device)
     if parts["adapter"]:
         learner.adapted = attach_adapter(learner.model, learner.config, learner.method.gated)
         set_peft_model_state_dict(learner.adapted, parts["adapter"])
@@ -483,8 +465,9 @@ def rows_to_do(
     zero_shot: bool,  # whether all tasks are scored before the first is learned
 ) -> int:  # rows, training rows counted three times
     "The length of the progress bar."
-    rows, todo = learner.run.test_rows, left_to_learn(learner)
-    steps = sum(task_steps(learner.sequence[i], learner.config, learned_along(learner, i)) for i in todo)
+    rows, todo, done = learner.run.test_rows, left_to_learn(learner), learned(learner.run)
+    train = [(learner.sequence[i], learner.config, learned_along(learner, i)) for i in todo if i >= done]
+    steps = sum(task_steps(*asked) for asked in train)
     scored = sum(sum(rows[: i + 1]) for i in todo) + (sum(rows) if zero_shot else 0)
     return steps * rows_per_step(learner.config) + scored
 
@@ -522,29 +505,47 @@ def check_start(
         raise ValueError(f"no {split} rows to score in {empty}; give some, or score another split")
 
 # %% ../nbs/09_continual.ipynb #0002b6aa
-def learn_rest(
+def learn_tasks(
     learner: Learner,  # a run in progress
     zero_shot: bool | tuple[list, list],  # as in `learn_sequence`
     progress: bool,  # show a bar
-) -> Run:  # its record, complete
-    "Go on after the last finished task, to the end."
-    run, fresh = learner.run, learner.run.finished == 0
-    state = learner.folder and state_path(learner.folder, run.finished)
-    if not fresh and (not run.complete or state.is_file()):
-        restore(learner)
-    total = rows_to_do(learner, fresh and zero_shot is True)
+) -> None:
+    "Learn and score what is left."
+    run, untrained = learner.run, learned(learner.run) == 0
+    total = rows_to_do(learner, untrained and zero_shot is True)
     with tqdm(total=total, unit="row", disable=not progress, **QUIET) as learner.bar:
-        if fresh and zero_shot:
-            scores = score_untrained(learner) if zero_shot is True else zero_shot
-            run.zero_shot, run.zero_shot_options = scores
+        if untrained and zero_shot is True:
+            score_untrained(learner)
+        elif untrained:
+            run.zero_shot, run.zero_shot_options = zero_shot or (None, None)
         for i in left_to_learn(learner):
-            learn_task(learner, i)
-            finish_task(learner, i)
+            if i >= learned(run):
+                learn_task(learner, i)
+                finish_task(learner, i)
+                write_down(learner, i)
             score_seen(learner, i)
-            write_down(learner, i)
-    return run
 
 # %% ../nbs/09_continual.ipynb #d8652045
+def learn_rest(
+    learner: Learner,  # a run that is about to begin, or to go on
+    zero_shot: bool | tuple[list, list],  # as in `learn_sequence`
+    progress: bool,  # show a bar
+) -> Run:  # its record, complete
+    "Go on where the folder says, to the end; the only one who works there."
+    folder = learner.folder
+    if folder is None or is_complete(folder):
+        guard = nullcontext(), nullcontext(learner.stop)
+    else:
+        guard = alone_in(folder), polite_stop()
+    with guard[0], guard[1] as learner.stop:
+        if folder is not None:
+            restore(learner)
+        if not learner.run.complete:
+            learn_tasks(learner, zero_shot, progress)
+            keep_states(folder, {len(learner.sequence)}) if folder is not None else None
+    return learner.run
+
+# %% ../nbs/09_continual.ipynb #6f12ffc7
 def start_learner(
     model: nn.Module,  # backbone
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -555,18 +556,18 @@ def start_learner(
     out: str | Path | None = None,  # folder for record and state; None: keep nothing
     backbone: str | None = None,  # the model's name in the record; None: its own
     split: str = "test",  # rows that are scored
-) -> Learner:  # with the record that is on disk, if there is one
+    every: float = 60.0,  # seconds between two checkpoints of a training
+) -> Learner:  # with a record that holds nothing yet
     "A run that is about to begin, or to go on. Raises ValueError for a mistake in what is asked."
     check_start(model, sequence, method, config, seed, split)
     asked = dict(method=method.name, seed=seed, backbone=backbone or own_name(model))
     asked["configuration"] = run_configuration(model, sequence, method, config, split)
     run = new_run(sequence, split, next(model.parameters()).device, **asked)
-    run = find_run(run, Path(out)) if out is not None else run
     folder = Path(out) / run.name if out is not None else None
     method = replace(method, regularizer=copy.deepcopy(method.regularizer))  # it will remember updates
-    return Learner(model, tokenizer, sequence, method, config, run, split, folder)
+    return Learner(model, tokenizer, sequence, method, config, run, split, folder, every=every)
 
-# %% ../nbs/09_continual.ipynb #6f12ffc7
+# %% ../nbs/09_continual.ipynb #3a670894
 def learn_sequence(
     model: nn.Module,  # backbone; at the end it holds everything learned
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -581,14 +582,15 @@ def learn_sequence(
     zero_shot: bool | tuple[list, list] = True,  # score before learning; or both scores, where they are known
     progress: bool = True,  # show a bar
     archive: bool = True,  # keep every task's update as a file of its own in the run's folder
+    checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only at a polite stop
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
-    "Learn tasks one after another, score all seen after each. Raises ValueError on a damaged state."
-    asked = (sequence, method, config or TrainConfig(), seed, out, backbone, split)
+    "Learn tasks one after another, score all seen after each. Raises ValueError, or `Stopped` by a signal."
+    asked = (sequence, method, config or TrainConfig(), seed, out, backbone, split, checkpoint_every)
     learner = start_learner(model, tokenizer, *asked)
     learner.archive = archive
     return learn_rest(learner, zero_shot, progress)
 
-# %% ../nbs/09_continual.ipynb #3a670894
+# %% ../nbs/09_continual.ipynb #e2cca8b8
 def load_learned(
     folder: str | Path,  # a run's folder, with record and state
     **options,  # of `load_backbone`: device, dtype
@@ -601,7 +603,10 @@ def load_learned(
     same = f"torch.{run.configuration['dtype']}" == str(next(model.parameters()).dtype)
     if same and weights_fingerprint(model) != run.configuration["weights"]:
         raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
-    weights = load_state(folder, run.finished, run.extra.get("state_sha256", ""))["weight"]
+    try:
+        weights = load_state(folder, learned(run), run.extra.get("state_sha256", ""))["weight"]
+    except DamagedState as error:
+        raise ValueError(f"{error}; delete {folder} to learn the sequence again") from None
     with torch.no_grad():
         for name, weight in weights.items():
             model.get_submodule(name).weight.copy_(weight)

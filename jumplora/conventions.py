@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'FIGURE_RC', 'set_seed', 'method_style', 'figure_style', 'color_figure', 'check_choice', 'check_name',
-           'write_atomic']
+           'sync_folder', 'write_atomic']
 
 # %% ../nbs/00_conventions.ipynb #6ef84ff8
 import difflib
+import errno
 import operator
 import os
 import random
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,21 +146,38 @@ def check_name(
     )
 
 # %% ../nbs/00_conventions.ipynb #8aff7020
+def sync_folder(
+    folder: str | os.PathLike,  # a folder in which a file was renamed
+) -> None:
+    "Ask the disk to store the names of a folder's files; quiet where a file system cannot."
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+# %% ../nbs/00_conventions.ipynb #99fd59a3
 def write_atomic(
     path: str | os.PathLike,  # the file to write; its folder is made if needed
     data: bytes | str,  # the whole content; text is written as UTF-8
 ) -> Path:  # the file's path
-    "Write a file so that a reader sees the old content or the new, never a part."
+    "Write a file so that a reader sees the old content or the new, never a part. Raises OSError."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            said = f"{error.strerror or error}; what was there before is untouched"
+            raise OSError(error.errno or errno.EIO, said, str(path)) from error
         raise
+    sync_folder(path.parent)
     return path

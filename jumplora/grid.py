@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'FORMAT', 'Job', 'sequences_for', 'plan', 'job_method', 'job_sequence', 'check_jobs', 'learn_job',
-           'held_lock', 'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process',
-           'run_job', 'executor_for', 'run_local', 'devices_for', 'run_grid', 'start_here']
+           'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process', 'run_job',
+           'executor_for', 'run_local', 'devices_for', 'run_grid', 'start_here']
 
 # %% ../nbs/12b_grid.ipynb #903f8de4
-import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pandas as pd
 
 from .backbones import load_backbone
+from .checkpoints import held_lock
 from .continual import Method, check_method_fits, learn_sequence
 from .conventions import check_choice, write_atomic
 from .hub_rows import HUB_SEQUENCES
@@ -136,32 +135,12 @@ def learn_job(
     folder: str | None = None,  # the benchmark's rows
     device: str = "auto",  # as in `load_backbone`
 ) -> Run:  # its record, complete
-    "Do a job; goes on after the last finished task where one was stopped."
+    "Do a job; goes on where one was stopped."
     (method, config), sequence = job_method(job), job_sequence(job, folder)
     model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
     asked = dict(seed=job.seed, out=out, backbone=job.backbone, split=job.split)
     asked |= dict(zero_shot=False, progress=False)
     return learn_sequence(model, tokenizer, sequence, method, config, **asked)
-
-# %% ../nbs/12b_grid.ipynb #e074195e
-@contextmanager
-def held_lock(
-    path: Path,  # the lock's file; made if it is not there
-    patience: float = 0.0,  # seconds to wait for somebody who only looks
-) -> Iterator[bool]:  # whether the lock is ours
-    "Take a lock for as long as the block runs, if nobody holds it."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    until, ours = time.monotonic() + patience, False
-    with open(path, "a") as file:
-        while not ours:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = True
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    break
-                time.sleep(0.05)
-        yield ours
 
 # %% ../nbs/12b_grid.ipynb #159540b8
 def write_json(
@@ -225,7 +204,7 @@ def job_state(
     if note.get("state") == "failed":
         return "failed", note.get("error", "")
     if note.get("state") == "running":
-        return "failed", "its process was killed; a second call goes on after its last finished task"
+        return "failed", "its process was killed; a second call goes on where it was"
     if note.get("state") != "done":
         return "waiting", ""
     try:

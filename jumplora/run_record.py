@@ -264,12 +264,13 @@ class RunFile(RunContent):
     def save(
         self,
         folder: str | os.PathLike,  # the results folder
-    ) -> Path:  # folder/name/record.json
+        name: str = "record.json",  # of the file, inside the run's folder
+    ) -> Path:  # folder/NAME OF THE RUN/name
         "Write the record atomically, one line per field, with a SHA-256 checksum over its content."
         record = self.to_dict()
         record["checksum"] = digest(record)
         lines = [f"{json.dumps(key)}: {canonical_json(record[key])}" for key in sorted(record)]
-        return write_atomic(Path(folder) / self.name / "record.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        return write_atomic(Path(folder) / self.name / name, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(

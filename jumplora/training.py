@@ -24,11 +24,12 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
 from .backbones import is_encoder_decoder
+from .checkpoints import Checkpoint, ResumableTrainer, train_or_resume
 from .conventions import METHOD_COLORS, check_choice, set_seed
 from .jumprelu import refuse_double_backward
 from .penalties import named_factors
@@ -125,8 +126,8 @@ def label_loss(
 class Diverged(RuntimeError):
     "The loss of a step was NaN or infinite."
 
-
-class PenaltyTrainer(Trainer):
+# %% ../nbs/08_training.ipynb #12908a11
+class PenaltyTrainer(ResumableTrainer):
     "A Trainer whose loss has the penalty added exactly once, whatever the accumulation."
 
     penalty: Callable[[], Tensor] | None = None  # λΩ as a differentiable scalar, or None
@@ -149,7 +150,10 @@ class PenaltyTrainer(Trainer):
         lengths = [len(prompt) + len(answer) for prompt, answer in self.train_dataset]
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         generator = torch.Generator().manual_seed(self.args.seed)
-        return LengthGroupedSampler(rows, lengths=lengths, generator=generator)
+        sampler = LengthGroupedSampler(rows, lengths=lengths, generator=generator)
+        for _ in range(int(self.found[1]["trainer"]["epoch"]) if self.found else 0):
+            list(sampler)  # the epochs before the checkpoint have drawn from the generator
+        return sampler
 
 # %% ../nbs/08_training.ipynb #f7ada1cc
 def check_kept_and_targets(
@@ -350,8 +354,18 @@ class TaskLog:
     loss: list[float] = field(default_factory=list)  # task loss and penalty together, per step
     penalty: list[float] = field(default_factory=list)  # λΩ per step; empty without a penalty
     gate: list[dict] = field(default_factory=list)  # the schedule's history; empty without a gate
+    begun: float = field(default_factory=time.perf_counter)  # seconds on a clock, when it would have begun
 
+    def state_dict(self) -> dict:
+        "What a checkpoint keeps of it."
+        return dict(loss=self.loss, penalty=self.penalty, seconds=time.perf_counter() - self.begun)
 
+    def load_state_dict(self, state: dict) -> None:  # what `state_dict` gave
+        "Go on as if the work had never stopped."
+        self.loss, self.penalty = state["loss"], state["penalty"]
+        self.begun = time.perf_counter() - state["seconds"]
+
+# %% ../nbs/08_training.ipynb #393aef48
 class StepLog(TrainerCallback):
     "Collect the loss of every step and move a progress bar."
 
@@ -363,6 +377,10 @@ class StepLog(TrainerCallback):
     ):
         self.trainer, self.log, self.advance = trainer, log, advance
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.advance is not None:
+            self.advance(state.global_step)  # more than 0 after a checkpoint
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.log.loss.append(logs["loss"])
@@ -373,14 +391,14 @@ class StepLog(TrainerCallback):
         if self.advance is not None:
             self.advance(1)
 
-# %% ../nbs/08_training.ipynb #393aef48
+# %% ../nbs/08_training.ipynb #a42b1ff4
 def training_arguments(
     config: TrainConfig,  # optimization settings
     device: torch.device,  # where the model is
     seed: int,  # order of the rows and dropout
     folder: str,  # scratch folder; nothing is saved in it
 ) -> TrainingArguments:  # for transformers' Trainer
-    "The settings as transformers' Trainer wants them: constant rate, no checkpoints, no reports."
+    "The settings as transformers' Trainer wants them: constant rate, nothing saved by itself, no reports."
     silent = dict(save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -468,12 +486,16 @@ def build_trainer(
 def run_training(
     trainer: PenaltyTrainer,  # ready to train
     task: Task,  # named in the message
+    log: TaskLog,  # it is completed
 ) -> None:
-    "Train, and say which task it was when the loss is not finite."
+    "Train, from a checkpoint if there is one, and say which task it was when the loss is not finite."
     try:
-        trainer.train()
+        train_or_resume(trainer)
     except Diverged as error:
         raise Diverged(f"task {task.name!r}: {error}; lower the learning rate or the strength") from None
+    trainer.model.eval()
+    log.seconds = time.perf_counter() - log.begun
+    log.gate = trainer.parts["schedule"].history if "schedule" in trainer.parts else []
 
 
 def task_steps(
@@ -510,19 +532,19 @@ def train_task(
     also: Sequence[Task] = (),  # tasks whose training rows are learned along
     optimizer: str = "adamw",  # or "muon", for matrices alone: no gate
     seed: int = 42,  # order of the rows and dropout
-    advance: Callable[[int], None] | None = None,  # called after every step, for a progress bar
+    advance: Callable[[int], None] | None = None,  # called with the steps done, for a progress bar
+    checkpoint: Checkpoint | None = None,  # where training is saved and goes on from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
-    "Train the adapter on one task. Raises Diverged when a loss is not finite, ValueError without rows."
+    "Train the adapter on one task. Raises Diverged, `Stopped` after a signal, ValueError without rows."
     set_seed(seed)
-    log, start = TaskLog(task_steps(task, config, also)), time.perf_counter()
+    log = TaskLog(task_steps(task, config, also))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(model, tokenizer, (task, *also), config, regularizer, seed, folder, optimizer)
         trainer.add_callback(StepLog(trainer, log, advance))
+        trainer.checkpoint, trainer.parts = checkpoint, {"log": log}
         if gated:
-            log.gate = schedule_gate(trainer, log.steps, config).history
-        run_training(trainer, task)
-    model.eval()
-    log.seconds = time.perf_counter() - start
+            trainer.parts["schedule"] = schedule_gate(trainer, log.steps, config)
+        run_training(trainer, task, log)
     return log
 
 # %% ../nbs/08_training.ipynb #4efb4bbd

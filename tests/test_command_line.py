@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,8 +225,10 @@ def test_an_interrupt_says_how_to_go_on(jumplora, tasks, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(continual, "train_task", interrupt)
-    done = jumplora(*flags_for(tasks, tmp_path / "out", "IncLoRA"))
-    assert done.code == 130 and "the same command goes on" in done.err
+    flags = list(map(str, flags_for(tasks, tmp_path / "out", "IncLoRA")))
+    done = jumplora(*flags)
+    assert done.code == 130 and "stopped; this goes on where it was" in done.err
+    assert shlex.split(done.err.splitlines()[-1]) == ["jumplora", *flags]
 
 
 def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def same_weights(one, other):
 
 
 def states(folder):
-    return sorted(path.name for path in (folder / "state").iterdir())
+    return sorted(path.name for path in (folder / "state").glob("*.safetensors"))
 
 
 def files(folder):
@@ -532,13 +532,24 @@ def test_a_damaged_record_is_named_set_aside_and_not_used(damage, lost, monkeypa
     bad = dict(truncated=good[:-40], edited=edited, empty=b"", binary=b"\xff\xfe\x00")[damage]
     assert bad != good
     record.write_bytes(bad)
+    train, begun = stop_in_task(1)
+    monkeypatch.setattr(continual, "train_task", train)
+    said = r"record\.json: .*record\.damaged-1\.json; the run goes on after 1 learned tasks"
+    with pytest.warns(UserWarning, match=said), pytest.raises(Stopped):
+        learn("ELLA + JumpLoRA", lost.parent, zero_shot=False)
+    assert begun == ["weather"] and Run.load(record).finished == 1  # its copy knows the first task
+    assert (lost / "record.damaged-1.json").read_bytes() == bad
+
+
+def test_without_a_good_copy_a_damaged_record_means_a_new_start(lost, monkeypatch):
+    for name in ("record.json", "state/after-1.json"):
+        (lost / name).write_text("{}")
     train, begun = stop_in_task(0)
     monkeypatch.setattr(continual, "train_task", train)
-    with pytest.warns(UserWarning, match=r"record\.json: .*record\.damaged-1\.json; the run starts again"):
-        with pytest.raises(Stopped):
-            learn("ELLA + JumpLoRA", lost.parent, zero_shot=False)
-    assert begun == ["topics"] and not record.exists()
-    assert (lost / "record.damaged-1.json").read_bytes() == bad
+    with pytest.warns(UserWarning, match="the run starts again"), pytest.raises(Stopped):
+        learn("ELLA + JumpLoRA", lost.parent, zero_shot=False)
+    assert begun == ["topics"]
+    assert (lost / "record.damaged-1.json").exists() and (lost / "state" / "after-1.damaged-1.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "one bit", "empty"])
@@ -550,7 +561,8 @@ def test_a_state_that_is_not_the_recorded_one_is_refused(damage, lost, no_traini
     state.unlink() if bad is None else state.write_bytes(bad)
     before, word = files(lost), "missing" if bad is None else "damaged"
     for use in (lambda: learn("ELLA + JumpLoRA", lost.parent), lambda: load_learned(lost)):
-        with pytest.raises(ValueError, match=rf"after-1\.safetensors is {word}; delete .* to learn .* again"):
+        said = rf"after-1\.safetensors is {word}.*; delete .* to learn .* again"
+        with pytest.raises(ValueError, match=said):
             use()
     assert files(lost) == before  # nothing is lost: the record still says what was measured
 
@@ -583,10 +595,10 @@ def test_a_nan_loss_names_task_and_step_and_leaves_the_last_good_state(tmp_path)
 def test_a_crash_between_state_and_record_goes_on_from_the_older_state(lost, monkeypatch):
     real = Run.save
 
-    def crash(run, folder):
-        if run.finished == 2:
+    def crash(run, folder, *name):
+        if run.extra["state_tasks"] == 2:
             raise Stopped("the power went out")
-        return real(run, folder)
+        return real(run, folder, *name)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save", crash)
