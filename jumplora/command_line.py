@@ -6,10 +6,11 @@
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
            'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'data',
-           'data_parser', 'parse_settings', 'grid', 'grid_parser', 'overview', 'main']
+           'data_parser', 'parse_settings', 'swept', 'grid', 'grid_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -43,7 +44,7 @@ PRESETS = {
 # %% ../nbs/13_command_line.ipynb #32254c18
 COMPARE_HELP = {
     "method": 'e.g. "ELLA + JumpLoRA" ELLA',
-    "sequence": "newsroom, order1 to order6, or a folder of tasks",
+    "sequence": "newsroom, newsroom20, order1 to order6, or a folder of tasks",
     "folder": "folder with the benchmark's rows, for order1 to order6",
     "backbone": "smollm2-135m, a Hub id, or a folder with a model",
     "seed": "one run per method and seed",
@@ -360,6 +361,18 @@ def parse_settings(
             found[name] = text
     return found
 
+
+def swept(
+    pairs: Sequence[str],  # as for `parse_settings`; a name that comes twice takes each of its values
+) -> list[dict[str, object]]:  # every combination
+    "Settings to try one after another: `kept=0.05 kept=0.2` are two."
+    values: dict[str, dict] = {}
+    for pair in pairs:
+        for name, value in parse_settings([pair]).items():
+            values.setdefault(name, {})[repr(value)] = value
+    combined = itertools.product(*(tries.values() for tries in values.values()))
+    return [dict(zip(values, chosen, strict=True)) for chosen in combined]
+
 # %% ../nbs/13_command_line.ipynb #ea8ce7fd
 def grid(
     flags: Namespace,  # from `grid_parser`
@@ -370,9 +383,10 @@ def grid(
 
     if not flags.status:
         budget = PROTOCOLS[check_choice(flags.protocol, tuple(PROTOCOLS), "protocol")]
-        budget = dict(rows=budget["rows"], train=budget["train"] | parse_settings(flags.set))
-        shared = dict(backbone=flags.backbone, split=flags.score, dtype=flags.dtype, **budget)
-        jobs = plan(flags.methods, flags.orders, flags.seeds, parse_strengths(flags.strength), **shared)
+        shared = dict(backbone=flags.backbone, split=flags.score, dtype=flags.dtype, rows=budget["rows"])
+        asked = (flags.methods, flags.orders, flags.seeds, parse_strengths(flags.strength))
+        tries = [budget["train"] | settings for settings in swept(flags.set)]
+        jobs = [job for train in tries for job in plan(*asked, **shared, train=train)]
         where = dict(workers=flags.workers, engine=flags.engine, folder=flags.folder, device=flags.device)
         run_grid(jobs, flags.out, **where, **parse_settings(flags.slurm))
     table = status(flags.out)
@@ -393,7 +407,7 @@ def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
     add("--seeds", nargs="+", type=int, default=[42, 43, 44], help=COMPARE_HELP["seed"])
     add("--protocol", default="reduced", help="the budget: reduced, or paper for all rows")
     add("--strength", nargs="+", type=str, default=preset["strength"], help=COMPARE_HELP["strength"])
-    add("--set", nargs="+", type=str, default=[], help="other settings of training, e.g. kept=0.05")
+    add("--set", nargs="+", type=str, default=[], help="settings, e.g. kept=0.05; repeat one to sweep it")
     add("--score", default="test", help=COMPARE_HELP["score"])
     add("--backbone", default=preset["backbone"], help=COMPARE_HELP["backbone"])
     add("--folder", type=str, default=None, help=COMPARE_HELP["folder"])

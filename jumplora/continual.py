@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -158,7 +158,7 @@ def run_configuration(
     parameter = next(model.parameters())
     return dict(
         method=method.describe(),
-        train=asdict(config),
+        train=config.describe(),
         rows={task.name: task_fingerprint(task) for task in sequence},
         counts={task.name: [len(task.train), len(task.dev), len(task.test)] for task in sequence},
         scored_split=split,

@@ -236,7 +236,7 @@ def job_state(
 # %% ../nbs/12b_grid.ipynb #a4163daa
 def status(
     out: str | Path,  # a grid's folder
-) -> pd.DataFrame:  # one row per job: method, sequence, seed, state, note
+) -> pd.DataFrame:  # one row per job: what is asked, state, note
     "Every job of a grid and how far it is. Raises ValueError where there is no grid."
     if not (Path(out) / "grid.json").exists():
         raise ValueError(f"{out} holds no grid; `jumplora grid --out {out}` starts one")
@@ -245,8 +245,9 @@ def status(
     for folder in (path.parent for path in folders):
         job, (state, note) = read_job(folder), job_state(folder)
         strength = "" if job.strength is None else str(job.strength)
-        rows.append([folder.name, job.method, job.sequence, job.seed, strength, state, note])
-    columns = ["key", "method", "sequence", "seed", "strength", "state", "note"]
+        settings = " ".join(f"{name}={value}" for name, value in job.train.items())
+        rows.append([folder.name, job.method, job.sequence, job.seed, strength, settings, state, note])
+    columns = ["key", "method", "sequence", "seed", "strength", "settings", "state", "note"]
     return pd.DataFrame(rows, columns=columns).set_index("key")
 
 # %% ../nbs/12b_grid.ipynb #57f60f78

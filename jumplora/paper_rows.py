@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .conventions import check_choice
 from .prompts import SPLITS, Example, Task, TaskSequence
-from .tasks import BENCHMARK, ORDERS, list_folder, newsroom, read_folder, read_task
+from .tasks import BENCHMARK, ORDERS, list_folder, newsroom, newsroom20, read_folder, read_task
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -149,11 +149,11 @@ def on_answerable_rows(
     return score * rows / (rows - outside)
 
 # %% ../nbs/06a_paper_rows.ipynb #49dd8ab2
-SEQUENCES = ("newsroom", *(f"order{number}" for number in ORDERS))
+SEQUENCES = ("newsroom", "newsroom20", *(f"order{number}" for number in ORDERS))
 
 
 def load_sequence(
-    name: str | int | os.PathLike,  # "newsroom", "order1" to "order6" (or 1 to 6), or a folder
+    name: str | int | os.PathLike,  # "newsroom", "newsroom20", "order1" to "order6" (or 1 to 6), or a folder
     folder: str | os.PathLike | None = None,  # rows of an order ($JUMPLORA_DATA), or the demo packages
     *,
     train: int | None = None,  # rows of each task at most, even over the labels; None for all
@@ -163,8 +163,8 @@ def load_sequence(
 ) -> TaskSequence:  # the tasks in their order
     "`ValueError` for an unknown name, with the nearest; `FileNotFoundError` where rows are missing."
     name = f"order{name}" if str(name) in map(str, ORDERS) else str(name)
-    if name == "newsroom":
-        return newsroom(folder, seed).limit(train, dev, test, seed)
+    if name in ("newsroom", "newsroom20"):
+        return (newsroom if name == "newsroom" else newsroom20)(folder, seed).limit(train, dev, test, seed)
     if name in SEQUENCES:
         return read_order(int(name.removeprefix("order")), folder).limit(train, dev, test, seed)
     if not Path(name).expanduser().is_dir():

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'encode_prompt', 'encode_answer', 'pad', 'Collator', 'label_loss', 'Diverged', 'PenaltyTrainer',
-           'check_kept_and_targets', 'paper_config', 'check_train_config', 'TrainConfig', 'check_targets',
-           'attach_adapter', 'layer_factors', 'layer_update', 'named_updates', 'layerwise_penalty', 'penalty_function',
-           'TaskLog', 'StepLog', 'training_arguments', 'encode_rows', 'collator_for', 'optimizer_choice',
-           'build_trainer', 'run_training', 'task_steps', 'schedule_gate', 'train_task', 'row_gradients',
-           'training_figure']
+           'check_kept_and_targets', 'paper_config', 'describe_config', 'check_train_config', 'TrainConfig',
+           'check_targets', 'attach_adapter', 'layer_factors', 'layer_update', 'named_updates', 'layerwise_penalty',
+           'penalty_function', 'TaskLog', 'StepLog', 'training_arguments', 'encode_rows', 'collator_for',
+           'optimizer_choice', 'build_trainer', 'run_training', 'task_steps', 'schedule_gate', 'train_task',
+           'row_gradients', 'training_figure']
 
 # %% ../nbs/08_training.ipynb #889122bc
 import inspect
@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -172,6 +172,14 @@ def paper_config(
     "The values of the paper's code, and changes to them."
     return cls(**dict(batch_size=32, max_length=512, truncation="reference") | changes)
 
+
+def describe_config(
+    config: "TrainConfig",  # any settings
+) -> dict:  # JSON types only
+    "The settings as plain data, for a record; one that is younger than old records, only where it is set."
+    late = dict(threshold_parametrization="log")
+    return {key: value for key, value in asdict(config).items() if key not in late or value != late[key]}
+
 # %% ../nbs/08_training.ipynb #59d66c7b
 def check_train_config(
     config: "TrainConfig",  # what to check
@@ -192,6 +200,7 @@ def check_train_config(
     check_choice(config.group_by_length, (False, True), "group_by_length")
     check_choice(config.threshold_scope, ("model", "block", "layer"), "threshold_scope")
     check_choice(config.threshold_reduction, ("mean", "sum"), "threshold_reduction")
+    check_choice(config.threshold_parametrization, ("log", "raw"), "threshold_parametrization")
     check_kept_and_targets(config.kept, config.target_modules)
 
 # %% ../nbs/08_training.ipynb #89934165
@@ -216,10 +225,12 @@ class TrainConfig:
     threshold_scope: str = "model"  # who shares a threshold: "model", "block" or "layer"
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
+    threshold_parametrization: str = "log"  # how Adam sees the threshold: "log" or "raw"
 
     __post_init__ = check_train_config
 
     paper = classmethod(paper_config)
+    describe = describe_config
 
 # %% ../nbs/08_training.ipynb #11c72206
 def check_targets(
@@ -249,8 +260,8 @@ def attach_adapter(
     )
     if not gated:
         return get_peft_model(model, LoraConfig(**shared))
-    gate = dict(threshold_reduction=config.threshold_reduction, bandwidth=config.bandwidth)
-    return get_peft_model(model, JumpLoraConfig(**shared, **gate, threshold_scope=config.threshold_scope))
+    names = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
+    return get_peft_model(model, JumpLoraConfig(**shared, **{name: getattr(config, name) for name in names}))
 
 # %% ../nbs/08_training.ipynb #5206a00d
 def layer_factors(

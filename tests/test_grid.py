@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jumplora.command_line import main, parse_settings
+from jumplora.command_line import main, parse_settings, swept
 from jumplora.grid import (
     Job,
     held_lock,
@@ -256,6 +256,12 @@ def test_settings_are_json_or_text():
     for word in ("kept", "=1"):
         with pytest.raises(ValueError, match="is not NAME=VALUE"):
             parse_settings([word])
+
+
+def test_a_setting_given_twice_is_swept():
+    tries = swept(["kept=0.05", "rank=4", "kept=0.2", "kept=0.05"])
+    assert tries == [dict(kept=0.05, rank=4), dict(kept=0.2, rank=4)]
+    assert swept([]) == [{}]
 
 
 @pytest.mark.parametrize(

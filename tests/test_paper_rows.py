@@ -71,7 +71,7 @@ def published(monkeypatch):
 
 @pytest.mark.parametrize("name", ["newsrom", "order7", 0, 7, "Newsroom", "ordre1"])
 def test_an_unknown_sequence_is_refused_with_the_nearest(name):
-    with pytest.raises(ValueError, match="sequence=.* is not known; use 'newsroom', 'order1'"):
+    with pytest.raises(ValueError, match="sequence=.* is not known; use 'newsroom', 'newsroom20', 'order1'"):
         load_sequence(name)
 
 

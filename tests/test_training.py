@@ -626,6 +626,7 @@ def test_weight_decay_reaches_no_parameter():
           for value in (0, -1.0, math.nan, math.inf)],
         ("lora_dropout", -0.1), ("lora_dropout", 1.0), ("lora_dropout", math.nan),
         ("truncation", "right"), ("threshold_scope", "layers"), ("threshold_reduction", "max"),
+        ("threshold_parametrization", "exp"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name_and_value(name, value):
@@ -676,6 +677,17 @@ def test_gate_settings_reach_the_adapter():
     assert len(gate_groups(model)) == 4
     options = [layer.gate_options["default"] for layer in adapter_layers(model).values()]
     assert options == [dict(bandwidth=0.5, reduction="sum")] * 4
+    assert {group.gate.parametrization for group in gate_groups(model).values()} == {"log"}
+    raw = attach_adapter(llama()[0], TrainConfig(threshold_parametrization="raw"), True)
+    assert {group.gate.parametrization for group in gate_groups(raw).values()} == {"raw"}
+
+
+def test_a_setting_younger_than_old_records_is_written_only_where_it_is_set():
+    asked = TrainConfig().describe()
+    assert "threshold_parametrization" not in asked and asked["threshold_reduction"] == "mean"
+    changed = TrainConfig(threshold_parametrization="raw").describe()
+    assert changed == asked | dict(threshold_parametrization="raw")
+    assert TrainConfig(**changed).threshold_parametrization == "raw"
 
 
 # ---- what is needed of transformers' Trainer ---------------------------------------------------------------
