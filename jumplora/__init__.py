@@ -25,6 +25,8 @@ _MODULES = {
     "evaluation": "evaluate",
     "continual": "Method learn_sequence load_learned",
     "methods": "METHODS",
+    "formats": "save_sparse_adapter",
+    "export": "export_run push_to_hub",
     "grid": "plan run_grid status",
     "records": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }
