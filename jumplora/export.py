@@ -31,7 +31,14 @@ from transformers.utils import logging as transformers_logging
 from .backbones import BACKBONES, is_encoder_decoder, load_backbone
 from .continual import load_state, weights_fingerprint
 from .conventions import check_choice
-from .formats import FORMATS, exact_updates, merged_model, save_gated_adapter, save_sparse_adapter
+from jumplora.formats import (
+    FORMATS,
+    SPARSE,
+    exact_updates,
+    merged_model,
+    save_gated_adapter,
+    save_sparse_adapter,
+)
 from .prompts import prompt
 from .run_record import Run, flatten
 from .sparse_updates import SparseUpdate, archive_path, read_archive
@@ -307,8 +314,7 @@ def prompt_lines(
     task: str | None = None,  # which task's prompt; None: the first's
 ) -> list[str]:  # paragraphs of Markdown
     "How the model was asked; the record keeps instruction and options of every task."
-    prompts = run.extra.get("prompts", {})
-    task = task or next(iter(prompts), None)
+    prompts, task = run.extra.get("prompts", {}), task or run.tasks[0]
     if task not in prompts:
         return []
     instruction, options = prompts[task]
@@ -356,8 +362,9 @@ def model_card(
     license = origin.license.get("license", "not known here: see the base")
     alone = ["The update was not scored alone: the numbers are those of the whole run."] if task else []
     text = [f"# {origin.name} and {run.sequence}", about, "## How to load it"]
-    code = loading_code(finished, format, origin, place)
-    text += [f"```python\n{code}\n```", f"This needs {READERS[format]}.", *prompt_lines(run, task)]
+    code, also = loading_code(finished, format, origin, place), origin.name in BACKBONES and format in SPARSE
+    needs = f"This needs {READERS[format]}{', and the package jumplora for the base' if also else ''}."
+    text += [f"```python\n{code}\n```", needs, *prompt_lines(run, task)]
     text += [*alone, *score_lines(run), *update_lines(finished), *setting_lines(run)]
     base = f"Base: {origin.id or origin.name}. Licence: {license}. {origin.note}".strip()
     text, data = [*text, "## Base and licence", base], card_data(finished, format, origin)

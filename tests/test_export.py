@@ -309,6 +309,7 @@ def test_the_text_of_a_card_has_the_numbers_their_formulas_and_the_settings(plac
         value = getattr(record, key)
         assert f"| {name} | {value:.2f} | {formula.replace('<', '&lt;')} |" in text
     assert "| train.learning_rate | 0.01 |" in text and "| seed | 1 |" in text
+    assert "## How to ask, for the task topics" in text
     assert "| method.gated | True |" in text and f"torch {torch.__version__.split('+')[0]}" in text
     finished = load_finished(run[0])
     changed = sum(len(parts[0].values) for parts in finished.updates.values())
@@ -373,6 +374,8 @@ def test_the_embedded_base_is_loaded_by_its_name_because_the_hub_has_other_weigh
     finished = load_finished(run[0])
     code = export.loading_code(finished, "supertuning", origin_of("smollm2-135m"), "x/y")
     assert 'load_backbone("smollm2-135m", dtype="float32")[0]' in code and "AutoModel" not in code
+    card = export.model_card(finished, "supertuning", origin_of("smollm2-135m"), "x/y").text
+    assert "PEFT, 0.21 or newer, and the package jumplora for the base." in card
 
 
 # ---- what is refused -------------------------------------------------------------------------------------
