@@ -17,6 +17,7 @@ _MODULES = {
     "penalties": "EWC NLoRA OLoRA",
     "prompts": "Example Task TaskSequence prompt",
     "tasks": "ORDERS",
+    "hub_rows": "hub_table hub_task",
     "paper_rows": "check_folder load_sequence paper_split",
     "backbones": "load_backbone",
     "metrics": "average_accuracy backward_transfer forgetting forward_transfer just_learned",

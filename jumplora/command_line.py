@@ -45,7 +45,7 @@ PRESETS = {
 # %% ../nbs/13_command_line.ipynb #32254c18
 COMPARE_HELP = {
     "method": 'e.g. "ELLA + JumpLoRA" ELLA',
-    "sequence": "newsroom, newsroom20, order1 to order6, or a folder of tasks",
+    "sequence": "newsroom, newsroom20, order1 to order6, order1-hub (rows of the Hub), or a folder",
     "folder": "folder with the benchmark's rows, for order1 to order6",
     "backbone": "smollm2-135m, a Hub id, or a folder with a model",
     "seed": "one run per method and seed",

@@ -44,6 +44,7 @@ from jumplora.training import (
     TrainConfig,
     attach_adapter,
     check_targets,
+    describe_config,
     named_updates,
     row_gradients,
     task_steps,
@@ -158,7 +159,7 @@ def run_configuration(
     parameter = next(model.parameters())
     return dict(
         method=method.describe(),
-        train=config.describe(),
+        train=describe_config(config),
         rows={task.name: task_fingerprint(task) for task in sequence},
         counts={task.name: [len(task.train), len(task.dev), len(task.test)] for task in sequence},
         scored_split=split,
