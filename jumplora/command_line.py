@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
-           'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'data',
-           'data_parser', 'parse_settings', 'swept', 'grid', 'grid_parser', 'export', 'export_parser', 'overview',
-           'main']
+           'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity', 'rollback', 'sparsity_parser',
+           'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser', 'parse_settings', 'swept', 'grid',
+           'grid_parser', 'export', 'export_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
@@ -39,6 +39,7 @@ PRESETS = {
         score="test",
         strength=["ELLA=3e5"],
         past_dtype="float32",
+        archive=True,
     ),
 }
 
@@ -56,6 +57,7 @@ COMPARE_HELP = {
     "score": "rows that are scored: test, or dev to choose settings",
     "strength": "λ of a penalty, e.g. ELLA=3e5 O-LoRA=0.5; one per task for ELLA: ELLA=0,3e5,3e5,3e5",
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
+    "archive": "keep every task's update in a file, for sparsity and rollback: true or false",
 }
 
 # %% ../nbs/13_command_line.ipynb #f8733ae9
@@ -161,6 +163,7 @@ def compare(
     for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
+        options["archive"] = flags.archive
         run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
@@ -287,6 +290,65 @@ def predict_parser() -> ArgumentParser:  # flags of `jumplora predict`
     parser.add_argument("run", type=str, help="a run's folder, with its state")
     parser.add_argument("--task", type=str, required=True, help="which task's instruction and options to use")
     parser.add_argument("--text", type=str, nargs="+", default=[], help="texts; none: standard input")
+    add_model_flags(parser)
+    return parser
+
+# %% ../nbs/13_command_line.ipynb #73a2939b
+def sparsity(
+    flags: Namespace,  # from `sparsity_parser`
+) -> int:  # exit code
+    "Print where the updates of a run lie; with --out, write the report and two figures."
+    from jumplora.conventions import write_atomic
+    from jumplora.run_record import Run
+    from jumplora.sparsity import density_figure, overlap_figure, overlap_report, run_overlap
+
+    path = existing(flags.run)
+    run, out = Run.load(path), flags.out and Path(flags.out)
+    overlap = run_overlap(path if path.is_dir() else path.parent, run)
+    print(overlap_report(run, overlap), end="")
+    if out:
+        write_atomic(out / "sparsity.md", overlap_report(run, overlap))
+        overlap_figure(overlap).savefig(out / "overlap.png", dpi=150)
+        density_figure(run).savefig(out / "density.png", dpi=150)
+        print(f"\nsparsity.md, overlap.png and density.png are in {out}")
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #261ec08e
+def rollback(
+    flags: Namespace,  # from `rollback_parser`
+) -> int:  # exit code
+    "Take one task out of a run's weights, beside the run, and say what that did."
+    from jumplora import archives
+    from jumplora.run_record import Run
+
+    path = existing(flags.run)
+    folder = path if path.is_dir() else path.parent
+    rows = archives.load_rows(Run.load(folder), flags.sequence, flags.folder) if flags.evaluate else None
+    found = archives.rollback(folder, flags.task, rows, device=flags.device, dtype=flags.dtype)
+    print(archives.rollback_report(found))
+    print(f"weights and report are in {archives.rollback_folder(folder, found.task)}; the run is as it was")
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #f8e72700
+def sparsity_parser() -> ArgumentParser:  # flags of `jumplora sparsity`
+    "The flags of `jumplora sparsity`."
+    about = "Say which entries the tasks of a run touched, and how far they overlap."
+    parser = ArgumentParser(prog="jumplora sparsity", description=about, formatter_class=PlainHelp)
+    parser.add_argument("run", type=str, help="a run's folder, or its record.json")
+    parser.add_argument("--out", type=str, default=None, help="folder for the report and two figures")
+    return parser
+
+
+def rollback_parser() -> ArgumentParser:  # flags of `jumplora rollback`
+    "The flags of `jumplora rollback`."
+    about = "Take one task out of the weights that a run ended with. The run itself stays as it is."
+    parser = ArgumentParser(prog="jumplora rollback", description=about, formatter_class=PlainHelp)
+    parser.add_argument("run", type=str, help="a run's folder, with its state")
+    parser.add_argument("--task", type=str, required=True, help="which task to take out")
+    parser.add_argument("--evaluate", action="store_true", help="score all tasks without it, and compare")
+    rows = "which rows to score, as in compare; none: the sequence of the record"
+    parser.add_argument("--sequence", type=str, default=None, help=rows)
+    parser.add_argument("--folder", type=str, default=None, help=COMPARE_HELP["folder"])
     add_model_flags(parser)
     return parser
 
@@ -465,6 +527,8 @@ COMMANDS = {
     "show": (show_parser, show, "print one run"),
     "table": (table_parser, table, "print the table of all runs in a folder"),
     "predict": (predict_parser, predict, "ask the model that a run ended with"),
+    "sparsity": (sparsity_parser, sparsity, "say which entries the tasks of a run touched"),
+    "rollback": (rollback_parser, rollback, "take one task out of a run's weights again"),
     "export": (export_parser, export, "write a finished run as files that other tools read"),
     "data": (data_parser, data, "compare a folder with the rows of the paper's benchmark"),
     "grid": (grid_parser, grid, "many runs, several at a time, here or on a cluster"),

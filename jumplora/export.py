@@ -366,7 +366,7 @@ def model_card(
     needs = f"This needs {READERS[format]}{', and the package jumplora for the base' if also else ''}."
     text += [f"```python\n{code}\n```", needs, *prompt_lines(run, task)]
     text += [*alone, *score_lines(run), *update_lines(finished), *setting_lines(run)]
-    base = f"Base: {origin.id or origin.name}. Licence: {license}. {origin.note}".strip()
+    base = " ".join(f"Base: {origin.id or origin.name}. Licence: {license}. {origin.note}".split())
     text, data = [*text, "## Base and licence", base], card_data(finished, format, origin)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'SparseUpdate', 'sparse_update', 'neutral_zeros', 'pack_sparse', 'pack_factors', 'ArchiveHeader',
-           'checksum_of', 'archive_path', 'write_archive', 'DamagedArchive', 'is_support', 'UpdateArchive',
-           'read_archive', 'whole_archive', 'is_gated', 'pack_adapter', 'archive_adapter', 'shared_with_last',
-           'count_shared', 'grow_support', 'support_so_far', 'size_figure']
+           'checksum_of', 'update_checksum', 'archive_path', 'write_archive', 'DamagedArchive', 'is_support',
+           'UpdateArchive', 'read_archive', 'layer_fits', 'whole_archive', 'is_gated', 'pack_adapter',
+           'archive_adapter', 'shared_with_last', 'count_shared', 'grow_support', 'support_so_far', 'size_figure']
 
 # %% ../nbs/08d_sparse_updates.ipynb #f3767af0
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .adapter import adapter_layers, delta_weight
 from .conventions import check_choice, check_name, write_atomic
-from .run_record import canonical_json
+from .run_record import canonical_json, digest
 
 # %% ../nbs/08d_sparse_updates.ipynb #ec4280ef
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,7 @@ class ArchiveHeader:
     model: str  # the backbone's name, never a path
     base: str  # fingerprint of the backbone before the first task
     before: str  # fingerprint of the adapted layers' merged weights before this task
+    update: str  # fingerprint of the update that was merged
     layers: dict[str, list[int]]  # layer's name -> [out, in]
     sparsity: float  # share of zeros over all layers, 0 to 1
     values: str  # "float32", "bfloat16", or "factors" where there is no gate
@@ -118,6 +119,13 @@ def checksum_of(
         total.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         total.update(tensor.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
+
+# %% ../nbs/08d_sparse_updates.ipynb #4976e6aa
+def update_checksum(
+    updates: Iterable[tuple[str, SparseUpdate]],  # layer's name and its update, layer after layer
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of a whole update."
+    return digest({layer: checksum_of(pack_sparse(layer, update)) for layer, update in updates})
 
 # %% ../nbs/08d_sparse_updates.ipynb #6895d6fa
 def archive_path(
@@ -182,20 +190,14 @@ class UpdateArchive:
         A, B, scaling = (self.tensors[f"{layer}.{part}"] for part in ("A", "B", "scaling"))
         return sparse_update(scaling.item() * (B @ A))  # (out, r) @ (r, in), as in `delta_weight`
 
+    @property
+    def exact(self) -> bool:  # False after rounding, or where another processor multiplies the factors
+        "Whether this gives back the update that was merged, bit for bit."
+        return update_checksum((n, self.update(n)) for n in self.header.layers) == self.header.update
+
     def overwritten(self, layer: str) -> Tensor | None:  # (n,) float32
         "What the weight held there before, if it was kept."
         return self.tensors.get(f"{layer}.overwritten")
-
-    def fits(self, layer: str) -> bool:  # False where tensors and header do not agree
-        "Whether one layer's tensors are an update of its shape."
-        (rows, columns), old = self.header.layers[layer], self.overwritten(layer)
-        if self.header.values == "factors":
-            A, B = self.tensors[f"{layer}.A"], self.tensors[f"{layer}.B"]  # (r, in), (out, r)
-            finite = bool(torch.isfinite(A).all() and torch.isfinite(B).all())
-            return finite and (A.shape, B.shape) == ((B.shape[1], columns), (rows, A.shape[0]))
-        update = self.update(layer)
-        good = is_support(update.indices, update.values, rows * columns)
-        return good and (old is None or is_support(update.indices, old, rows * columns))
 
 # %% ../nbs/08d_sparse_updates.ipynb #58c0ba05
 def read_archive(
@@ -220,6 +222,21 @@ def read_archive(
     return whole_archive(path, UpdateArchive(header, tensors), found, checksum)
 
 # %% ../nbs/08d_sparse_updates.ipynb #8db56003
+def layer_fits(
+    archive: UpdateArchive,  # as it was read
+    layer: str,  # its name
+) -> bool:  # False where tensors and header do not agree
+    "Whether one layer's tensors are an update of its shape."
+    (rows, columns), old = archive.header.layers[layer], archive.overwritten(layer)
+    if archive.header.values == "factors":
+        A, B = archive.tensors[f"{layer}.A"], archive.tensors[f"{layer}.B"]  # (r, in), (out, r)
+        finite = bool(torch.isfinite(A).all() and torch.isfinite(B).all())
+        return finite and (A.shape, B.shape) == ((B.shape[1], columns), (rows, A.shape[0]))
+    update = archive.update(layer)
+    good = is_support(update.indices, update.values, rows * columns)
+    return good and (old is None or is_support(update.indices, old, rows * columns))
+
+# %% ../nbs/08d_sparse_updates.ipynb #811fdb04
 def whole_archive(
     path: Path,  # its file, for the message
     archive: UpdateArchive,  # as it was read
@@ -230,7 +247,7 @@ def whole_archive(
     if checksum not in (None, found):
         raise DamagedArchive(path, "it is whole, but not the file that the record names")
     try:
-        good = all(archive.fits(layer) for layer in archive.header.layers)
+        good = all(layer_fits(archive, layer) for layer in archive.header.layers)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise DamagedArchive(path, f"its header does not describe its tensors ({error!r})") from None
     if not good:
@@ -248,17 +265,20 @@ def is_gated(
 
 @torch.no_grad()
 def pack_adapter(
-    model: nn.Module,  # with an adapter, "default", not yet merged
+    adapted: nn.Module,  # with an adapter, "default", not yet merged
     weights: dict[str, Tensor],  # layer's name -> merged weight so far, (out, in), float32
-) -> tuple[dict[str, Tensor], float]:  # tensors of all layers; share of zeros, 0 to 1
+) -> tuple[dict[str, Tensor], dict]:  # tensors of all layers; what they say of the header
     "Gated layers as entries with what they overwrite, the others as factors."
-    tensors, kept, entries = {}, 0, 0
-    for name, module in adapter_layers(model).items():
+    tensors, sums, kept, layers = {}, {}, 0, adapter_layers(adapted)
+    for name, module in layers.items():
         update = sparse_update(delta_weight(module))
-        kept, entries = kept + len(update.indices), entries + weights[name].numel()
         old = weights[name].flatten()[update.indices.long()]
+        sums[name], kept = checksum_of(pack_sparse(name, update)), kept + len(update.indices)
         tensors |= pack_sparse(name, update, old) if is_gated(module) else pack_factors(name, module)
-    return tensors, 1 - kept / entries
+    shapes = {name: list(weights[name].shape) for name in layers}
+    sparsity = 1 - kept / sum(rows * columns for rows, columns in shapes.values())
+    values = "float32" if all(map(is_gated, layers.values())) else "factors"
+    return tensors, dict(layers=shapes, sparsity=sparsity, values=values, update=digest(sums))
 
 # %% ../nbs/08d_sparse_updates.ipynb #1bc3c5c5
 def archive_adapter(
@@ -268,14 +288,10 @@ def archive_adapter(
     **about: object,  # task, position, method, base of the header; model: a name or a folder
 ) -> dict[str, int | str]:  # "bytes" and "checksum", for the record
     "Write the update of the task that was just learned."
-    tensors, sparsity = pack_adapter(adapted, weights)
-    gated = all(is_gated(module) for module in adapter_layers(adapted).values())
+    tensors, found = pack_adapter(adapted, weights)
     if Path(about["model"]).is_dir():
         about["model"] = Path(about["model"]).resolve().name  # the folder's place is nobody's business
-    layers = {name: list(weight.shape) for name, weight in weights.items()}
-    values = "float32" if gated else "factors"
-    facts = dict(layers=layers, sparsity=sparsity, values=values, before=checksum_of(weights))
-    return write_archive(path, ArchiveHeader(**about, **facts), tensors)
+    return write_archive(path, ArchiveHeader(**about, **found, before=checksum_of(weights)), tensors)
 
 # %% ../nbs/08d_sparse_updates.ipynb #10ae09a8
 def shared_with_last(
