@@ -29,6 +29,8 @@ _MODULES = {
     "methods": "METHODS",
     "sparsity": "overlap_report support_overlap",
     "archives": "load_without rollback",
+    "formats": "save_sparse_adapter",
+    "export": "export_run push_to_hub",
     "grid": "plan run_grid status",
     "records": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
            'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity', 'rollback', 'sparsity_parser',
            'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser', 'parse_settings', 'swept', 'grid',
-           'grid_parser', 'overview', 'main']
+           'grid_parser', 'export', 'export_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
@@ -485,6 +485,45 @@ def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
     add_model_flags(parser)
     return parser
 
+# %% ../nbs/13_command_line.ipynb #deb39659
+def export(
+    flags: Namespace,  # from `export_parser`
+) -> int:  # exit code
+    "Write a finished run for others, and list the files; with --push, send them to the Hub."
+    import tempfile
+
+    from jumplora.export import export_run, files_to_push, free_folder, push_to_hub
+
+    run, out = existing(flags.run), free_folder(flags.out)
+    about = dict(task=flags.task, repo_id=flags.push, base_model=flags.base_model, license=flags.license)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / out.name if flags.dry_run else out
+        export_run(run.parent if run.is_file() else run, folder, flags.format, **about)
+        for name, size in files_to_push(folder).items():
+            print(f"{size:>13,} bytes  {name}")
+    there = f" and sent to {flags.push}" if flags.push else ""
+    print(f"would be written to {out}{there}" if flags.dry_run else f"written to {out}", flush=True)
+    if flags.push and not flags.dry_run:
+        print(push_to_hub(out, flags.push, flags.private or None))
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #788efdd4
+def export_parser() -> ArgumentParser:  # flags of `jumplora export`
+    "The flags of `jumplora export`."
+    about = "Write a finished run as files that other tools read, with a card."
+    parser = ArgumentParser(prog="jumplora export", description=about, formatter_class=PlainHelp)
+    add, dry = parser.add_argument, "only list what would be written and sent"
+    add("run", type=str, help="a run's folder, with its state")
+    add("--format", default="merged", help="merged, jumplora, supertuning or shira")
+    add("--out", type=str, required=True, help="folder for the files; it must be empty or not there yet")
+    add("--task", type=str, default=None, help="write the update of this task alone")
+    add("--push", type=str, default=None, help="OWNER/NAME on the Hub, to send the files to")
+    add("--private", action="store_true", help="make a new repository of --push private")
+    add("--dry-run", action="store_true", help=dry)
+    add("--base-model", type=str, default=None, help="the base's Hub id, where the record does not tell")
+    add("--license", type=str, default=None, help="the base's licence, where its card does not tell")
+    return parser
+
 # %% ../nbs/13_command_line.ipynb #280f9691
 COMMANDS = {
     "compare": (compare_parser, compare, "learn a sequence with several methods, print the table"),
@@ -493,6 +532,7 @@ COMMANDS = {
     "predict": (predict_parser, predict, "ask the model that a run ended with"),
     "sparsity": (sparsity_parser, sparsity, "say which entries the tasks of a run touched"),
     "rollback": (rollback_parser, rollback, "take one task out of a run's weights again"),
+    "export": (export_parser, export, "write a finished run as files that other tools read"),
     "data": (data_parser, data, "compare a folder with the rows of the paper's benchmark"),
     "grid": (grid_parser, grid, "many runs, several at a time, here or on a cluster"),
     "benchmark": (benchmark_parser, benchmark, "measure speed and memory on this machine"),
