@@ -33,6 +33,7 @@ from jumplora.sparse_updates import (
     UpdateArchive,
     archive_path,
     checksum_of,
+    merged_tasks,
     neutral_zeros,
     read_archive,
 )
@@ -108,9 +109,9 @@ def check_archived(
         raise ValueError(f"{run.method} trains one adapter through all tasks: no update is one task's own")
     if method.get("training") == "joint":
         raise ValueError(f"{run.method} learns all tasks at once: no update is one task's own")
-    missing = [task for task in run.tasks[: run.finished] if task not in run.extra.get("archives", {})]
-    if missing or not run.finished:
-        what = f"no archive of {missing[0]!r}" if missing else "no finished task"
+    missing = [task for task in merged_tasks(run) if task not in run.extra.get("archives", {})]
+    if missing or not merged_tasks(run):
+        what = f"no archive of {missing[0]!r}" if missing else "no learned task"
         raise ValueError(f"{run.name} has {what}; learn it again, with archive=True")
 
 # %% ../nbs/10a_archives.ipynb #cd965045
@@ -134,11 +135,11 @@ def check_belongs(
 def load_archives(
     folder: Path,  # a run's folder
     run: Run,  # its record
-) -> list[UpdateArchive]:  # of all finished tasks, in the order learned
+) -> list[UpdateArchive]:  # of all merged tasks, in the order learned
     "Read and verify every archive. `ValueError` where there is none, `DamagedArchive` where one changed."
     check_archived(run)
     found = []
-    for i, task in enumerate(run.tasks[: run.finished]):
+    for i, task in enumerate(merged_tasks(run)):
         path = archive_path(folder, i, task)
         archive = read_archive(path, run.extra["archives"][task]["checksum"])
         found.append(check_belongs(archive, run, i))
@@ -252,7 +253,7 @@ def check_rows(
     sequence: TaskSequence,  # tasks with rows
 ) -> None:
     "`ValueError` where the rows are not those that the run learned and was scored on."
-    for task in run.tasks[: run.finished]:
+    for task in merged_tasks(run):
         rows = run.configuration["rows"][task]
         if task not in sequence.names or task_fingerprint(sequence[task]) != rows:
             counts = dict(zip(("train", "dev", "test"), run.configuration["counts"][task], strict=True))
@@ -296,13 +297,13 @@ def scores_without(
     sequence: TaskSequence,  # the run's tasks
     **options,  # of `load_backbone`: device, dtype
 ) -> dict[str, list[float]]:  # task -> exact match before, after; option accuracy before, after
-    "Score every finished task again, as the run scored it. `ValueError` for other rows."
+    "Score every merged task again, as the run scored it. `ValueError` for other rows."
     check_rows(run, sequence)
     model, tokenizer = with_weights(run, weights, **options)
     settings = {name: run.configuration["train"][name] for name in ("max_length", "truncation")}
     settings["batch_size"] = 2 * run.configuration["train"]["batch_size"]
-    scores, last = {}, run.finished - 1
-    for j, task in enumerate(run.tasks[: run.finished]):
+    scores, last = {}, len(merged_tasks(run)) - 1
+    for j, task in enumerate(merged_tasks(run)):
         score = evaluate(model, tokenizer, sequence[task], run.configuration["scored_split"], **settings)
         match = run.accuracy[last, j].item(), score.exact_match
         scores[task] = [*match, run.option_accuracy[last, j].item(), score.option_accuracy]
@@ -333,18 +334,18 @@ def write_rollback(
 @torch.no_grad()
 def rollback(
     folder: str | Path,  # a run's folder, with record, state and archives
-    task: str,  # which of its finished tasks to take out
+    task: str,  # which of its merged tasks to take out
     sequence: TaskSequence | None = None,  # the run's tasks, to score them again; None: no scores
     **options,  # of `load_backbone`, for the scores: device, dtype
 ) -> Rollback:  # what was done; the weights are in `rollback_folder`
     "Take one task out again, beside the run. `ValueError` where that cannot be done rightly."
     folder, run = Path(folder), Run.load(folder)
-    names, place = run.tasks[: run.finished], rollback_folder(folder, task)
+    names, place = merged_tasks(run), rollback_folder(folder, task)
     k = names.index(check_choice(task, names, "task"))
     if place.exists():
         raise ValueError(f"{task!r} was taken out before; delete {place} to do it again")
     archives = load_archives(folder, run)
-    merged = load_state(folder, run.finished, run.extra.get("state_sha256", ""))["weight"]
+    merged = load_state(folder, len(names), run.extra.get("state_sha256", ""))["weight"]
     base = adapted_weights(load_base(run, device="cpu")[0], merged) if needs_base(archives[k]) else None
     weights, bound = without_task(merged, archives, k, base)
     scores = scores_without(run, weights, sequence, **options) if sequence is not None else None

@@ -250,13 +250,16 @@ def table(
 def predict(
     flags: Namespace,  # from `predict_parser`
 ) -> int:  # exit code
-    "Ask the model that a run ended with."
+    "Ask the model that a run ended with, or that model without a task."
+    from jumplora.archives import load_without
     from jumplora.continual import load_learned
     from jumplora.evaluation import answer
     from jumplora.prompts import Question
 
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
-    model, tokenizer, run = load_learned(existing(flags.run), device=flags.device, dtype=flags.dtype)
+    where, without = dict(device=flags.device, dtype=flags.dtype), (flags.without,) if flags.without else ()
+    load = load_without if without else load_learned
+    model, tokenizer, run = load(existing(flags.run), *without, **where)
     prompts = run.extra["prompts"]
     instruction, options = prompts[check_choice(flags.task, tuple(prompts), "task")]
     task = Question(flags.task, instruction, tuple(options))
@@ -293,6 +296,7 @@ def predict_parser() -> ArgumentParser:  # flags of `jumplora predict`
     parser.add_argument("run", type=str, help="a run's folder, with its state")
     parser.add_argument("--task", type=str, required=True, help="which task's instruction and options to use")
     parser.add_argument("--text", type=str, nargs="+", default=[], help="texts; none: standard input")
+    parser.add_argument("--without", type=str, default=None, help="a task that rollback has taken out")
     add_model_flags(parser)
     return parser
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'SparseUpdate', 'sparse_update', 'neutral_zeros', 'pack_sparse', 'pack_factors', 'ArchiveHeader',
-           'checksum_of', 'update_checksum', 'archive_path', 'write_archive', 'DamagedArchive', 'is_support',
-           'UpdateArchive', 'read_archive', 'layer_fits', 'whole_archive', 'is_gated', 'pack_adapter',
+           'checksum_of', 'update_checksum', 'archive_path', 'merged_tasks', 'write_archive', 'DamagedArchive',
+           'is_support', 'UpdateArchive', 'read_archive', 'layer_fits', 'whole_archive', 'is_gated', 'pack_adapter',
            'archive_adapter', 'shared_with_last', 'count_shared', 'grow_support', 'support_so_far', 'size_figure']
 
 # %% ../nbs/08d_sparse_updates.ipynb #f3767af0
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .adapter import adapter_layers, delta_weight
 from .conventions import check_choice, check_name, write_atomic
-from .run_record import canonical_json, digest
+from .run_record import Run, canonical_json, digest
 
 # %% ../nbs/08d_sparse_updates.ipynb #ec4280ef
 @dataclass(frozen=True, eq=False)
@@ -137,6 +137,13 @@ def archive_path(
     return Path(folder) / "updates" / f"{position + 1:02d}-{check_name(task, 'task')}.safetensors"
 
 
+def merged_tasks(
+    run: Run,  # a record, complete or not
+) -> list[str]:  # names, in the order learned
+    "The tasks in a run's merged weights; where the record says so, the last may not be scored yet."
+    return run.tasks[: run.extra.get("state_tasks", run.finished)]
+
+# %% ../nbs/08d_sparse_updates.ipynb #b53d2f4f
 def write_archive(
     path: Path,  # from `archive_path`
     header: ArchiveHeader,  # what the update belongs to

@@ -19,7 +19,13 @@ import numpy as np
 
 from .conventions import figure_style
 from .run_record import Run
-from .sparse_updates import UpdateArchive, archive_path, read_archive, shared_with_last
+from jumplora.sparse_updates import (
+    UpdateArchive,
+    archive_path,
+    merged_tasks,
+    read_archive,
+    shared_with_last,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -231,7 +237,7 @@ def run_overlap(
 ) -> Overlap:  # layer by layer where the archives are there, else from the record
     "The counts of a run. `ValueError` where it has no gate, `DamagedArchive` for an archive that changed."
     known = run.extra.get("archives", {})
-    places = {task: archive_path(folder, i, task) for i, task in enumerate(run.tasks[: run.finished])}
+    places = {task: archive_path(folder, i, task) for i, task in enumerate(merged_tasks(run))}
     there = bool(places) and all(task in known and place.is_file() for task, place in places.items())
     if not there or not run.configuration.get("method", {}).get("gated"):
         return recorded_overlap(run)

@@ -27,7 +27,6 @@ from jumplora.archives import (
 from jumplora.backbones import load_backbone
 from jumplora.continual import Method, learn_sequence, load_state, merge_adapter, weights_of
 from jumplora.prompts import Task, TaskSequence
-from jumplora.run_folder import learned
 from jumplora.run_record import DamagedRecord, Run
 from jumplora.sparse_updates import (
     ArchiveHeader,
@@ -451,15 +450,15 @@ class Stopped(Exception):
 
 
 def test_a_resumed_run_ends_with_the_same_archives_and_counts(results, tmp_path):
-    real = Run.save
+    real = continual.write_down
 
-    def crash(run, folder, *name):  # after the archive of the second task, before its record
-        if learned(run) == 2:
+    def crash(learner, i):  # after the archive of the second task, before its record
+        if i == 1:
             raise Stopped
-        return real(run, folder, *name)
+        return real(learner, i)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save", crash)
+        patch.setattr(continual, "write_down", crash)
         with pytest.raises(Stopped):
             learn(tmp_path)
     unfinished = next(tmp_path.iterdir())
@@ -469,6 +468,16 @@ def test_a_resumed_run_ends_with_the_same_archives_and_counts(results, tmp_path)
     resumed, whole = learn(tmp_path), results["gated"]
     assert resumed.run.extra == whole.run.extra
     assert files(resumed.folder / "updates") == files(whole.folder / "updates")
+
+
+def test_a_merged_task_that_is_not_scored_yet_can_be_taken_out(gated):
+    run = Run.load(gated.folder)
+    run.accuracy[2, 1:], run.extra["state_tasks"] = np.nan, 3  # killed while its scores were taken
+    run.save(gated.folder.parent)
+    assert run.finished == 2
+    found = rollback(gated.folder, "places", SEQUENCE)
+    assert found.bound == 0 and found.tasks == run.tasks and np.isnan(found.scores["places"][0])
+    assert "| places | nan | " in archives.rollback_report(found)
 
 
 def test_a_deleted_archive_ends_the_counting_and_not_the_run(gated):
@@ -609,6 +618,13 @@ def other_overwritten(gated):
     rewrite(gated, 2, lambda layer, old: pack_sparse(layer, old.update(layer), old.overwritten(layer) + 1))
 
 
+def other_start(gated):
+    def same(layer, old):
+        return pack_sparse(layer, old.update(layer), old.overwritten(layer))
+
+    rewrite(gated, 2, same, before="0" * 64)
+
+
 REFUSED = {
     "unknown task": (lambda gated: None, "tpoics", "task='tpoics' is not known.*did you mean 'topics'"),
     "a path as task": (lambda gated: None, "../x", "task='../x' is not known"),
@@ -631,10 +647,11 @@ REFUSED = {
     "another base": (other_base, "topics", "its base is '0000000000000000', that of the run"),
     "another update": (other_values, "topics", "do not add up to the merged weights"),
     "another past": (other_overwritten, "places", "do not add up to the merged weights"),
+    "another start": (other_start, "places", "not those that it began with"),
     "damaged state": (
         lambda gated: flip_last_byte(gated.folder / "state" / "after-3.safetensors"),
         "topics",
-        "after-3.safetensors is damaged",
+        "after-3.safetensors",
     ),
     "damaged record": (lambda gated: flip_last_byte(gated.folder / "record.json"), "topics", "record.json"),
 }

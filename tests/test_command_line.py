@@ -343,6 +343,9 @@ def test_rollback_takes_a_task_out_once_and_says_what_it_did(gated_run, tasks, j
     assert all(path.read_bytes() == data for path, data in before.items())
     again = jumplora("rollback", gated_run, "--task", "weather")
     assert again.code == 2 and "taken out before" in again.err
+    asked = ["predict", gated_run, "--task", "topics", "--text", "the ball"]
+    assert jumplora(*asked, "--without", "weather").out.endswith("\tthe ball\n")
+    assert "call rollback first" in jumplora(*asked, "--without", "topics").err
 
 
 @pytest.mark.parametrize(
