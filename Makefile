@@ -20,7 +20,7 @@ say = @printf '\n== %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run tables test check env demo lint test-nbs check-nbs docs test-py nbs export readme lab lock clean
+.PHONY: help run tables test check env demo lint test-nbs check-nbs docs test-py torture nbs export readme lab lock clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -80,6 +80,9 @@ docs: env  ## build the site: docs/_build/html/index.html
 test-py: env demo  ## pytest, in as many processes as there are cores
 	$(call say,Running the tests)
 	@$(OFFLINE) $(ONE_THREAD) python -m pytest -q -n auto --dist loadfile
+
+torture: env  ## kill runs at random moments, hundreds of times, and compare their ends (writes results/torture)
+	@$(OFFLINE) $(ONE_THREAD) python tests/torture.py --kills 30 --out results/torture/cpu.json
 
 tables: env  ## write the tables of the benchmark's orders to results/tables
 	@jumplora table results/reduced --format markdown --out results/tables

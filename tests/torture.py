@@ -1,0 +1,217 @@
+"""Kill runs at random moments, again and again, and compare their ends with runs that were left alone.
+
+    python tests/torture.py --kills 30 --out results/torture/cpu.json
+
+Every run is a process of its own, on a tiny model. Half of the kills come from outside after a random time;
+the other half the process gives itself at a random one of its events: before and after each part of the work,
+each fsync, rename and removal. All are SIGKILL, which no program can notice. The same folder is used until
+its run is complete, so most runs are killed many times. Record (without times) and weights must then be those
+of a run that nobody disturbed.
+"""
+
+import argparse
+import gc
+import json
+import mmap
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
+
+import torch
+
+from jumplora import checkpoints, continual, run_folder
+from jumplora.backbones import load_backbone
+from jumplora.continual import Method, learn_sequence
+from jumplora.conventions import write_atomic
+from jumplora.methods import METHODS
+from jumplora.prompts import Task, TaskSequence
+from jumplora.run_record import Run, environment
+from jumplora.training import TrainConfig
+
+WORDS = {"pets": ("cat", "dog"), "sky": ("sun", "moon"), "table": ("fork", "cup")}
+TASKS = [
+    Task(name, "Which word?\n", words, rows, rows[:2], rows[:4])
+    for name, words in WORDS.items()
+    for rows in [[(f"one {word} and {'more ' * n}", word) for n in range(8) for word in words]]
+]
+HARD = TrainConfig(
+    batch_size=3, gradient_accumulation=2, epochs=2.5, learning_rate=1e-2, lora_dropout=0.1, max_length=120
+)
+SORTED = replace(HARD, group_by_length=True)
+KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
+CASES = {  # name -> method, settings, seconds between checkpoints
+    "IncLoRA": (METHODS["IncLoRA"], HARD, 0),
+    "ELLA": (METHODS["ELLA"], SORTED, 0),
+    "ELLA + JumpLoRA": (METHODS["ELLA + JumpLoRA"], HARD, 0),
+    "ELLA + JumpLoRA, no checkpoints": (METHODS["ELLA + JumpLoRA"], SORTED, float("inf")),
+    "SeqLoRA": (METHODS["SeqLoRA"], HARD, 0),
+    "SeqLoRA + JumpLoRA": (KEPT_GATE, SORTED, 0),
+    "EWC": (METHODS["EWC"], HARD, 0),
+    "Replay": (replace(METHODS["Replay"], rehearsal=0.2), SORTED, 0),
+    "IncLoRA (Muon)": (METHODS["IncLoRA (Muon)"], HARD, 0),
+    "multi-task": (METHODS["multi-task"], SORTED, 0),
+}
+PHASES = {  # what is watched: where it is looked up, its name, and what it is called here
+    "restoring": (continual, "restore"),
+    "training": (continual, "train_task"),
+    "checkpoint": (checkpoints.Checkpoint, "write"),
+    "merging": (continual, "finish_task"),
+    "state": (run_folder, "save_state"),
+    "record": (Run, "save"),
+    "scoring": (continual, "score_task"),
+}
+
+
+class Watch:
+    "Knows in which phase a run is, and kills it at one of its events."
+
+    def __init__(self, board: mmap.mmap, fatal: int):
+        self.board, self.fatal, self.events = board, fatal, 0
+        self.phase = "starting"
+        self.tell()
+
+    def tell(self):
+        self.board[:40] = self.phase.encode().ljust(40)
+
+    def event(self):
+        self.events += 1
+        if self.events == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(self, function, phase=None):
+        "The same function with an event before and after it."
+
+        def call(*args, **options):
+            before, self.phase = self.phase, phase or self.phase
+            self.tell()
+            self.event()
+            try:
+                return function(*args, **options)
+            finally:
+                self.event()
+                self.phase = before
+                self.tell()
+
+        return call
+
+    @contextmanager
+    def everywhere(self):
+        with ExitStack() as stack:
+            for phase, (place, name) in PHASES.items():
+                stack.enter_context(patch.object(place, name, self.watched(getattr(place, name), phase)))
+            for name in ("fsync", "replace", "unlink"):
+                stack.enter_context(patch.object(os, name, self.watched(getattr(os, name))))
+            yield
+
+
+def learn(case: str, tasks: int, out: Path, watch: Watch) -> None:
+    "One run, from wherever its folder is, to the end; then what the model holds, in a file."
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    method, config, every = CASES[case]
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    with watch.everywhere():
+        options = dict(seed=1, out=out, progress=False, checkpoint_every=every)
+        learn_sequence(model, tokenizer, TaskSequence("tortured", TASKS[:tasks]), method, config, **options)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    (out / "model").write_text(checkpoints.state_checksum(weights, {}))
+
+
+def in_a_process(case: str, tasks: int, out: Path, fatal: int, after: float | None) -> tuple[str, bool]:
+    "Learn in a process of its own; returns its last phase, and whether it was killed."
+    board, (reading, writing) = mmap.mmap(-1, 40), os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(reading)
+        gc.freeze()  # what was loaded before need not be looked through again
+        try:
+            learn(case, tasks, out, Watch(board, fatal))
+            os._exit(0)
+        except BaseException as error:
+            print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+    os.close(writing)
+    if after is not None and not select.select([reading], [], [], after)[0]:  # it closes with the process
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    os.close(reading)
+    phase = board[:40].decode().strip()
+    if status and not os.WIFSIGNALED(status):
+        raise SystemExit(f"{case} failed in its phase {phase!r}")
+    return phase, bool(status)
+
+
+def ended(out: Path) -> tuple[dict, str]:
+    "The record without times, memory and the state of the machine; what the model held."
+    record = Run.load(next(out.glob("*/record.json"))).to_dict()
+    for key in ("seconds", "peak_memory", "environment"):
+        del record[key]
+    del record["metrics"]["minutes"]
+    return record, (out / "model").read_text()
+
+
+def torture(case: str, tasks: int, kills: int, place: Path, seed: int) -> dict:
+    "Kill runs of one case so many times; compare every one that reached its end."
+    start, chance = time.perf_counter(), random.Random(f"{case} {seed}")
+    alone, watch = place / "alone", Watch(mmap.mmap(-1, 40), fatal=0)
+    learn(case, tasks, alone, watch)  # in this process, so that the others are born with everything loaded
+    events, seconds, expected = watch.events, time.perf_counter() - start, ended(alone)
+    phases, runs, equal = Counter(), 0, 0
+    while phases.total() < kills:
+        out = place / f"run-{runs}"
+        while True:
+            left = phases.total() < kills
+            fatal = chance.randrange(1, events + 1) if left and chance.random() < 0.5 else 0
+            after = chance.uniform(0, seconds) if left and not fatal else None
+            phase, killed = in_a_process(case, tasks, out, fatal, after)
+            if not killed:
+                break
+            phases[phase] += 1
+            if sum(1 for _ in out.glob("*/state/after-*.safetensors")) > 2:
+                raise SystemExit(f"{case}: more than two states in {out}")
+        runs, equal = runs + 1, equal + (ended(out) == expected)
+        shutil.rmtree(out)
+    shutil.rmtree(alone)
+    taken = round(time.perf_counter() - start, 1)
+    return dict(kills=dict(sorted(phases.items())), runs=runs, equal=equal, seconds=taken)
+
+
+def main() -> int:
+    "The command."
+    parser = argparse.ArgumentParser(description="Kill runs at random moments and compare their ends.")
+    parser.add_argument("--kills", type=int, default=30, help="of each case")
+    parser.add_argument("--tasks", type=int, default=3, help="of each run, 1 to 3")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, help="a file for the record; none: only print")
+    flags, cases = parser.parse_args(), {}
+    for case in flags.cases:
+        with tempfile.TemporaryDirectory() as place:
+            cases[case] = torture(case, flags.tasks, flags.kills, Path(place), flags.seed)
+        print(case, json.dumps(cases[case]), flush=True)
+    phases = sum((Counter(case["kills"]) for case in cases.values()), Counter())
+    equal = all(case["equal"] == case["runs"] for case in cases.values())
+    seconds = round(sum(case["seconds"] for case in cases.values()), 1)
+    command = "python tests/torture.py " + " ".join(sys.argv[1:])
+    record = dict(command=command, equal=equal, kills=dict(sorted(phases.items())), total=phases.total())
+    record |= dict(cases=cases, seconds=seconds, environment=environment("cpu"))
+    if flags.out:
+        write_atomic(flags.out, json.dumps(record, indent=1) + "\n")
+    print(f"{phases.total()} kills, {'every' if equal else 'NOT every'} run ended as if nothing had happened")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
