@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+# %% ../nbs/10a_archives.ipynb #5c1e77aa
 from .backbones import load_backbone
 from .continual import load_state, task_fingerprint, weights_fingerprint
 from .conventions import check_choice, write_atomic
