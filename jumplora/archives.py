@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'add_in_order', 'add_archives', 'take_out', 'largest_entry', 'error_bound', 'check_archived',
-           'check_belongs', 'load_archives', 'before_task', 'needs_base', 'without_task', 'Rollback', 'rollback_folder',
+           'check_belongs', 'load_archives', 'before_task', 'needs_base', 'without_task', 'TakenOut', 'rollback_folder',
            'rollback_report', 'load_base', 'check_rows', 'load_rows', 'adapted_weights', 'with_weights',
            'scores_without', 'write_rollback', 'rollback', 'load_without', 'rollback_figure']
 
@@ -191,7 +191,7 @@ def without_task(
 
 # %% ../nbs/10a_archives.ipynb #c7b00b25
 @dataclass(frozen=True)
-class Rollback:
+class TakenOut:
     "What taking a task out did."
 
     run: str  # name of the run
@@ -217,7 +217,7 @@ def rollback_folder(
 
 # %% ../nbs/10a_archives.ipynb #031ffad5
 def rollback_report(
-    found: Rollback,  # what was done
+    found: TakenOut,  # what was done
 ) -> str:  # Markdown
     "Say what was done, how exact it is, and what became of the scores."
     meant = "the model as it was before that task" if found.last else "base and other updates, in order"
@@ -313,7 +313,7 @@ def scores_without(
 # %% ../nbs/10a_archives.ipynb #1caef5f0
 def write_rollback(
     folder: Path,  # a run's folder
-    found: Rollback,  # what was done
+    found: TakenOut,  # what was done
     weights: dict[str, Tensor],  # layer's name -> weight, float32
 ) -> Path:  # the new folder
     "Put weights, report and facts into a folder that appears at once. `ValueError` if it is there already."
@@ -338,7 +338,7 @@ def rollback(
     task: str,  # which of its merged tasks to take out
     sequence: TaskSequence | None = None,  # the run's tasks, to score them again; None: no scores
     **options,  # of `load_backbone`, for the scores: device, dtype
-) -> Rollback:  # what was done; the weights are in `rollback_folder`
+) -> TakenOut:  # what was done; the weights are in `rollback_folder`
     "Take one task out again, beside the run. `ValueError` where that cannot be done rightly."
     folder, run = Path(folder), Run.load(folder)
     names, place = merged_tasks(run), rollback_folder(folder, task)
@@ -352,7 +352,7 @@ def rollback(
     scores = scores_without(run, weights, sequence, **options) if sequence is not None else None
     changed = sum(len(archives[k].update(layer).indices) for layer in merged)
     size = sum(weight.numel() for weight in merged.values())
-    found = Rollback(run.name, task, names, changed, size, bound, scores)
+    found = TakenOut(run.name, task, names, changed, size, bound, scores)
     write_rollback(folder, found, weights)
     return found
 
@@ -375,7 +375,7 @@ def load_without(
 
 # %% ../nbs/10a_archives.ipynb #c6f31b89
 def rollback_figure(
-    found: Rollback,  # with scores
+    found: TakenOut,  # with scores
 ):  # a matplotlib Figure
     "Every task's exact match before and after one of them was taken out."
     import matplotlib.pyplot as plt

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .adapter import adapter_layers, delta_weight
 from .conventions import check_choice, check_name, write_atomic
+from .run_folder import learned
 from .run_record import Run, canonical_json, digest
 
 # %% ../nbs/08d_sparse_updates.ipynb #ec4280ef
@@ -141,7 +142,7 @@ def merged_tasks(
     run: Run,  # a record, complete or not
 ) -> list[str]:  # names, in the order learned
     "The tasks in a run's merged weights; where the record says so, the last may not be scored yet."
-    return run.tasks[: run.extra.get("state_tasks", run.finished)]
+    return run.tasks[: learned(run)]
 
 # %% ../nbs/08d_sparse_updates.ipynb #b53d2f4f
 def write_archive(
