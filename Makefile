@@ -77,9 +77,9 @@ docs: env  ## build the site: docs/_build/html/index.html
 	@python docs/nbtool.py links
 	@echo "open docs/_build/html/index.html"
 
-test-py: env demo  ## pytest
+test-py: env demo  ## pytest, in as many processes as there are cores
 	$(call say,Running the tests)
-	@$(OFFLINE) python -m pytest -q
+	@$(OFFLINE) $(ONE_THREAD) python -m pytest -q -n auto --dist loadfile
 
 torture: env  ## kill runs at random moments, hundreds of times, and compare their ends (writes results/torture)
 	@$(OFFLINE) $(ONE_THREAD) python tests/torture.py --kills 30 --out results/torture/cpu.json

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
            'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
-           'predict', 'show_parser', 'table_parser', 'predict_parser', 'benchmark', 'benchmark_parser', 'data',
-           'data_parser', 'parse_settings', 'swept', 'grid', 'grid_parser', 'overview', 'main']
+           'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity', 'rollback', 'sparsity_parser',
+           'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser', 'parse_settings', 'swept', 'grid',
+           'grid_parser', 'export', 'export_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
@@ -39,6 +40,7 @@ PRESETS = {
         score="test",
         strength=["ELLA=3e5"],
         past_dtype="float32",
+        archive=True,
         checkpoint_every=60.0,
     ),
 }
@@ -46,7 +48,7 @@ PRESETS = {
 # %% ../nbs/13_command_line.ipynb #32254c18
 COMPARE_HELP = {
     "method": 'e.g. "ELLA + JumpLoRA" ELLA',
-    "sequence": "newsroom, newsroom20, order1 to order6, or a folder of tasks",
+    "sequence": "newsroom, newsroom20, order1 to order6, order1-hub (rows of the Hub), or a folder",
     "folder": "folder with the benchmark's rows, for order1 to order6",
     "backbone": "smollm2-135m, a Hub id, or a folder with a model",
     "seed": "one run per method and seed",
@@ -57,6 +59,7 @@ COMPARE_HELP = {
     "score": "rows that are scored: test, or dev to choose settings",
     "strength": "λ of a penalty, e.g. ELLA=3e5 O-LoRA=0.5; one per task for ELLA: ELLA=0,3e5,3e5,3e5",
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
+    "archive": "keep every task's update in a file, for sparsity and rollback: true or false",
     "checkpoint_every": "seconds of training between checkpoints; inf: only when stopped",
 }
 
@@ -163,8 +166,8 @@ def compare(
     for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
-        options |= dict(progress=flags.progress, checkpoint_every=flags.checkpoint_every)
-        run = learn_sequence(model, tokenizer, sequence, method, config, **options)
+        options |= dict(archive=flags.archive, checkpoint_every=flags.checkpoint_every)
+        run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")
@@ -247,13 +250,16 @@ def table(
 def predict(
     flags: Namespace,  # from `predict_parser`
 ) -> int:  # exit code
-    "Ask the model that a run ended with."
+    "Ask the model that a run ended with, or that model without a task."
+    from jumplora.archives import load_without
     from jumplora.continual import load_learned
     from jumplora.evaluation import answer
     from jumplora.prompts import Question
 
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
-    model, tokenizer, run = load_learned(existing(flags.run), device=flags.device, dtype=flags.dtype)
+    where, without = dict(device=flags.device, dtype=flags.dtype), (flags.without,) if flags.without else ()
+    load = load_without if without else load_learned
+    model, tokenizer, run = load(existing(flags.run), *without, **where)
     prompts = run.extra["prompts"]
     instruction, options = prompts[check_choice(flags.task, tuple(prompts), "task")]
     task = Question(flags.task, instruction, tuple(options))
@@ -290,6 +296,66 @@ def predict_parser() -> ArgumentParser:  # flags of `jumplora predict`
     parser.add_argument("run", type=str, help="a run's folder, with its state")
     parser.add_argument("--task", type=str, required=True, help="which task's instruction and options to use")
     parser.add_argument("--text", type=str, nargs="+", default=[], help="texts; none: standard input")
+    parser.add_argument("--without", type=str, default=None, help="a task that rollback has taken out")
+    add_model_flags(parser)
+    return parser
+
+# %% ../nbs/13_command_line.ipynb #73a2939b
+def sparsity(
+    flags: Namespace,  # from `sparsity_parser`
+) -> int:  # exit code
+    "Print where the updates of a run lie; with --out, write the report and two figures."
+    from jumplora.conventions import write_atomic
+    from jumplora.run_record import Run
+    from jumplora.sparsity import density_figure, overlap_figure, overlap_report, run_overlap
+
+    path = existing(flags.run)
+    run, out = Run.load(path), flags.out and Path(flags.out)
+    overlap = run_overlap(path if path.is_dir() else path.parent, run)
+    print(overlap_report(run, overlap), end="")
+    if out:
+        write_atomic(out / "sparsity.md", overlap_report(run, overlap))
+        overlap_figure(overlap).savefig(out / "overlap.png", dpi=150)
+        density_figure(run).savefig(out / "density.png", dpi=150)
+        print(f"\nsparsity.md, overlap.png and density.png are in {out}")
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #261ec08e
+def rollback(
+    flags: Namespace,  # from `rollback_parser`
+) -> int:  # exit code
+    "Take one task out of a run's weights, beside the run, and say what that did."
+    from jumplora import archives
+    from jumplora.run_record import Run
+
+    path = existing(flags.run)
+    folder = path if path.is_dir() else path.parent
+    rows = archives.load_rows(Run.load(folder), flags.sequence, flags.folder) if flags.evaluate else None
+    found = archives.rollback(folder, flags.task, rows, device=flags.device, dtype=flags.dtype)
+    print(archives.rollback_report(found))
+    print(f"weights and report are in {archives.rollback_folder(folder, found.task)}; the run is as it was")
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #f8e72700
+def sparsity_parser() -> ArgumentParser:  # flags of `jumplora sparsity`
+    "The flags of `jumplora sparsity`."
+    about = "Say which entries the tasks of a run touched, and how far they overlap."
+    parser = ArgumentParser(prog="jumplora sparsity", description=about, formatter_class=PlainHelp)
+    parser.add_argument("run", type=str, help="a run's folder, or its record.json")
+    parser.add_argument("--out", type=str, default=None, help="folder for the report and two figures")
+    return parser
+
+
+def rollback_parser() -> ArgumentParser:  # flags of `jumplora rollback`
+    "The flags of `jumplora rollback`."
+    about = "Take one task out of the weights that a run ended with. The run itself stays as it is."
+    parser = ArgumentParser(prog="jumplora rollback", description=about, formatter_class=PlainHelp)
+    parser.add_argument("run", type=str, help="a run's folder, with its state")
+    parser.add_argument("--task", type=str, required=True, help="which task to take out")
+    parser.add_argument("--evaluate", action="store_true", help="score all tasks without it, and compare")
+    rows = "which rows to score, as in compare; none: the sequence of the record"
+    parser.add_argument("--sequence", type=str, default=None, help=rows)
+    parser.add_argument("--folder", type=str, default=None, help=COMPARE_HELP["folder"])
     add_model_flags(parser)
     return parser
 
@@ -423,12 +489,54 @@ def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
     add_model_flags(parser)
     return parser
 
+# %% ../nbs/13_command_line.ipynb #deb39659
+def export(
+    flags: Namespace,  # from `export_parser`
+) -> int:  # exit code
+    "Write a finished run for others, and list the files; with --push, send them to the Hub."
+    import tempfile
+
+    from jumplora.export import export_run, files_to_push, free_folder, push_to_hub
+
+    run, out = existing(flags.run), free_folder(flags.out)
+    about = dict(task=flags.task, repo_id=flags.push, base_model=flags.base_model, license=flags.license)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / out.name if flags.dry_run else out
+        export_run(run.parent if run.is_file() else run, folder, flags.format, **about)
+        for name, size in files_to_push(folder).items():
+            print(f"{size:>13,} bytes  {name}")
+    there = f" and sent to {flags.push}" if flags.push else ""
+    print(f"would be written to {out}{there}" if flags.dry_run else f"written to {out}", flush=True)
+    if flags.push and not flags.dry_run:
+        print(push_to_hub(out, flags.push, flags.private or None))
+    return 0
+
+# %% ../nbs/13_command_line.ipynb #788efdd4
+def export_parser() -> ArgumentParser:  # flags of `jumplora export`
+    "The flags of `jumplora export`."
+    about = "Write a finished run as files that other tools read, with a card."
+    parser = ArgumentParser(prog="jumplora export", description=about, formatter_class=PlainHelp)
+    add, dry = parser.add_argument, "only list what would be written and sent"
+    add("run", type=str, help="a run's folder, with its state")
+    add("--format", default="merged", help="merged, jumplora, supertuning or shira")
+    add("--out", type=str, required=True, help="folder for the files; it must be empty or not there yet")
+    add("--task", type=str, default=None, help="write the update of this task alone")
+    add("--push", type=str, default=None, help="OWNER/NAME on the Hub, to send the files to")
+    add("--private", action="store_true", help="make a new repository of --push private")
+    add("--dry-run", action="store_true", help=dry)
+    add("--base-model", type=str, default=None, help="the base's Hub id, where the record does not tell")
+    add("--license", type=str, default=None, help="the base's licence, where its card does not tell")
+    return parser
+
 # %% ../nbs/13_command_line.ipynb #280f9691
 COMMANDS = {
     "compare": (compare_parser, compare, "learn a sequence with several methods, print the table"),
     "show": (show_parser, show, "print one run"),
     "table": (table_parser, table, "print the table of all runs in a folder"),
     "predict": (predict_parser, predict, "ask the model that a run ended with"),
+    "sparsity": (sparsity_parser, sparsity, "say which entries the tasks of a run touched"),
+    "rollback": (rollback_parser, rollback, "take one task out of a run's weights again"),
+    "export": (export_parser, export, "write a finished run as files that other tools read"),
     "data": (data_parser, data, "compare a folder with the rows of the paper's benchmark"),
     "grid": (grid_parser, grid, "many runs, several at a time, here or on a cluster"),
     "benchmark": (benchmark_parser, benchmark, "measure speed and memory on this machine"),

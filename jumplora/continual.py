@@ -6,9 +6,9 @@
 __all__ = ['QUIET', 'check_method', 'describe_method', 'Method', 'weights_of', 'merge_adapter', 'update_sparsity', 'fingerprint',
            'task_fingerprint', 'weights_fingerprint', 'run_configuration', 'Learner', 'score_task', 'keep_scores',
            'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn', 'step_checkpoint',
-           'learn_task', 'finish_task', 'merged_weights', 'write_down', 'peak_memory', 'restore', 'about_tasks',
-           'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start', 'learn_tasks', 'learn_rest',
-           'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'learn_task', 'archive_update', 'finish_task', 'merged_weights', 'write_down', 'peak_memory', 'restore',
+           'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start', 'learn_tasks',
+           'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -52,11 +52,13 @@ from jumplora.run_folder import (
     step_path,
     write_finished,
 )
+from .sparse_updates import archive_adapter, archive_path, neutral_zeros, support_so_far
 from jumplora.training import (
     OPTIMIZERS,
     TrainConfig,
     attach_adapter,
     check_targets,
+    describe_config,
     named_updates,
     row_gradients,
     task_steps,
@@ -122,7 +124,7 @@ def merge_adapter(
     deltas = delta_weights(model)
     backbone = model.unload()
     for name, delta in deltas.items():
-        weights[name] += delta  # (out, in)
+        weights[name] += neutral_zeros(delta)  # (out, in)
         backbone.get_submodule(name).weight.copy_(weights[name])
     return backbone
 
@@ -171,7 +173,7 @@ def run_configuration(
     parameter = next(model.parameters())
     return dict(
         method=method.describe(),
-        train=config.describe(),
+        train=describe_config(config),
         rows={task.name: task_fingerprint(task) for task in sequence},
         counts={task.name: [len(task.train), len(task.dev), len(task.test)] for task in sequence},
         scored_split=split,
@@ -196,6 +198,7 @@ class Learner:
     bar: tqdm | None = None  # progress, in rows
     weights: dict[str, Tensor] = field(default_factory=dict)  # merged weights, float32
     adapted: nn.Module | None = None  # the model with its adapter, while there is one
+    archive: bool = True  # keep every task's update as a file of its own, where there is a folder
     every: float = 60.0  # seconds between two checkpoints of a training
     stop: StopRequest = field(default_factory=StopRequest)  # whether a signal has asked for the end
 
@@ -324,6 +327,25 @@ def learn_task(
     run.extra["loss"][task.name], run.extra["penalty"][task.name] = log.loss, log.penalty
 
 # %% ../nbs/09_continual.ipynb #d6f2207b
+def archive_update(
+    learner: Learner,  # a run in progress, its last task learned and not yet merged
+    i: int,  # that task
+) -> None:
+    "Keep the update of one task on disk, and in the record its size and what it shares with the others."
+    run, method, task = learner.run, learner.method, learner.run.tasks[i]
+    apart = method.after_task == "merge" and method.training != "joint"
+    if learner.folder is None or not learner.archive or not apart:
+        return
+    about = dict(task=task, position=i, method=method.name, model=run.backbone)
+    about["base"] = run.configuration["weights"]
+    path = archive_path(learner.folder, i, task)
+    written = archive_adapter(path, learner.adapted, learner.weights, **about)
+    run.extra["archives"] = run.extra.get("archives", {}) | {task: written}
+    if method.gated:
+        counts = support_so_far(learner.folder, run.tasks[: i + 1], run.extra.get("support"))
+        run.extra["support"] = counts
+
+# %% ../nbs/09_continual.ipynb #4e084102
 @torch.no_grad()
 def finish_task(
     learner: Learner,  # a run in progress
@@ -337,6 +359,7 @@ def finish_task(
             asked = (learner.tokenizer, learner.sequence[i], learner.config)
             method.regularizer.after_rows(row_gradients(learner.adapted, *asked))
     method.regularizer.after_task(named_updates(learner.adapted))
+    archive_update(learner, i)
     if method.after_task == "merge":
         learner.model, learner.adapted = merge_adapter(learner.adapted, learner.weights), None
     run.seconds["merge"].append(time.perf_counter() - start)
@@ -558,11 +581,14 @@ def learn_sequence(
     split: str = "test",  # rows that are scored: "test", or "dev" to choose settings
     zero_shot: bool | tuple[list, list] = True,  # score before learning; or both scores, where they are known
     progress: bool = True,  # show a bar
+    archive: bool = True,  # keep every task's update as a file of its own in the run's folder
     checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only at a polite stop
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. Raises ValueError, or `Stopped` by a signal."
     asked = (sequence, method, config or TrainConfig(), seed, out, backbone, split, checkpoint_every)
-    return learn_rest(start_learner(model, tokenizer, *asked), zero_shot, progress)
+    learner = start_learner(model, tokenizer, *asked)
+    learner.archive = archive
+    return learn_rest(learner, zero_shot, progress)
 
 # %% ../nbs/09_continual.ipynb #e2cca8b8
 def load_learned(

@@ -22,6 +22,7 @@ from .backbones import load_backbone
 from .checkpoints import held_lock
 from .continual import Method, check_method_fits, learn_sequence
 from .conventions import check_choice, write_atomic
+from .hub_rows import HUB_SEQUENCES
 from .methods import METHODS, base_of, with_settings
 from .paper_rows import load_sequence
 from .prompts import TaskSequence
@@ -44,7 +45,7 @@ class Job:
     "One run of a grid, as it was asked for."
 
     method: str  # a key of `METHODS`
-    sequence: str  # "order1" to "order6", "newsroom", a folder; or one task of the benchmark
+    sequence: str  # "order1" to "order6", "order1-hub", "newsroom", a folder; or one task of the benchmark
     seed: int  # as in `learn_sequence`
     backbone: str  # as in `load_backbone`
     rows: dict = field(default_factory=dict)  # "train", "dev", "test" -> at most so many; None: all
@@ -68,14 +69,14 @@ def sequences_for(
     "The orders themselves; for a method that learns one task alone, the tasks of the benchmark's orders."
     if METHODS[check_choice(method, tuple(METHODS), "method")].training != "isolated":
         return list(dict.fromkeys(orders))
-    known = {f"order{number}": tasks for number, tasks in ORDERS.items()}
+    known = HUB_SEQUENCES | {f"order{number}": tasks for number, tasks in ORDERS.items()}
     tasks = [known.get(order, (order,)) for order in orders]
     return list(dict.fromkeys(task for names in tasks for task in names))
 
 # %% ../nbs/12b_grid.ipynb #b99f99e0
 def plan(
     methods: Iterable[str],  # keys of `METHODS`
-    orders: Iterable[str],  # "order1" to "order6", or other sequences
+    orders: Iterable[str],  # "order1" to "order6", "order1-hub", or other sequences
     seeds: Iterable[int],  # one run each
     strengths: dict[str, float | list[float]] | None = None,  # from `parse_strengths`
     **shared: object,  # other fields of `Job`, the same for all

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .conventions import check_choice
+from .hub_rows import HUB, HUB_SEQUENCES, hub_sequence
 from .prompts import SPLITS, Example, Task, TaskSequence
 from .tasks import BENCHMARK, ORDERS, list_folder, newsroom, newsroom20, read_folder, read_task
 
@@ -149,11 +150,11 @@ def on_answerable_rows(
     return score * rows / (rows - outside)
 
 # %% ../nbs/06a_paper_rows.ipynb #49dd8ab2
-SEQUENCES = ("newsroom", "newsroom20", *(f"order{number}" for number in ORDERS))
+SEQUENCES = ("newsroom", "newsroom20", *(f"order{n}{rows}" for rows in ("", HUB) for n in ORDERS))
 
 
 def load_sequence(
-    name: str | int | os.PathLike,  # "newsroom", "newsroom20", "order1" to "order6" (or 1 to 6), or a folder
+    name: str | int | os.PathLike,  # "newsroom", "newsroom20", "order1" to "order6", "order1-hub", a folder
     folder: str | os.PathLike | None = None,  # rows of an order ($JUMPLORA_DATA), or the demo packages
     *,
     train: int | None = None,  # rows of each task at most, even over the labels; None for all
@@ -161,10 +162,12 @@ def load_sequence(
     test: int | None = None,  # the same
     seed: int = 0,  # which rows
 ) -> TaskSequence:  # the tasks in their order
-    "`ValueError` for an unknown name, with the nearest; `FileNotFoundError` where rows are missing."
+    "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
     name = f"order{name}" if str(name) in map(str, ORDERS) else str(name)
     if name in ("newsroom", "newsroom20"):
         return (newsroom if name == "newsroom" else newsroom20)(folder, seed).limit(train, dev, test, seed)
+    if name in HUB_SEQUENCES:
+        return hub_sequence(name, seed).limit(train, dev, test, seed)
     if name in SEQUENCES:
         return read_order(int(name.removeprefix("order")), folder).limit(train, dev, test, seed)
     if not Path(name).expanduser().is_dir():

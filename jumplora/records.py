@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'RUN_COMMAND', 'COLUMNS', 'PARTS', 'mean_text', 'load_runs', 'scored_on_test', 'in_order',
-           'shared_settings', 'by_method', 'overall_interval', 'method_row', 'comparison_table', 'best_cells',
-           'told_apart', 'interval_note', 'markdown_table', 'new_figure', 'not_run_figure', 'title_of', 'draw_matrix',
-           'accuracy_figure', 'first_task_line', 'first_task_figure', 'reported_results', 'measured_text',
-           'reported_rows', 'reported_table', 'source_list', 'grid_command', 'what_was_run']
+           'shared_settings', 'by_method', 'overall_interval', 'method_row', 'labelled', 'comparison_table',
+           'best_cells', 'told_apart', 'interval_note', 'markdown_table', 'new_figure', 'not_run_figure', 'title_of',
+           'draw_matrix', 'accuracy_figure', 'first_task_line', 'first_task_figure', 'reported_results',
+           'measured_text', 'reported_rows', 'reported_table', 'source_list', 'grid_command', 'what_was_run']
 
 # %% ../nbs/12_records.ipynb #7937a177
 import json
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .conventions import METHOD_COLORS, check_choice, figure_style, method_style
+from .hub_rows import DIFFERENT_SAMPLE
 from .metrics import average_interval, interval
 from .run_record import DamagedRecord, Run, flatten
 
@@ -89,7 +90,7 @@ def by_method(
 ) -> dict[str, list[Run]]:  # method: its runs, possibly none
     "Group runs that may stand in one table; `ValueError` if they learned different things or repeat a seed."
     settings = [shared_settings(run) for run in runs]
-    for key in sorted({key for one in settings for key in one}):
+    for key in sorted({key for one in settings for key in one}, key=lambda key: (key != "sequence", key)):
         found = sorted({one.get(key, "absent") for one in settings})
         if len(found) > 1:
             raise ValueError(f"these runs differ in {key}: {' / '.join(found)}; put equal ones in a table")
@@ -138,13 +139,22 @@ def method_row(
     return {name: row[name] for name in [*headings, "seeds"]}
 
 # %% ../nbs/12_records.ipynb #59f4ce97
+def labelled(
+    words: str,  # a heading or a title
+    runs: Iterable[Run],  # what stands under it
+) -> str:  # the words, and "(different sample)" where the benchmark's rows were drawn anew
+    "Mark what is shown of runs on rows from the Hub."
+    notes = [note for run in runs for note in run.extra.get("notes", {}).values()]
+    return f"{words} ({DIFFERENT_SAMPLE})" if any(DIFFERENT_SAMPLE in note for note in notes) else words
+
+
 def comparison_table(
     runs: Sequence[Run],  # runs of one sequence and one backbone
     methods: Iterable[str] | None = None,  # methods to list even if they were not run
 ) -> pd.DataFrame:  # text; one row per method
     "Methods as rows: mean over seeds, ± standard deviation where there are several; else \"not run\"."
     rows = {name: method_row(group) for name, group in by_method(runs, methods).items()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(labelled("method", runs))
 
 # %% ../nbs/12_records.ipynb #7cd13e63
 def best_cells(
@@ -227,7 +237,7 @@ def title_of(
 ) -> str:  # "newsroom, smollm2-135m, 1 seed"
     "What a figure was made from."
     seeds = len({run.seed for run in runs})
-    return f"{runs[0].sequence}, {runs[0].backbone}, {seeds} seed{'s' if seeds > 1 else ''}"
+    return labelled(f"{runs[0].sequence}, {runs[0].backbone}, {seeds} seed{'s' if seeds > 1 else ''}", runs)
 
 
 def draw_matrix(
@@ -411,11 +421,12 @@ def what_was_run(
     grid = sum((method, order, backbone) in done for method in methods for order in orders)
     total = len(methods) * len(orders)
     here = []
-    for sequence, model in sorted({key[1:] for key in done if key[2] != backbone}):
+    for sequence, model in sorted({key[1:] for key in done if key[2] != backbone or key[1] not in orders}):
         count = sum((method, sequence, model) in done for method in methods)
-        seeds = len({run.seed for run in runs if (run.sequence, run.backbone) == (sequence, model)})
-        many = f"{seeds} seed{'s' if seeds > 1 else ''}"
-        here.append(f"{count} of {len(methods)} methods on {sequence} with {model} ({many})")
+        own = [run for run in runs if (run.sequence, run.backbone) == (sequence, model)]
+        seeds = len({run.seed for run in own})
+        words = labelled(f"{count} of {len(methods)} methods on {sequence} with {model}", own)
+        here.append(f"{words} ({seeds} seed{'s' if seeds > 1 else ''})")
     verdict = "no table of the paper is reproduced" if grid < total else "the grid is full"
     return (f"Measured: {'; '.join(here) or 'nothing yet'}. Of the paper's comparison on {backbone} "
             f"({len(methods)} methods, {len(orders)} orders) {grid} of {total} cells "

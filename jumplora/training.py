@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .adapter import JumpLoraConfig, adapter_layers, delta_weight
+from .adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
 from .backbones import is_encoder_decoder
 from .checkpoints import Checkpoint, ResumableTrainer, train_or_resume
 from .conventions import METHOD_COLORS, check_choice, set_seed
@@ -181,7 +181,7 @@ def describe_config(
     config: "TrainConfig",  # any settings
 ) -> dict:  # JSON types only
     "The settings as plain data, for a record; one that is younger than old records, only where it is set."
-    late = dict(threshold_parametrization="log")
+    late = dict(threshold_parametrization="log", learn_threshold=True)
     return {key: value for key, value in asdict(config).items() if key not in late or value != late[key]}
 
 # %% ../nbs/08_training.ipynb #59d66c7b
@@ -201,7 +201,8 @@ def check_train_config(
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"lora_dropout={config.lora_dropout!r} is outside [0, 1)")
     check_choice(config.truncation, ("field", "reference"), "truncation")
-    check_choice(config.group_by_length, (False, True), "group_by_length")
+    for name in ("group_by_length", "learn_threshold"):
+        check_choice(getattr(config, name), (False, True), name)
     check_choice(config.threshold_scope, ("model", "block", "layer"), "threshold_scope")
     check_choice(config.threshold_reduction, ("mean", "sum"), "threshold_reduction")
     check_choice(config.threshold_parametrization, ("log", "raw"), "threshold_parametrization")
@@ -230,11 +231,11 @@ class TrainConfig:
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
     threshold_parametrization: str = "log"  # how Adam sees the threshold: "log" or "raw"
+    learn_threshold: bool = True  # False: it stays where it was chosen
 
     __post_init__ = check_train_config
 
     paper = classmethod(paper_config)
-    describe = describe_config
 
 # %% ../nbs/08_training.ipynb #11c72206
 def check_targets(
@@ -262,10 +263,14 @@ def attach_adapter(
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules) if config.target_modules else None,
     )
+    names = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
     if not gated:
         return get_peft_model(model, LoraConfig(**shared))
-    names = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
-    return get_peft_model(model, JumpLoraConfig(**shared, **{name: getattr(config, name) for name in names}))
+    gate = {name: getattr(config, name) for name in names}
+    adapted = get_peft_model(model, JumpLoraConfig(**shared, **gate))
+    for group in gate_groups(adapted).values():
+        group.gate.theta.requires_grad_(config.learn_threshold)
+    return adapted
 
 # %% ../nbs/08_training.ipynb #5206a00d
 def layer_factors(

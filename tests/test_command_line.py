@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -304,6 +305,77 @@ def test_other_settings_go_to_another_folder_and_into_no_common_table(compared, 
     assert len(list(out.iterdir())) == 4
     done = jumplora("table", out)
     assert done.code == 2 and "differ in dtype: bfloat16 / float32" in done.err
+
+
+# ---- sparsity and rollback --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated_run(run_folders, tmp_path):
+    "A copy of the finished run with a gate."
+    (folder,) = (folder for folder in run_folders if "jumplora_seed" in folder.name)
+    return shutil.copytree(folder, tmp_path / folder.name)
+
+
+def test_sparsity_prints_a_report_and_writes_it_where_asked(gated_run, jumplora, tmp_path):
+    done = jumplora("sparsity", gated_run)
+    assert done.code == 0 and "| topics, weather | " in done.out and "every layer by itself" in done.out
+    written = jumplora("sparsity", gated_run / "record.json", "--out", tmp_path / "new" / "out")
+    assert written.code == 0 and written.out.startswith(done.out)
+    assert (tmp_path / "new" / "out" / "sparsity.md").read_text() == done.out
+    for name in ("overlap.png", "density.png"):
+        assert (tmp_path / "new" / "out" / name).read_bytes().startswith(b"\x89PNG") and name in written.out
+    shutil.rmtree(gated_run / "updates")
+    assert "the model as a whole" in jumplora("sparsity", gated_run).out  # from the record alone
+
+
+def test_sparsity_of_a_run_without_a_gate_is_wrong_usage(run_folders, jumplora):
+    (folder,) = (folder for folder in run_folders if "jumplora_seed" not in folder.name)
+    done = jumplora("sparsity", folder)
+    assert done.code == 2 and "has no gate" in done.err and done.out == ""
+
+
+def test_rollback_takes_a_task_out_once_and_says_what_it_did(gated_run, tasks, jumplora):
+    before = {p: p.read_bytes() for p in gated_run.rglob("*") if p.is_file()}
+    done = jumplora("rollback", gated_run, "--task", "weather", "--evaluate", "--sequence", tasks)
+    assert done.code == 0 and "before that task, bit for bit" in done.out, done.err
+    assert re.search(r"^\| topics \| \d", done.out, re.M) and str(gated_run / "rollback-weather") in done.out
+    assert all(path.read_bytes() == data for path, data in before.items())
+    again = jumplora("rollback", gated_run, "--task", "weather")
+    assert again.code == 2 and "taken out before" in again.err
+    asked = ["predict", gated_run, "--task", "topics", "--text", "the ball"]
+    assert jumplora(*asked, "--without", "weather").out.endswith("\tthe ball\n")
+    assert "call rollback first" in jumplora(*asked, "--without", "topics").err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--task", "wether"], "task='wether' is not known.*did you mean 'weather'"),
+        (["--task", "weather", "--evaluate"], "sequence='mine' is not known"),
+        (["--task", "weather", "--evaluate", "--sequence", "newsroom"], "rows of 'topics' are not|demo"),
+        ([], "task"),
+    ],
+    ids=["a slip", "no rows", "other rows", "no task"],
+)
+def test_a_rollback_that_cannot_be_done_leaves_nothing(flags, message, gated_run, jumplora):
+    done = jumplora("rollback", gated_run, *flags)
+    assert done.code in (1, 2) and re.search(message, done.err), done.err
+    assert not [path for path in gated_run.iterdir() if "rollback" in path.name]
+
+
+@pytest.mark.parametrize("words, kept", [([], True), (["--archive", "false"], False)], ids=str)
+def test_compare_keeps_archives_unless_told_not_to(words, kept, tasks, jumplora, tmp_path, monkeypatch):
+    from jumplora import continual
+
+    asked = []
+
+    def stop(*_, **options):
+        asked.append(options["archive"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(continual, "learn_sequence", stop)
+    assert jumplora(*flags_for(tasks, tmp_path / "out", "IncLoRA"), *words).code == 130 and asked == [kept]
 
 
 # ---- --config and --print_config --------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from jumplora.comparison import (
     search_table,
     sequence_figure,
     summary_table,
+    tables_of,
     typical_interval,
     wins,
     write_tables,
@@ -203,6 +204,33 @@ def test_tables_are_written_in_three_forms_that_agree(tmp_path):
     assert back.equals(tables["SC-summary"])
     markdown = (tmp_path / "SC-summary.md").read_text()
     assert all(cell in markdown for cell in tables["SC-summary"].to_numpy().ravel())
+
+
+def test_every_sequence_has_a_table_also_beside_the_orders():
+    others = [make("IncLoRA", name, 1) for name in ("mine", "yours")]
+    assert list(tables_of(others)) == ["mine", "yours"]
+    assert list(tables_of(others[:1])) == ["comparison"]
+    both = tables_of([*RUNS, *ALONE, others[0]])
+    assert list(both)[0] == "mine" and both["SC-summary"].equals(tables_of([*RUNS, *ALONE])["SC-summary"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(dict(split="dev"), "scored_split"), (dict(backbone="another"), "backbone")],
+)
+def test_runs_of_two_budgets_are_not_put_into_one_table(change, said):
+    backbone = change.pop("backbone", None)
+    other = make("ELLA", "order1", 4, **change)
+    other.backbone = backbone or other.backbone
+    with pytest.raises(ValueError, match=f"differs from other runs in {said}"):
+        tables_of([*RUNS, other])
+
+
+def test_rows_of_one_name_that_are_not_the_same_are_noticed():
+    other = make("ELLA", "order1", 4)
+    other.configuration["rows"]["yahoo"] = "a different sample"
+    with pytest.raises(ValueError, match="differs from other runs in rows of yahoo"):
+        tables_of([*RUNS, other])
 
 
 def test_the_command_prints_and_writes_the_tables_of_several_orders(tmp_path, capsys):

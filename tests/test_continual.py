@@ -260,6 +260,15 @@ def test_weight_and_memory_grow_by_the_same_bits(runs, name):
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
+def test_a_merged_update_is_archived_and_a_kept_adapter_is_not(runs, name):
+    run, merged = runs[name].run, METHODS[name].after_task == "merge"
+    names = sorted(path.name for path in (runs[name].folder / "updates").glob("*"))
+    assert names == (["01-topics.safetensors", "02-weather.safetensors"] if merged else [])
+    assert (list(run.extra.get("archives", {})) == list(SEQUENCE.names)) == merged
+    assert ("support" in run.extra) == METHODS[name].gated
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
 def test_weights_outside_the_adapted_layers_never_change(runs, name):
     base, result = load_backbone("tiny-llama", dtype="float32")[0].state_dict(), runs[name]
     adapted = {f"{layer}.weight" for layer in result.updates[0]}

@@ -35,6 +35,7 @@ from jumplora.training import (
     TrainConfig,
     attach_adapter,
     build_trainer,
+    describe_config,
     encode_answer,
     encode_prompt,
     label_loss,
@@ -682,10 +683,20 @@ def test_gate_settings_reach_the_adapter():
     assert {group.gate.parametrization for group in gate_groups(raw).values()} == {"raw"}
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_threshold_that_does_not_learn_stays_where_it_was_chosen(learns):
+    model, tokenizer = llama()
+    changes = dict(kept=0.5, threshold_reduction="sum", bandwidth=0.01, epochs=6.0, batch_size=4)
+    config = TrainConfig(rank=2, learn_threshold=learns, **changes)
+    log = train_task(attach_adapter(model, config, True), tokenizer, TASK, config, IncLoRA(), gated=True)
+    way = [point["threshold"]["model"] for point in log.gate if point["interpolation"] > 0]
+    assert len(way) > 3 and (len(set(way)) > 1) == learns
+
+
 def test_a_setting_younger_than_old_records_is_written_only_where_it_is_set():
-    asked = TrainConfig().describe()
+    asked = describe_config(TrainConfig())
     assert "threshold_parametrization" not in asked and asked["threshold_reduction"] == "mean"
-    changed = TrainConfig(threshold_parametrization="raw").describe()
+    changed = describe_config(TrainConfig(threshold_parametrization="raw"))
     assert changed == asked | dict(threshold_parametrization="raw")
     assert TrainConfig(**changed).threshold_parametrization == "raw"
 
