@@ -9,7 +9,6 @@ __all__ = ['STATE_FORMAT', 'USUAL', 'state_checksum', 'write_state', 'DamagedSta
            'training_state', 'SaveWhenDue', 'train_or_resume']
 
 # %% ../nbs/07c_checkpoints.ipynb #cf4728c4
-import fcntl
 import hashlib
 import json
 import os
@@ -119,6 +118,8 @@ def held_lock(
     patience: float = 0.0,  # seconds to wait for the one who holds it
 ) -> Iterator[bool]:  # whether the lock is ours
     "Take a lock for as long as the block runs, if nobody holds it. Raises OSError in a read-only folder."
+    import fcntl  # Windows has none, and one can train there without a folder
+
     path.parent.mkdir(parents=True, exist_ok=True)
     until, ours = time.monotonic() + patience, False
     with open(path, "a") as file:

@@ -542,7 +542,8 @@ def learn_rest(
             restore(learner)
         if not learner.run.complete:
             learn_tasks(learner, zero_shot, progress)
-            keep_states(folder, {len(learner.sequence)}) if folder is not None else None
+        if folder is not None:
+            keep_states(folder, {len(learner.sequence)})
     return learner.run
 
 # %% ../nbs/09_continual.ipynb #6f12ffc7

@@ -83,7 +83,7 @@ def keep_states(
     names = {state_path(folder, tasks).stem for tasks in kept}
     for path in (folder / "state").glob("after-*.*"):
         if path.stem not in names and ".damaged-" not in path.name:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def write_finished(

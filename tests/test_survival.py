@@ -575,3 +575,13 @@ def test_other_methods_go_on_from_a_step_too(method, tmp_path):
         learn(method, tmp_path / "out")
     resumed, same = learn(method, tmp_path / "out")
     assert content(resumed) == content(run) and same_weights(model, same)
+
+
+def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(whole, tmp_path):
+    lost = patch.object(continual, "keep_states", side_effect=RuntimeError("lost"))
+    with lost, pytest.raises(RuntimeError):
+        learn("ELLA + JumpLoRA", tmp_path)
+    folder = tmp_path / whole[0].name
+    assert Run.load(folder).complete and state_path(folder, 1).exists()
+    assert content(learn("ELLA + JumpLoRA", tmp_path)[0]) == content(whole[0])
+    assert not state_path(folder, 1).exists() and state_path(folder, 2).exists()

@@ -2,11 +2,11 @@
 
     python tests/torture.py --kills 30 --out results/torture/cpu.json
 
-Every run is a process of its own, on a tiny model. Half of the kills come from outside after a random time;
-the other half the process gives itself at a random one of its events: before and after each part of the work,
-each fsync, rename and removal. All are SIGKILL, which no program can notice. The same folder is used until
-its run is complete, so most runs are killed many times. Record (without times) and weights must then be those
-of a run that nobody disturbed.
+Every run is a process of its own, on a tiny model. Half of the kills come from outside after a
+random time; the other half the process gives itself at a random one of its events: before and after
+each part of the work, each fsync, rename and removal. All are SIGKILL, which no program can notice.
+The same folder is used until its run is complete, so most runs are killed many times. Record
+(without times), weights and files must then be those of a run that nobody disturbed.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from jumplora.conventions import write_atomic
 from jumplora.methods import METHODS
 from jumplora.prompts import Task, TaskSequence
 from jumplora.run_record import Run, environment
+from jumplora.tasks import file_sha256
 from jumplora.training import TrainConfig
 
 WORDS = {"pets": ("cat", "dog"), "sky": ("sun", "moon"), "table": ("fork", "cup")}
@@ -161,13 +162,14 @@ def in_a_process(
     return phase, int(events), bool(status)
 
 
-def ended(out: Path) -> tuple[dict, str]:
-    "The record without times, memory and the state of the machine; what the model held."
+def ended(out: Path) -> tuple[dict, str, dict[str, str]]:
+    "The record without times, memory and the state of the machine; what the model held; files of tensors."
     record = Run.load(next(out.glob("*/record.json"))).to_dict()
     for key in ("seconds", "peak_memory", "environment"):
         del record[key]
     del record["metrics"]["minutes"]
-    return record, (out / "model").read_text()
+    files = {str(path.relative_to(out)): file_sha256(path) for path in out.rglob("*.safetensors")}
+    return record, (out / "model").read_text(), files
 
 
 def torture(case: str, tasks: int, kills: int, place: Path, seed: int) -> dict:
