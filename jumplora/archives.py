@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROUNDING', 'add_in_order', 'add_archives', 'take_out', 'largest_entry', 'error_bound', 'check_archived',
            'check_belongs', 'load_archives', 'before_task', 'needs_base', 'without_task', 'TakenOut', 'rollback_folder',
-           'rollback_report', 'load_base', 'check_rows', 'load_rows', 'adapted_weights', 'with_weights',
-           'scores_without', 'write_rollback', 'rollback', 'load_without', 'rollback_figure']
+           'rollback_report', 'check_rows', 'load_rows', 'adapted_weights', 'with_weights', 'scores_without',
+           'write_rollback', 'rollback', 'load_without', 'rollback_figure']
 
 # %% ../nbs/10a_archives.ipynb #58d1941f
 import hashlib
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/10a_archives.ipynb #5c1e77aa
-from .backbones import load_backbone
-from .continual import load_state, task_fingerprint, weights_fingerprint
+from .continual import load_start, load_state, task_fingerprint
 from .conventions import check_choice, write_atomic
 from .evaluation import evaluate
 from .paper_rows import load_sequence
@@ -235,20 +234,6 @@ def rollback_report(
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/10a_archives.ipynb #5ee9ed0d
-def load_base(
-    run: Run,  # its record names the backbone
-    **options,  # of `load_backbone`: device, dtype
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # model, tokenizer
-    "The backbone that a run began with. `ValueError` where its weights are others now."
-    wanted = run.configuration["dtype"]
-    options = dict(dtype=wanted) | {k: v for k, v in options.items() if v != "auto"}
-    model, tokenizer = load_backbone(run.backbone, **options)
-    same = f"torch.{wanted}" == str(next(model.parameters()).dtype)
-    if same and weights_fingerprint(model) != run.configuration["weights"]:
-        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
-    return model, tokenizer
-
-
 def check_rows(
     run: Run,  # its record has a fingerprint of every task's rows
     sequence: TaskSequence,  # tasks with rows
@@ -286,7 +271,7 @@ def with_weights(
     **options,  # of `load_backbone`: device, dtype
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # model, tokenizer
     "The backbone of a run, with other weights in its adapted layers."
-    model, tokenizer = load_base(run, **options)
+    model, tokenizer = load_start(run, **options)
     for name, weight in weights.items():
         model.get_submodule(name).weight.copy_(weight)
     return model, tokenizer
@@ -347,7 +332,7 @@ def rollback(
         raise ValueError(f"{task!r} was taken out before; delete {place} to do it again")
     archives = load_archives(folder, run)
     merged = load_state(folder, len(names), run.extra.get("state_sha256", ""))["weight"]
-    base = adapted_weights(load_base(run, device="cpu")[0], merged) if needs_base(archives[k]) else None
+    base = adapted_weights(load_start(run, device="cpu")[0], merged) if needs_base(archives[k]) else None
     weights, bound = without_task(merged, archives, k, base)
     scores = scores_without(run, weights, sequence, **options) if sequence is not None else None
     changed = sum(len(archives[k].update(layer).indices) for layer in merged)

@@ -8,7 +8,7 @@ __all__ = ['QUIET', 'check_method', 'describe_method', 'Method', 'weights_of', '
            'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn', 'step_checkpoint',
            'learn_task', 'archive_update', 'finish_task', 'merged_weights', 'write_down', 'peak_memory', 'restore',
            'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start', 'learn_tasks',
-           'learn_rest', 'start_learner', 'learn_sequence', 'load_learned', 'accuracy_over_time']
+           'learn_rest', 'start_learner', 'learn_sequence', 'load_start', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -592,6 +592,20 @@ def learn_sequence(
     return learn_rest(learner, zero_shot, progress)
 
 # %% ../nbs/09_continual.ipynb #e2cca8b8
+def load_start(
+    run: Run,  # its record names the backbone
+    **options,  # of `load_backbone`: device, dtype; by default the dtype of the run
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # model, tokenizer
+    "The backbone that a run began with. Raises ValueError where its weights are others now."
+    wanted = run.configuration["dtype"]
+    options = dict(dtype=wanted) | {k: v for k, v in options.items() if v != "auto"}
+    model, tokenizer = load_backbone(run.backbone, **options)
+    same = f"torch.{wanted}" == str(next(model.parameters()).dtype)
+    if same and weights_fingerprint(model) != run.configuration["weights"]:
+        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
+    return model, tokenizer
+
+# %% ../nbs/09_continual.ipynb #dbf85e65
 def load_learned(
     folder: str | Path,  # a run's folder, with record and state
     **options,  # of `load_backbone`: device, dtype
@@ -599,11 +613,7 @@ def load_learned(
     "The model that a run ended with. Raises ValueError when its state or its backbone is not there."
     folder = Path(folder)
     run = Run.load(folder)
-    options = dict(dtype=run.configuration["dtype"]) | {k: v for k, v in options.items() if v != "auto"}
-    model, tokenizer = load_backbone(run.backbone, **options)
-    same = f"torch.{run.configuration['dtype']}" == str(next(model.parameters()).dtype)
-    if same and weights_fingerprint(model) != run.configuration["weights"]:
-        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
+    model, tokenizer = load_start(run, **options)
     try:
         weights = load_state(folder, learned(run), run.extra.get("state_sha256", ""))["weight"]
     except DamagedState as error:

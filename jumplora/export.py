@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 # %% ../nbs/10b_export.ipynb #adfa6ec3
 from . import run_folder
-from .backbones import BACKBONES, is_encoder_decoder, load_backbone
-from .continual import weights_fingerprint
+from .backbones import BACKBONES, is_encoder_decoder
+from .continual import load_start
 from .conventions import check_choice
 from jumplora.formats import (
     FORMATS,
@@ -62,9 +62,7 @@ def load_base(
     run: Run,  # a record
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in float32 on the CPU, and its tokenizer
     "The model that a run began with. `ValueError` where its weights are others."
-    model, tokenizer = load_backbone(run.backbone, device="cpu", dtype=run.configuration["dtype"])
-    if weights_fingerprint(model) != run.configuration["weights"]:
-        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
+    model, tokenizer = load_start(run, device="cpu")
     return model.float(), tokenizer
 
 # %% ../nbs/10b_export.ipynb #7d8093ad

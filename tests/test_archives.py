@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from equal_runs import files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -105,10 +106,6 @@ def gated(results, tmp_path):
     "A copy of the gated run, to be changed or damaged."
     result = results["gated"]
     return replace(result, folder=Path(shutil.copytree(result.folder, tmp_path / result.folder.name)))
-
-
-def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def same_bits(one, other):
@@ -669,7 +666,7 @@ def test_what_cannot_be_done_rightly_is_refused_and_changes_nothing(gated, case)
 
 
 def test_a_backbone_with_other_weights_is_refused(results, tmp_path, monkeypatch):
-    result, real = results["no gate"], archives.load_backbone
+    result, real = results["no gate"], continual.load_backbone
     folder = Path(shutil.copytree(result.folder, tmp_path / result.folder.name))
 
     def changed(name, **options):
@@ -677,7 +674,7 @@ def test_a_backbone_with_other_weights_is_refused(results, tmp_path, monkeypatch
         model.get_submodule("model.norm").weight.data[0] += 1e-6
         return model, tokenizer
 
-    monkeypatch.setattr(archives, "load_backbone", changed)
+    monkeypatch.setattr(continual, "load_backbone", changed)
     before = files(tmp_path)
     with pytest.raises(ValueError, match="tiny-llama has other weights than the backbone"):
         rollback(folder, "topics")

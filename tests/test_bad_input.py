@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from equal_runs import files
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -39,10 +40,6 @@ def decoder():
 @pytest.fixture(scope="module")
 def encoder_decoder():
     return load_backbone("tiny-t5", device="cpu", dtype="float32")
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- names ------------------------------------------------------------------------------------------------

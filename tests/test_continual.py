@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from equal_runs import content, files, same_weights
 
 from jumplora import backbones, continual
 from jumplora.adapter import adapter_layers, delta_weights, gate_groups
@@ -168,28 +169,8 @@ def no_learning(monkeypatch):
     monkeypatch.setattr(continual, "learn_rest", lambda learner, *rest: learner.run)
 
 
-def content(run):
-    "A record without what differs between two equal runs: times, memory, date and commit."
-    record = run.to_dict()
-    for key in ("date", "commit"):
-        record["environment"].pop(key, None)
-    for key in ("seconds", "peak_memory"):
-        del record[key]
-    del record["metrics"]["minutes"]
-    return record
-
-
-def same_weights(one, other):
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def states(folder):
     return sorted(path.name for path in (folder / "state").glob("*.safetensors"))
-
-
-def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 # ---- every method -----------------------------------------------------------------------------------------

@@ -441,7 +441,7 @@ def test_another_base_a_damaged_state_and_a_damaged_archive_are_refused(place, r
             load_finished(folder, **options)
     model, tokenizer = load_backbone(str(place / "base"), device="cpu", dtype="float32")
     model.lm_head.weight.data[0, 0] += 1
-    monkeypatch.setattr(export, "load_backbone", lambda *a, **k: (model, tokenizer))
+    monkeypatch.setattr(continual, "load_backbone", lambda *a, **k: (model, tokenizer))
     with pytest.raises(ValueError, match="has other weights than the backbone"):
         load_finished(run[0])
 

@@ -4,16 +4,15 @@ Columns, labels in their order and splits are those of the datasets' cards, writ
 """
 
 import itertools
-import os
 import re
 import string
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from real_rows import DATA, ROOT, needs_rows
 
 from jumplora import hub_rows
 from jumplora.command_line import main
@@ -43,9 +42,6 @@ from jumplora.records import (
 )
 from jumplora.run_record import Run
 from jumplora.tasks import BENCHMARK, ORDERS
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("JUMPLORA_DATA") or ROOT.parent / "shared" / "data" / "cl_benchmark")
 
 # (dataset, configuration): text columns, other columns, the label's column, its names in order, splits
 GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
@@ -186,7 +182,7 @@ def test_yahoos_longer_questions_keep_their_title():
     assert hub_rows.row_text(HUB_SOURCES["yahoo"], row) == "Title: T?\nQuestion: More.\nAnswer: A\n"
 
 
-@pytest.mark.skipif(not (DATA / "tasks.json").is_file(), reason=f"no rows in {DATA}: set JUMPLORA_DATA")
+@needs_rows
 @pytest.mark.parametrize("name", BENCHMARK)
 def test_every_text_of_the_paper_has_the_form_of_our_templates(name):
     source = HUB_SOURCES[name]

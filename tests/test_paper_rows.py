@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import subprocess
 from itertools import permutations
@@ -12,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from real_rows import DATA, needs_rows
 
 from jumplora import paper_rows
 from jumplora.command_line import main
@@ -28,12 +28,6 @@ from jumplora.paper_rows import (
 )
 from jumplora.prompts import SPLITS, Example, Task, TaskSequence
 from jumplora.tasks import BENCHMARK, ORDERS, read_folder
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("JUMPLORA_DATA") or ROOT.parent / "shared" / "data" / "cl_benchmark")
-needs_rows = pytest.mark.skipif(
-    not (DATA / "tasks.json").is_file(), reason=f"no benchmark rows in {DATA}: set JUMPLORA_DATA"
-)
 
 
 def task(name="t", options=("yes", "no"), train=(), dev=(), test=(), **more) -> Task:

@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
+from equal_runs import content, files, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import Trainer
@@ -64,24 +64,6 @@ def learn(method, out=None, config=QUICK, **options):
     method = METHODS[method] if isinstance(method, str) else method
     options = dict(seed=1, out=out, progress=False) | options
     return learn_sequence(model, tokenizer, SEQUENCE, method, config, **options), model
-
-
-def content(run):
-    "A record without times and what the machine adds."
-    record = run.to_dict()
-    for key in ("seconds", "peak_memory", "environment"):
-        del record[key]
-    del record["metrics"]["minutes"]
-    return record
-
-
-def same_weights(one, other):
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module", autouse=True)

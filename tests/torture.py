@@ -32,6 +32,7 @@ from unittest.mock import patch
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
 
 import torch
+from equal_runs import content
 from tqdm import tqdm
 from transformers.models.llama import modeling_llama  # noqa: F401 - here once, and not in every process
 
@@ -164,10 +165,7 @@ def in_a_process(
 
 def ended(out: Path) -> tuple[dict, str, dict[str, str]]:
     "The record without times, memory and the state of the machine; what the model held; files of tensors."
-    record = Run.load(next(out.glob("*/record.json"))).to_dict()
-    for key in ("seconds", "peak_memory", "environment"):
-        del record[key]
-    del record["metrics"]["minutes"]
+    record = content(Run.load(next(out.glob("*/record.json"))))
     files = {str(path.relative_to(out)): file_sha256(path) for path in out.rglob("*.safetensors")}
     return record, (out / "model").read_text(), files
 
