@@ -67,7 +67,7 @@ def test_a_module_imports_only_from_notebooks_before_its_own(module):
 
 
 def test_the_order_is_the_order_of_file_names():
-    assert sorted(["07_metrics", "06b_backbones", "06_tasks"]) == ["06_tasks", "06b_backbones", "07_metrics"]
+    assert sorted(["07_metrics", "06c_backbones", "06_tasks"]) == ["06_tasks", "06c_backbones", "07_metrics"]
     assert all(re.match(r"\d\d[a-z]?_[a-z_]+\.ipynb$|index\.ipynb$", p.name) for p in NBS)
 
 

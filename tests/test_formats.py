@@ -33,7 +33,7 @@ from jumplora.formats import (
 )
 from jumplora.sparse_updates import SparseUpdate, sparse_update
 
-ADVICE = f"peft {peft.__version__} moved it: mend nbs/10a_formats.ipynb, or peft's range in settings.ini"
+ADVICE = f"peft {peft.__version__} moved it: mend nbs/10b_formats.ipynb, or peft's range in settings.ini"
 torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's SHiRA leaves it open, and torch warns
 
 

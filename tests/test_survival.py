@@ -55,7 +55,7 @@ TASKS = (
 SEQUENCE = TaskSequence("short", TASKS)
 QUICK = TrainConfig(batch_size=3, learning_rate=1e-2, max_length=120)  # four steps
 HARD = replace(QUICK, batch_size=2, gradient_accumulation=2, epochs=2.5, lora_dropout=0.2)
-ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/07c_checkpoints.ipynb"
+ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/07b_checkpoints.ipynb"
 
 
 def learn(method, out=None, config=QUICK, **options):
