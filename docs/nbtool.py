@@ -79,6 +79,16 @@ class Runner(nbclient.NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
+def with_palette(png: str) -> str:
+    "A picture with at most 256 colours: a drawing looks the same in half the bytes. Both are base64."
+    from PIL import Image
+
+    small = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return min(png, base64.b64encode(small.getvalue()).decode(), key=len)
+
+
 def execute(path: Path):
     "The notebook at `path`, executed with a fresh kernel."
     nb = nbformat.read(path, as_version=4)
@@ -91,6 +101,9 @@ def execute(path: Path):
     )
     client.skip = set(get_config().tst_flags.split())
     client.execute()
+    for output in (o for cell in nb.cells for o in cell.get("outputs", ())):
+        if "image/png" in output.get("data", {}):
+            output["data"]["image/png"] = with_palette(output["data"]["image/png"])
     return nb
 
 
