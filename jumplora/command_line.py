@@ -307,11 +307,10 @@ def sparsity(
     "Print where the updates of a run lie; with --out, write the report and two figures."
     from jumplora.conventions import write_atomic
     from jumplora.run_record import Run
-    from jumplora.sparsity import density_figure, overlap_figure, overlap_report, run_overlap
+    from jumplora.sparsity import density_figure, overlap_figure, overlap_report, recorded_overlap
 
-    path = existing(flags.run)
-    run, out = Run.load(path), flags.out and Path(flags.out)
-    overlap = run_overlap(path if path.is_dir() else path.parent, run)
+    run, out = Run.load(existing(flags.run)), flags.out and Path(flags.out)
+    overlap = recorded_overlap(run)
     print(overlap_report(run, overlap), end="")
     if out:
         write_atomic(out / "sparsity.md", overlap_report(run, overlap))

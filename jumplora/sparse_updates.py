@@ -11,6 +11,7 @@ __all__ = ['VALUES', 'SparseUpdate', 'sparse_update', 'neutral_zeros', 'pack_spa
 # %% ../nbs/08d_sparse_updates.ipynb #f3767af0
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -327,16 +328,16 @@ def count_shared(
 
 
 def grow_support(
-    support: dict | None,  # of the record so far: "entries", "shared", "touched"; None before the first task
+    support: dict | None,  # of the record so far: "counts", "shared", "touched"; None before the first task
     archives: Sequence[UpdateArchive],  # of all tasks so far, in the order learned
-) -> dict:  # the same with one more row; row i of "shared" has i + 1 counts
-    "What a record keeps about the entries that tasks share."
-    support = support or dict(shared=[], touched=[])
-    row, touched = count_shared(archives)
-    entries = sum(rows * columns for rows, columns in archives[-1].header.layers.values())
-    before = len(archives) - 1
-    shared, seen = support["shared"][:before] + [row], support["touched"][:before] + [touched]
-    return dict(entries=entries, shared=shared, touched=seen)
+) -> dict:  # one more row in each; row i of "counts" has a number per layer, of "shared" i + 1
+    "What a record keeps about the entries that tasks touch and share."
+    shapes = archives[-1].header.layers
+    shared, touched = count_shared(archives)
+    rows = dict(counts=[archives[-1].update(layer).indices.numel() for layer in shapes])
+    rows |= dict(shared=shared, touched=touched)
+    before = {key: (support or {}).get(key, [])[: len(archives) - 1] for key in rows}
+    return dict(entries={k: math.prod(shapes[k]) for k in shapes}) | {k: before[k] + [rows[k]] for k in rows}
 
 # %% ../nbs/08d_sparse_updates.ipynb #c8194fc2
 def support_so_far(

@@ -376,10 +376,13 @@ def test_the_record_counts_the_entries_that_tasks_share(results):
             np.concatenate([(a.update(layer).dense() != 0).flatten().numpy() for layer in a.header.layers])
             for a in found
         ]
-        assert support["entries"] == touched[0].size
+        assert sum(support["entries"].values()) == touched[0].size
         for i in range(len(found)):
             assert support["shared"][i] == [int((touched[i] & touched[j]).sum()) for j in range(i + 1)]
             assert support["touched"][i] == np.any(touched[: i + 1], axis=0).sum()
+            assert support["counts"][i] == [
+                int((found[i].update(o).dense() != 0).sum()) for o in support["entries"]
+            ]
         json.dumps(support)
     assert "support" not in results["no gate"].run.extra
 
