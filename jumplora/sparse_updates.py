@@ -330,14 +330,17 @@ def count_shared(
 def grow_support(
     support: dict | None,  # of the record so far: "counts", "shared", "touched"; None before the first task
     archives: Sequence[UpdateArchive],  # of all tasks so far, in the order learned
-) -> dict:  # one more row in each; row i of "counts" has a number per layer, of "shared" i + 1
+) -> dict:  # one task more: in "counts" a number per layer, in "shared" a row of i + 1
     "What a record keeps about the entries that tasks touch and share."
-    shapes = archives[-1].header.layers
-    shared, touched = count_shared(archives)
-    rows = dict(counts=[archives[-1].update(layer).indices.numel() for layer in shapes])
-    rows |= dict(shared=shared, touched=touched)
-    before = {key: (support or {}).get(key, [])[: len(archives) - 1] for key in rows}
-    return dict(entries={k: math.prod(shapes[k]) for k in shapes}) | {k: before[k] + [rows[k]] for k in rows}
+    last, before = archives[-1], len(archives) - 1
+    shapes = last.header.layers
+    support = support or dict(counts={layer: [] for layer in shapes}, shared=[], touched=[])
+    own = {layer: last.update(layer).indices.numel() for layer in shapes}
+    counts = {layer: support["counts"][layer][:before] + [own[layer]] for layer in shapes}
+    row, touched = count_shared(archives)
+    shared, seen = support["shared"][:before] + [row], support["touched"][:before] + [touched]
+    entries = {layer: math.prod(shape) for layer, shape in shapes.items()}
+    return dict(entries=entries, counts=counts, shared=shared, touched=seen)
 
 # %% ../nbs/08d_sparse_updates.ipynb #c8194fc2
 def support_so_far(
@@ -346,8 +349,8 @@ def support_so_far(
     support: dict | None,  # of the record so far
 ) -> dict | None:  # the new one; None where an archive is missing or damaged
     "Read the archives of all finished tasks and count what they share."
-    if support is None and len(tasks) > 1:
-        return None  # not counted from the first task on
+    if len(tasks) > 1 and "counts" not in (support or {}):
+        return None  # not counted from the first task on, or without layers
     try:
         archives = [read_archive(archive_path(folder, i, task)) for i, task in enumerate(tasks)]
     except DamagedArchive as error:

@@ -65,8 +65,9 @@ def as_overlap(
     "The counts of a record as arrays."
     rows, total = support["shared"], len(tasks)
     shared = [[rows[max(i, j)][min(i, j)] for j in range(total)] for i in range(total)]
-    entries, counts = list(support["entries"].values()), np.array(support["counts"]).T
-    return Overlap(list(tasks), np.array(entries), counts, np.array(shared), np.array(support["touched"]))
+    entries = np.array(list(support["entries"].values()))
+    counts = np.array([support["counts"][layer] for layer in support["entries"]])
+    return Overlap(list(tasks), entries, counts, np.array(shared), np.array(support["touched"]))
 
 
 def support_overlap(

@@ -380,9 +380,9 @@ def test_the_record_counts_the_entries_that_tasks_share(results):
         for i in range(len(found)):
             assert support["shared"][i] == [int((touched[i] & touched[j]).sum()) for j in range(i + 1)]
             assert support["touched"][i] == np.any(touched[: i + 1], axis=0).sum()
-            assert support["counts"][i] == [
-                int((found[i].update(o).dense() != 0).sum()) for o in support["entries"]
-            ]
+        for layer, counts in support["counts"].items():
+            assert counts == [int((a.update(layer).dense() != 0).sum()) for a in found]
+            assert support["entries"][layer] == found[0].update(layer).dense().numel()
         json.dumps(support)
     assert "support" not in results["no gate"].run.extra
 
@@ -483,6 +483,8 @@ def test_a_merged_task_that_is_not_scored_yet_can_be_taken_out(gated):
 def test_a_deleted_archive_ends_the_counting_and_not_the_run(gated):
     support = gated.run.extra["support"]
     assert sparse_updates.support_so_far(gated.folder, gated.run.tasks, support) == support
+    older = {key: value for key, value in support.items() if key != "counts"}
+    assert sparse_updates.support_so_far(gated.folder, gated.run.tasks, older) is None
     archive_path(gated.folder, 0, "topics").unlink()
     with pytest.warns(UserWarning, match="no longer counted.*01-topics"):
         assert sparse_updates.support_so_far(gated.folder, gated.run.tasks, support) is None
