@@ -373,6 +373,7 @@ def beside_figure(
             ax.plot(dots, [value] * len(dots), style["marker"], color=style["color"], label=method)
         ax.set(xlabel=f"reported {part}, T5-large, every source", ylabel=f"measured, {runs[0].backbone}")
         ax.set_title("Two models and two budgets: only the order can compare")
+        ax.set_aspect("equal", adjustable="datalim")  # a point is a point on both axes
         ax.legend()
     return figure
 

@@ -9,6 +9,7 @@ import pytest
 
 from jumplora.command_line import main
 from jumplora.comparison import (
+    beside_figure,
     budget_text,
     falls,
     forgetting_figure,
@@ -254,3 +255,19 @@ def test_figures_say_when_nothing_was_run_and_draw_a_line_or_bars_per_method(fig
     joint = make("multi-task", "order1", 1, accuracy=[[None] * 4] * 3 + [[50.0] * 4])
     assert joint.complete
     figure([*RUNS, joint])  # a bound without a diagonal is left out, and breaks nothing
+
+
+def test_a_tie_looks_like_a_tie_beside_reported_numbers():
+    scores = {"IncLoRA": 58.5, "ELLA": 58.3}
+    runs = [make(m, o, 1, accuracy=np.full((4, 4), x)) for m, x in scores.items() for o in ORDERS]
+    known = dict(metric="overall accuracy", model="T5-large", column="SC")
+    reported = pd.DataFrame(
+        [dict(method="IncLoRA", value=64.0) | known, dict(method="ELLA", value=80.0) | known]
+    )
+    figure = beside_figure(reported, runs)
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    width, height = ax.get_window_extent().size
+    per_point = width / np.ptp(ax.get_xlim()), height / np.ptp(ax.get_ylim())
+    assert per_point[0] == pytest.approx(per_point[1])  # one point is as long on either axis
+    assert [line.get_ydata()[0] for line in ax.lines[::2]] == [58.5, 58.3]
