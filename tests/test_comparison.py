@@ -270,4 +270,4 @@ def test_a_tie_looks_like_a_tie_beside_reported_numbers():
     width, height = ax.get_window_extent().size
     per_point = width / np.ptp(ax.get_xlim()), height / np.ptp(ax.get_ylim())
     assert per_point[0] == pytest.approx(per_point[1])  # one point is as long on either axis
-    assert [line.get_ydata()[0] for line in ax.lines[::2]] == [58.5, 58.3]
+    assert [line.get_ydata()[0] for line in ax.lines[::2]] == pytest.approx([58.5, 58.3])
