@@ -102,6 +102,7 @@ readme: env  ## write README.md from nbs/index.ipynb
 lab: env demo  ## open the notebooks in Jupyter
 	@jupyter lab nbs
 
+# soupsieve is held back in settings.ini: from 3 on it needs Python 3.11.5.
 lock:  ## resolve settings.ini again and write requirements.txt
 	$(call say,Resolving the requirements of settings.ini in .venv.lock)
 	@rm -rf .venv.lock && $(BASE) -m venv .venv.lock
