@@ -66,6 +66,14 @@ def learn(method, out=None, config=QUICK, **options):
     return learn_sequence(model, tokenizer, SEQUENCE, method, config, **options), model
 
 
+@pytest.fixture(autouse=True)
+def usual_interrupt():
+    "What starts in the background of a shell ignores SIGINT; these tests are about the usual handler."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def little_garbage():
     "A Trainer collects garbage whenever it starts; what other tests hold need not be looked through."
