@@ -160,7 +160,7 @@ TRAIN = [item.name for item in fields(TrainConfig)]
 @given(st.dictionaries(st.sampled_from(TRAIN), JUNK | TEXTS | NUMBERS, max_size=3))
 @check
 def settings_of_a_training(given_values):
-    with taken_or_refused(*given_values, "gate"):
+    with taken_or_refused(*given_values, "start="):
         config = TrainConfig(**given_values)
     described = describe_config(config)
     assert digest(described) and json.loads(json.dumps(described, allow_nan=False))
@@ -205,9 +205,9 @@ PAIRS = st.builds("{}={}".format, st.sampled_from(TRAIN) | TEXTS, TEXTS | NUMBER
 @given(st.lists(PAIRS | TEXTS, max_size=3))
 @check
 def settings_that_are_swept(pairs):
-    with taken_or_refused("NAME=VALUE", "setting", *TRAIN, "gate", *(pair.partition("=")[0] or pair for pair in pairs)):
+    with taken_or_refused("NAME=VALUE", "setting", *TRAIN, "start=", *(pair.partition("=")[0] or pair for pair in pairs)):
         tries = [settings for settings in swept(pairs) if len(settings) < 9]
-        jobs = [job for train in tries for job in plan(["ELLA"], ["order1"], [1], train=train)]
+        jobs = [job for train in tries for job in plan(["ELLA"], ["order1"], [1], backbone="tiny", train=train)]
         for job in jobs:
             job_method(job)
     for job in jobs:
