@@ -25,14 +25,20 @@ import torch
 from equal_runs import files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save
 from test_bad_input import ANYTHING, BRACES, CONTROL, LONG
 
 from jumplora import evaluation
 from jumplora.adapter import JumpLoraConfig
-from jumplora.checkpoints import STATE_FORMAT, Checkpoint, read_checkpoint, read_state, state_checksum, write_state
-from jumplora.command_line import chosen_methods, main as command, swept
+from jumplora.checkpoints import (
+    STATE_FORMAT,
+    Checkpoint,
+    read_checkpoint,
+    read_state,
+    state_checksum,
+)
+from jumplora.command_line import chosen_methods, swept
+from jumplora.command_line import main as command
 from jumplora.continual import task_fingerprint
 from jumplora.conventions import write_atomic
 from jumplora.evaluation import evaluate
@@ -59,10 +65,26 @@ from jumplora.training import TrainConfig, describe_config
 
 RIGHT_TO_LEFT = st.text(st.sampled_from("\u202e\u2067\u200fمرحبا שלום ab"), max_size=20)
 HALVES = st.text(st.characters(codec=None, categories=["Cs", "Ll"]), min_size=1, max_size=6)
-WORDS = st.sampled_from(["", " ", "a", "A", "a b", "ab", "abc", "a,b", "a|b", "a, b", "{a}", "{0}", "%s", "../a", "a" * 100_000])
+WORDS = st.sampled_from(
+    ["", " ", "a", "A", "a b", "ab", "abc", "a,b", "a|b", "a, b", "{a}", "{0}", "%s", "../a", "a" * 100_000]
+)
 TEXTS = st.one_of(WORDS, BRACES, CONTROL, RIGHT_TO_LEFT, HALVES, ANYTHING, LONG)
 PATHS = st.sampled_from(
-    ["..", "../x", "../../etc/passwd", "/tmp/x", "a/b", "a\\b", "~", "", ".", "x\x00y", "x" * 300, "rows.json", "\ud800"]
+    [
+        "..",
+        "../x",
+        "../../etc/passwd",
+        "/tmp/x",
+        "a/b",
+        "a\\b",
+        "~",
+        "",
+        ".",
+        "x\x00y",
+        "x" * 300,
+        "rows.json",
+        "\ud800",
+    ]
 )
 NUMBERS = st.one_of(
     st.integers(-2, 40),
@@ -70,9 +92,25 @@ NUMBERS = st.one_of(
     st.sampled_from([10**400, -(10**30), 2**31, 2**63, 1e308, 5e-324, math.nan, math.inf, True, False]),
 )
 SMALL = st.one_of(st.none(), NUMBERS, WORDS, PATHS, HALVES)
-JUNK = st.recursive(SMALL, lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS | PATHS, x, max_size=3), max_leaves=5)
+JUNK = st.recursive(
+    SMALL, lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS | PATHS, x, max_size=3), max_leaves=5
+)
 DEEP = st.integers(300, 3000).map(lambda n: b"[" * n + b"]" * n)
-HUGE = st.sampled_from([b"1e999", b"-1e999", b"NaN", b"Infinity", b"9" * 5000, b'"\\ud800"', b"null", b"[]", b"{}", b"\xff\xfe", b""])
+HUGE = st.sampled_from(
+    [
+        b"1e999",
+        b"-1e999",
+        b"NaN",
+        b"Infinity",
+        b"9" * 5000,
+        b'"\\ud800"',
+        b"null",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b"",
+    ]
+)
 
 
 @st.composite
@@ -113,7 +151,9 @@ def taken_or_refused(*names: str):
             yield
     except (ValueError, OSError) as error:
         said = str(error)
-        assert not isinstance(error, (UnicodeError, json.JSONDecodeError)), f"says nothing of the thing: {error!r}"
+        assert not isinstance(error, (UnicodeError, json.JSONDecodeError)), (
+            f"says nothing of the thing: {error!r}"
+        )
         assert any(name in said for name in names), f"{said!r:.300} names none of {names}"
         raise Refused from None
 
@@ -184,7 +224,11 @@ def settings_of_an_adapter(given_values):
 
 
 NAMES = st.sampled_from([*METHODS, "ELLA+JumpLoRA", "ella", "", "../ELLA"]) | TEXTS
-PRICES = st.builds("{}={}".format, st.sampled_from(["ELLA", "O-LoRA", "EWC", "N-LoRA", "IncLoRA", ""]), TEXTS | NUMBERS.map(str))
+PRICES = st.builds(
+    "{}={}".format,
+    st.sampled_from(["ELLA", "O-LoRA", "EWC", "N-LoRA", "IncLoRA", ""]),
+    TEXTS | NUMBERS.map(str),
+)
 LISTS = st.lists(NUMBERS.map(str), min_size=1, max_size=4).map(lambda values: "ELLA=" + ",".join(values))
 
 
@@ -199,15 +243,23 @@ def methods_and_strengths(names, pairs, dtype):
         assert all(0 <= value < math.inf for value in (found if isinstance(found, tuple) else [found]))
 
 
-PAIRS = st.builds("{}={}".format, st.sampled_from(TRAIN) | TEXTS, TEXTS | NUMBERS.map(str) | DEEP.map(bytes.decode) | JUNK.map(repr))
+PAIRS = st.builds(
+    "{}={}".format,
+    st.sampled_from(TRAIN) | TEXTS,
+    TEXTS | NUMBERS.map(str) | DEEP.map(bytes.decode) | JUNK.map(repr),
+)
 
 
 @given(st.lists(PAIRS | TEXTS, max_size=3))
 @check
 def settings_that_are_swept(pairs):
-    with taken_or_refused("NAME=VALUE", "setting", *TRAIN, "start=", *(pair.partition("=")[0] or pair for pair in pairs)):
+    with taken_or_refused(
+        "NAME=VALUE", "setting", *TRAIN, "start=", *(pair.partition("=")[0] or pair for pair in pairs)
+    ):
         tries = [settings for settings in swept(pairs) if len(settings) < 9]
-        jobs = [job for train in tries for job in plan(["ELLA"], ["order1"], [1], backbone="tiny", train=train)]
+        jobs = [
+            job for train in tries for job in plan(["ELLA"], ["order1"], [1], backbone="tiny", train=train)
+        ]
         for job in jobs:
             job_method(job)
     for job in jobs:
@@ -217,12 +269,24 @@ def settings_that_are_swept(pairs):
 # ---- tasks ------------------------------------------------------------------------------------------------
 
 LABELS = st.sampled_from(["a", "a b", "a b c", "ab", "A", "a,b", "a, b", "a|b", "x", "{0}"])
-ROWS = st.lists(st.tuples(TEXTS, LABELS | TEXTS) | JUNK | st.fixed_dictionaries(dict(text=TEXTS, label=LABELS)), max_size=3)
-GOOD_ROWS = st.lists(st.tuples(ANYTHING.filter(str.strip), st.sampled_from(["a", "a b", "ab"])), min_size=1, max_size=4)
+ROWS = st.lists(
+    st.tuples(TEXTS, LABELS | TEXTS) | JUNK | st.fixed_dictionaries(dict(text=TEXTS, label=LABELS)),
+    max_size=3,
+)
+GOOD_ROWS = st.lists(
+    st.tuples(ANYTHING.filter(str.strip), st.sampled_from(["a", "a b", "ab"])), min_size=1, max_size=4
+)
 OPTIONS = st.just(("a", "a b", "ab")) | st.lists(LABELS | TEXTS, max_size=4) | JUNK
 
 
-@given(st.just("t") | TEXTS | PATHS, st.just("Which?\n") | TEXTS | JUNK, OPTIONS, GOOD_ROWS | ROWS, GOOD_ROWS | ROWS, TEXTS | JUNK)
+@given(
+    st.just("t") | TEXTS | PATHS,
+    st.just("Which?\n") | TEXTS | JUNK,
+    OPTIONS,
+    GOOD_ROWS | ROWS,
+    GOOD_ROWS | ROWS,
+    TEXTS | JUNK,
+)
 @check
 def tasks_made_of_anything(name, instruction, options, rows, test, note):
     with taken_or_refused("task", "Task"):
@@ -237,11 +301,18 @@ def tasks_made_of_anything(name, instruction, options, rows, test, note):
     TaskSequence("one", [made]).table().to_string().encode()
 
 
-@given(st.lists(TEXTS | PATHS | st.sampled_from(["a", "A", "b"]), max_size=3), TEXTS | PATHS, st.tuples(SMALL, SMALL, SMALL))
+@given(
+    st.lists(TEXTS | PATHS | st.sampled_from(["a", "A", "b"]), max_size=3),
+    TEXTS | PATHS,
+    st.tuples(SMALL, SMALL, SMALL),
+)
 @check
 def sequences_and_names(names, name, counts):
     rows = [("one", "a"), ("two", "b")]
-    with inside() as folder, taken_or_refused("Task.name", "sequence", "TaskSequence.name", "train=", "dev=", "test="):
+    with (
+        inside() as folder,
+        taken_or_refused("Task.name", "sequence", "TaskSequence.name", "train=", "dev=", "test="),
+    ):
         made = TaskSequence(name, [Task(each, "", ("a", "b"), rows, rows, rows) for each in names])
         for i, task in enumerate(made.names):
             assert archive_path(folder, i, task).resolve().parent == folder.resolve() / "updates"
@@ -254,15 +325,32 @@ def sequences_and_names(names, name, counts):
 def runs_called_anything(words):
     method, backbone, sequence = words
     with inside() as folder, taken_or_refused("method", "backbone", "sequence"):
-        run = Run(method=method, backbone=backbone, sequence=sequence, seed=1, tasks=["a"], test_rows=[1], configuration={})
+        run = Run(
+            method=method,
+            backbone=backbone,
+            sequence=sequence,
+            seed=1,
+            tasks=["a"],
+            test_rows=[1],
+            configuration={},
+        )
         record = run.save(folder)
         assert record.parent.parent == folder and Run.load(record).to_dict() == run.to_dict()
 
 
-ENTRY = dict(name="topics", instruction="Topic?\n", options=["a", "b"], note="", use={}, sha256={},
-             files=dict(train="rows.json", dev="rows.json", test="rows.json"))  # fmt: skip
+ENTRY = dict(
+    name="topics",
+    instruction="Topic?\n",
+    options=["a", "b"],
+    note="",
+    use={},
+    sha256={},
+    files=dict(train="rows.json", dev="rows.json", test="rows.json"),
+)
 ON_DISK = json.dumps([dict(text="one", label="a"), dict(sentence="two", label="b")]).encode()
-PLACES = st.sampled_from([["name"], ["instruction"], ["options"], ["note"], ["use"], ["sha256"], ["files"], ["files", "train"]])
+PLACES = st.sampled_from(
+    [["name"], ["instruction"], ["options"], ["note"], ["use"], ["sha256"], ["files"], ["files", "train"]]
+)
 USES = st.fixed_dictionaries(dict(train=SMALL | st.just(["dev"])))
 
 
@@ -277,7 +365,7 @@ def lists_of_tasks_on_disk(place, value, content):
     with inside() as folder:
         (folder / "rows.json").write_bytes(content)
         to_disk(folder / "tasks.json", [put(ENTRY, place, value)])
-        with taken_or_refused("task", str(folder)):
+        with taken_or_refused("task", "Task.name", str(folder)):
             found = read_folder(folder)
             assert not any("secret" in row.text for task in found for row in task.train)
             assert "secret" not in shell("data", "check", str(folder))
@@ -341,7 +429,7 @@ def whole_run() -> Run:
         zero_shot_options=[10.0, 20.0],
         sparsity=dict(a=dict(q=0.5)),
         thresholds=dict(a=[dict(step=1, interpolation=0.5, threshold=dict(model=0.1))]),
-        seconds=dict(train=[1.0, 2.0], evaluate=[1.0, 1.0], merge=[0.1, 0.1]),
+        seconds=dict(evaluate=[1.0, 1.0], merge=[0.1, 0.1], train=[1.0, 2.0]),
         environment=dict(device="cpu"),
         extra=dict(state_tasks=2, notes=dict(a="a note")),
         peak_memory=1000,
@@ -371,7 +459,13 @@ def damaged_records(content):
             assert Run.load(path).to_dict() == RECORD
 
 
-DEEP_PLACES = [["configuration", "method"], ["sparsity", "a"], ["sparsity", "a", "q"], ["seconds", "train"], ["extra", "notes"]]
+DEEP_PLACES = [
+    ["configuration", "method"],
+    ["sparsity", "a"],
+    ["sparsity", "a", "q"],
+    ["seconds", "train"],
+    ["extra", "notes"],
+]
 FIELDS = st.sampled_from([[key] for key in RECORD] + DEEP_PLACES)
 
 
@@ -425,7 +519,11 @@ def damaged_states(content, named):
             assert same(parts["weight"], PARTS["weight"])
 
 
-@given(JUNK, st.dictionaries(st.sampled_from(["format", "checksum", "about"]), JUNK, max_size=1), st.sampled_from(["weight.q", "q", "new.q", ""]))
+@given(
+    JUNK,
+    st.dictionaries(st.sampled_from(["format", "checksum", "about"]), JUNK, max_size=1),
+    st.sampled_from(["weight.q", "q", "new.q", ""]),
+)
 @check
 def states_with_wrong_types(about, note, name):
     with inside() as folder:
@@ -442,8 +540,18 @@ def states_with_wrong_types(about, note, name):
 
 
 DELTA = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, -1.0]])
-HEADER = ArchiveHeader("a", 0, "ELLA", "tiny", "base", "before", update_checksum([("q", sparse_update(DELTA))]),
-                       {"q": [2, 3]}, 0.5, "float32")  # fmt: skip
+HEADER = ArchiveHeader(
+    "a",
+    0,
+    "ELLA",
+    "tiny",
+    "base",
+    "before",
+    update_checksum([("q", sparse_update(DELTA))]),
+    {"q": [2, 3]},
+    0.5,
+    "float32",
+)
 UPDATE = pack_sparse("q", sparse_update(DELTA), torch.zeros(3))
 
 
@@ -475,15 +583,27 @@ def damaged_archives(content):
             assert torch.equal(read_archive(path).update("q").dense(), DELTA)
 
 
-NUMBERED = st.lists(st.integers(-2, 7), max_size=4).map(lambda values: torch.tensor(values, dtype=torch.int32))
+NUMBERED = st.lists(st.integers(-2, 7), max_size=4).map(
+    lambda values: torch.tensor(values, dtype=torch.int32)
+)
 VALUED = st.lists(st.floats(width=32), max_size=4).map(torch.tensor)
-ODD = st.fixed_dictionaries({}, optional={"q.indices": NUMBERED | VALUED, "q.values": VALUED | NUMBERED, "q.overwritten": VALUED,
-                                          "q.A": VALUED | st.just(torch.ones(1, 3)), "q.B": VALUED | st.just(torch.ones(2, 1)),
-                                          "q.scaling": VALUED | st.just(torch.ones(()))})  # fmt: skip
+ODD = st.fixed_dictionaries(
+    {},
+    optional={
+        "q.indices": NUMBERED | VALUED,
+        "q.values": VALUED | NUMBERED,
+        "q.overwritten": VALUED,
+        "q.A": VALUED | st.just(torch.ones(1, 3)),
+        "q.B": VALUED | st.just(torch.ones(2, 1)),
+        "q.scaling": VALUED | st.just(torch.ones(())),
+    },
+)
 SHAPES = st.fixed_dictionaries(dict(q=st.lists(st.integers(-3, 4) | SMALL, max_size=3)))
 
 
-@given(st.sampled_from([item.name for item in fields(ArchiveHeader)]), JUNK | SHAPES | st.just("factors"), ODD)
+@given(
+    st.sampled_from([item.name for item in fields(ArchiveHeader)]), JUNK | SHAPES | st.just("factors"), ODD
+)
 @check
 def archives_with_wrong_types(name, value, tensors):
     with inside() as folder:
@@ -498,9 +618,16 @@ def archives_with_wrong_types(name, value, tensors):
 JOB = Job("ELLA", "order1", 1, "tiny")
 
 
-@given(st.sampled_from(["grid.json", "asked.json", "state.json"]), st.dictionaries(
-    st.sampled_from(["format", "state", "record", "error", "since", "train", "seed", "method"]), JUNK | st.sampled_from(["done", "failed", "running"]), max_size=3
-) | damaged(json.dumps(asdict(JOB)).encode()) | JUNK)  # fmt: skip
+@given(
+    st.sampled_from(["grid.json", "asked.json", "state.json"]),
+    st.dictionaries(
+        st.sampled_from(["format", "state", "record", "error", "since", "train", "seed", "method"]),
+        JUNK | st.sampled_from(["done", "failed", "running"]),
+        max_size=3,
+    )
+    | damaged(json.dumps(asdict(JOB)).encode())
+    | JUNK,
+)
 @check
 def grids_on_disk(name, content):
     with inside() as folder:
@@ -536,10 +663,22 @@ def jobs_with_wrong_types(name, value):
 
 # ---- scores -----------------------------------------------------------------------------------------------
 
-SAID = st.sampled_from(["a", " A ", "a  b", "A\tB", "ab", "a b c", "", "a.", "x", "a,b", "\ufeffa"]) | ANYTHING
+SAID = (
+    st.sampled_from(["a", " A ", "a  b", "A\tB", "ab", "a b c", "", "a.", "x", "a,b", "\ufeffa"]) | ANYTHING
+)
 
 
-@given(st.lists(st.tuples(SAID, st.sampled_from(["a", "a b", "ab", "a,b", "A", "x", "a  b"]), st.permutations([1.0, 2.0, 3.0, 4.0])), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(
+            SAID,
+            st.sampled_from(["a", "a b", "ab", "a,b", "A", "x", "a  b"]),
+            st.permutations([1.0, 2.0, 3.0, 4.0]),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
 @check
 def scores_of_any_answers(rows):
     options = ("a", "a b", "ab", "a,b")
@@ -592,7 +731,9 @@ def main() -> int:
             failed[test.__name__] = f"{type(error).__name__}: {error}"[:300]
         print(test.__name__, found.get(test.__name__, failed.get(test.__name__)), flush=True)
     command_line = "python tests/fuzz.py " + " ".join(sys.argv[1:])
-    record = dict(command=command_line, passed=not failed, total=sum(found.values()), cases=found, failed=failed)
+    record = dict(
+        command=command_line, passed=not failed, total=sum(found.values()), cases=found, failed=failed
+    )
     record |= dict(seconds=round(time.perf_counter() - start, 1), environment=environment("cpu"))
     if flags.out:
         write_atomic(flags.out, json.dumps(record, indent=1) + "\n")
