@@ -207,10 +207,8 @@ def check_run(
     for key in ("configuration", "sparsity", "thresholds", "seconds", "environment", "extra"):
         if not isinstance(getattr(run, key), Mapping):
             raise ValueError(f"{key}={getattr(run, key)!r:.80} must be a dict")
-    if not isinstance(run.extra.get("notes", {}), Mapping):
-        raise ValueError("extra.notes must be a dict")
-    if type(run.seed) is not int:
-        raise ValueError(f"seed={run.seed!r:.80} must be a whole number")
+    if type(run.seed) is not int or not isinstance(run.extra.get("notes", {}), Mapping):
+        raise ValueError(f"seed={run.seed!r:.80} must be a whole number, and extra.notes a dict")
     if not run.tasks or len(set(run.tasks)) < len(run.tasks):
         raise ValueError(f"tasks={run.tasks} must be one or more different names")
     for task in run.tasks:
