@@ -285,14 +285,12 @@ class RunFile(RunContent):
     ) -> "RunFile":  # the run
         "Read a record; `DamagedRecord` if it cannot be trusted."
         path = Path(path) / "record.json" if Path(path).is_dir() else Path(path)
-        record = read_record(path)
-        record.pop("metrics", None)
+        record = {key: value for key, value in read_record(path).items() if key != "metrics"}
         try:
             run = cls(**record)
-            run.to_dict()  # its numbers can be computed
+            return run.to_dict() and run  # a run whose numbers can be computed
         except (TypeError, ValueError, AttributeError) as error:
             raise DamagedRecord(path, f"it does not describe a run ({error})") from None
-        return run
 
 # %% ../nbs/07a_run_record.ipynb #5aa50d0d
 @dataclass(eq=False, repr=False)
