@@ -81,8 +81,9 @@ test-py: env demo  ## pytest, in as many processes as there are cores
 	$(call say,Running the tests)
 	@$(OFFLINE) $(ONE_THREAD) python -m pytest -q -n auto --dist loadfile
 
-torture: env  ## kill runs at random moments, hundreds of times, and compare their ends (writes results/torture)
+torture: env  ## kill runs at random moments and compare their ends; thousands of wild inputs (writes results/torture)
 	@$(OFFLINE) $(ONE_THREAD) python tests/torture.py --kills 30 --out results/torture/cpu.json
+	@$(OFFLINE) $(ONE_THREAD) python tests/fuzz.py --cases 120 --out results/torture/fuzz.json
 
 tables: env  ## write the tables of the benchmark's orders to results/tables
 	@jumplora table results/reduced --format markdown --out results/tables

@@ -63,7 +63,8 @@ class JumpLoraConfig(LoraConfig):
         check_choice(self.threshold_parametrization, ("log", "raw"), "threshold_parametrization")
         check_choice(self.threshold_reduction, ("mean", "sum"), "threshold_reduction")
         for name in ("r", "bandwidth", "initial_threshold"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not positive; give a number above 0")
         if self.lora_bias:
             raise ValueError("lora_bias=True has no gate: the gate acts on the weight alone; leave it False")

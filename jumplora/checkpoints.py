@@ -74,6 +74,8 @@ def check_note(
     if not isinstance(note, dict) or note.get("format") != STATE_FORMAT:
         found = note.get("format") if isinstance(note, dict) else None
         raise ValueError(f"it has format {found}, and this version reads {STATE_FORMAT}")
+    if not isinstance(note.get("about"), dict):
+        raise ValueError("it says nothing about its tensors")
 
 # %% ../nbs/07b_checkpoints.ipynb #db9ec713
 def read_state(
@@ -84,11 +86,12 @@ def read_state(
         with safe_open(path, "pt") as file:
             check_note(note := json.loads((file.metadata() or {}).get("state", "null")))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        found = state_checksum(tensors, note["about"])
     except FileNotFoundError:
         raise DamagedState(f"{path} is missing") from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise DamagedState(f"{path} is damaged ({error})") from None
-    if state_checksum(tensors, note.get("about")) != note.get("checksum"):
+    if found != note.get("checksum"):
         raise DamagedState(f"{path} is damaged (the checksum does not match its content)")
     return tensors, note["about"], note["checksum"]
 
@@ -107,7 +110,9 @@ def split_parts(
     "What `join_parts` has joined."
     groups = {part: {} for part in parts}
     for key, tensor in tensors.items():
-        part, name = key.split(".", 1)
+        part, _, name = key.partition(".")
+        if part not in groups or not name:
+            raise DamagedState(f"its tensor {key!r} belongs to no group of {', '.join(groups)}")
         groups[part][name] = tensor
     return groups
 
@@ -268,13 +273,14 @@ def read_checkpoint(
         return None
     try:
         tensors, about, _ = read_state(checkpoint.path)
+        parts = split_parts(tensors, ("adapter", "optimizer", "random"))
     except DamagedState as error:
         name = set_aside(checkpoint.path).name
         warnings.warn(f"{error}; it is now {name}, and the training starts again", stacklevel=6)
         return None
-    if about["owner"] != plain(checkpoint.owner):
+    if about.get("owner") != plain(checkpoint.owner):
         return None
-    return split_parts(tensors, ("adapter", "optimizer", "random")), about
+    return parts, about
 
 # %% ../nbs/07b_checkpoints.ipynb #79562b47
 class ResumableTrainer(Trainer):

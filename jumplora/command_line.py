@@ -426,7 +426,7 @@ def parse_settings(
             raise ValueError(f"{pair!r} is not NAME=VALUE, such as kept=0.05")
         try:
             found[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = text
     return found
 

@@ -157,7 +157,7 @@ def read_json(
     "Read a small file."
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -185,8 +185,8 @@ def read_job(
     "Read a job. Raises ValueError where its file is damaged or was edited."
     try:
         job = Job(**read_json(folder / "asked.json"))
-        good = job.key == folder.name
-    except (TypeError, AttributeError):
+        good = job.key == folder.name and isinstance(job.train, dict) and isinstance(job.rows, dict)
+    except (TypeError, AttributeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{folder / 'asked.json'} is damaged; delete {folder} and ask again")
@@ -202,13 +202,13 @@ def job_state(
         if not free:
             return "running", f"since {note.get('since', 'now')}"
     if note.get("state") == "failed":
-        return "failed", note.get("error", "")
+        return "failed", str(note.get("error", ""))
     if note.get("state") == "running":
         return "failed", "its process was killed; a second call goes on where it was"
     if note.get("state") != "done":
         return "waiting", ""
     try:
-        run = Run.load(folder.parents[1] / Path(note.get("record", "")).name)
+        run = Run.load(folder.parents[1] / Path(str(note.get("record", ""))).name)
     except (DamagedRecord, OSError):
         return "waiting", "its record is gone or damaged"
     return ("done" if run.complete else "waiting"), f"{run.average_accuracy:.1f} %, {run.minutes:.1f} minutes"

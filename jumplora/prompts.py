@@ -54,6 +54,8 @@ def check_options(
     for option in options:
         if not isinstance(option, str) or not option or option != " ".join(option.split()) or "|" in option:
             raise ValueError(f"{where}: the option {option!r} must be text without '|' and spare white space")
+        if any("\ud800" <= letter <= "\udfff" for letter in option):
+            raise ValueError(f"{where}: the option {option!r} holds half a character; remove it")
     twice = [option for option, n in Counter(o.lower() for o in options).items() if n > 1]
     if twice or not options:
         what = f"{twice[0]!r} twice (capitals do not count)" if twice else "none"
@@ -73,6 +75,8 @@ class Question:
         where = f"task {check_name(self.name, 'Task.name')!r}"
         if not isinstance(self.instruction, str):
             raise ValueError(f"{where}: instruction={self.instruction!r} is not a string; '' means none")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.instruction):
+            raise ValueError(f"{where}: instruction={self.instruction!r} holds half a character; remove it")
         object.__setattr__(self, "options", check_options(self.options, where))
 
     def prompt(self, text: str) -> str:  # what the model reads

@@ -65,7 +65,10 @@ def load_state(
         tensors, found = load_file(path), sha256  # from before states had a format
     if found != sha256:
         raise DamagedState(f"{path} is not the state that the record names")
-    return split_parts(tensors, PARTS)
+    try:
+        return split_parts(tensors, PARTS)
+    except DamagedState as error:
+        raise DamagedState(f"{path} is damaged ({error})") from None
 
 # %% ../nbs/08c_run_folder.ipynb #af5eb0dd
 def learned(

@@ -204,6 +204,11 @@ def check_run(
     for key in ("method", "backbone", "sequence"):
         if not isinstance(getattr(run, key), str) or not getattr(run, key).strip():
             raise ValueError(f"{key}={getattr(run, key)!r} must be text")
+    for key in ("configuration", "sparsity", "thresholds", "seconds", "environment", "extra"):
+        if not isinstance(getattr(run, key), Mapping):
+            raise ValueError(f"{key}={getattr(run, key)!r:.80} must be a dict")
+    if type(run.seed) is not int or not isinstance(run.extra.get("notes", {}), Mapping):
+        raise ValueError(f"seed={run.seed!r:.80} must be a whole number, and extra.notes a dict")
     if not run.tasks or len(set(run.tasks)) < len(run.tasks):
         raise ValueError(f"tasks={run.tasks} must be one or more different names")
     for task in run.tasks:
@@ -246,14 +251,15 @@ def read_record(
     "Read and verify a record; `DamagedRecord` if it is cut short, edited or of a format unknown here."
     try:
         record = json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=no_constant)
+        checksum = record.pop("checksum", None) if isinstance(record, dict) else None
+        found = digest(record)
     except (ValueError, RecursionError) as error:
         raise DamagedRecord(path, f"not readable as JSON ({error})") from None
-    if not isinstance(record, dict) or "checksum" not in record:
+    if checksum is None:
         raise DamagedRecord(path, "no checksum, so not a run record")
     if record.get("format") != 1:
         raise DamagedRecord(path, f"format {record.get('format')!r}, and this version reads format 1")
-    checksum = record.pop("checksum")
-    if checksum != digest(record):
+    if checksum != found:
         raise DamagedRecord(path, "the checksum does not match the content: the file was changed")
     return record
 
@@ -279,11 +285,11 @@ class RunFile(RunContent):
     ) -> "RunFile":  # the run
         "Read a record; `DamagedRecord` if it cannot be trusted."
         path = Path(path) / "record.json" if Path(path).is_dir() else Path(path)
-        record = read_record(path)
-        record.pop("metrics", None)
+        record = {key: value for key, value in read_record(path).items() if key != "metrics"}
         try:
-            return cls(**record)
-        except (TypeError, ValueError) as error:
+            run = cls(**record)
+            return run.to_dict() and run  # a run whose numbers can be computed
+        except (TypeError, ValueError, AttributeError) as error:
             raise DamagedRecord(path, f"it does not describe a run ({error})") from None
 
 # %% ../nbs/07a_run_record.ipynb #5aa50d0d

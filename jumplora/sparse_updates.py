@@ -222,11 +222,12 @@ def read_archive(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = about.pop("checksum")
         header = ArchiveHeader(**about)
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        expected = checksum_of(tensors, canonical_json(about))
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedArchive(path, f"not an archive of an update ({error!r})") from None
     if header.format != 1:
         raise DamagedArchive(path, f"format {header.format!r}, and this version reads format 1")
-    if found != checksum_of(tensors, canonical_json(asdict(header))):
+    if found != expected:
         raise DamagedArchive(path, "the checksum does not match the content: the file was changed")
     return whole_archive(path, UpdateArchive(header, tensors), found, checksum)
 
@@ -239,10 +240,11 @@ def layer_fits(
     (rows, columns), old = archive.header.layers[layer], archive.overwritten(layer)
     if archive.header.values == "factors":
         A, B = archive.tensors[f"{layer}.A"], archive.tensors[f"{layer}.B"]  # (r, in), (out, r)
-        finite = bool(torch.isfinite(A).all() and torch.isfinite(B).all())
+        scaling = archive.tensors[f"{layer}.scaling"]
+        finite = all(bool(torch.isfinite(part).all()) for part in (A, B, scaling)) and scaling.numel() == 1
         return finite and (A.shape, B.shape) == ((B.shape[1], columns), (rows, A.shape[0]))
     update = archive.update(layer)
-    good = is_support(update.indices, update.values, rows * columns)
+    good = rows > 0 and columns > 0 and is_support(update.indices, update.values, rows * columns)
     return good and (old is None or is_support(update.indices, old, rows * columns))
 
 # %% ../nbs/08d_sparse_updates.ipynb #811fdb04

@@ -383,7 +383,7 @@ def read_rows(
             with open(path, "rb") as file:
                 return pq.read_table(file).to_pylist()
         rows = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: {path} cannot be read ({error}); copy it again") from error
     if not isinstance(rows, list):
         raise ValueError(f"{where}: {path} holds a {type(rows).__name__}; it must hold a list")
@@ -441,6 +441,8 @@ def describe(
     "From tasks.json; else from what is known of the benchmark; else the labels, and a general question."
     if {"instruction", "options"} <= entry.keys():
         return entry["instruction"], entry["options"], entry.get("note") or ""
+    if not all(isinstance(label, str) for label in labels or ()):
+        raise ValueError(f"task {name!r}: labels.json must hold text alone")
     known = BENCHMARK.get(name)
     if known and set(labels or known.options) == set(known.options):
         return known.instruction, known.options, ""
@@ -455,9 +457,12 @@ def is_entry(
     "Whether an entry of tasks.json has the form that the rest relies on."
     if not isinstance(entry, dict) or "name" not in entry:
         return False
-    files, use, options = entry.get("files"), entry.get("use", {}), entry.get("options", [])
-    kinds = isinstance(files, dict) and isinstance(use, dict) and isinstance(options, list)
-    return kinds and all(isinstance(path, str) for path in files.values())
+    files, use, sums = (entry.get(key, {}) for key in ("files", "use", "sha256"))
+    kinds = all(isinstance(named, dict) for named in (files, use, sums))
+    kinds = kinds and isinstance(entry.get("options", []), list)
+    kinds = kinds and isinstance(entry.get("note") or "", str)
+    words = [*files.values(), *use.values()] if kinds else []
+    return bool(words) and all(isinstance(word, str) and word.isprintable() for word in words)
 
 
 def read_task(

@@ -191,12 +191,15 @@ def check_train_config(
     "Raise ValueError for a setting out of range."
     for name in ("rank", "batch_size", "gradient_accumulation", "max_length"):
         value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise ValueError(f"{name}={value!r} is not a whole number of at least 1 and below 2**31")
     for name in ("lora_alpha", "learning_rate", "epochs", "max_grad_norm", "bandwidth"):
         value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= torch.finfo(torch.float64).max:
             raise ValueError(f"{name}={value!r} is not a positive number")
+    for name in ("gate_start", "gate_stop", "lora_dropout"):
+        if type(getattr(config, name)) not in (int, float):
+            raise ValueError(f"{name}={getattr(config, name)!r} is not a number")
     ramp_steps(1, config.gate_start, config.gate_stop)
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"lora_dropout={config.lora_dropout!r} is outside [0, 1)")

@@ -1,0 +1,745 @@
+"""Wild input for everything that a user or a broken disk can hand to the package.
+
+    python tests/fuzz.py --cases 200 --out results/torture/fuzz.json
+
+Each check draws input, hands it over, and asserts: it is either taken, and then right, or refused by
+a ValueError or OSError whose text names the thing (the command line prints those without a
+traceback); and nothing appears outside of the folder that was given. Every call draws the same input.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from equal_runs import files
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from test_bad_input import ANYTHING, BRACES, CONTROL, LONG
+
+from jumplora import evaluation
+from jumplora.adapter import JumpLoraConfig
+from jumplora.checkpoints import (
+    STATE_FORMAT,
+    Checkpoint,
+    read_checkpoint,
+    read_state,
+    state_checksum,
+)
+from jumplora.command_line import chosen_methods, swept
+from jumplora.command_line import main as command
+from jumplora.continual import task_fingerprint
+from jumplora.conventions import write_atomic
+from jumplora.evaluation import evaluate
+from jumplora.grid import Job, job_method, open_grid, plan, read_job, status
+from jumplora.methods import METHODS
+from jumplora.prompts import Task, TaskSequence
+from jumplora.run_folder import load_state, save_state
+from jumplora.run_record import Run, digest, environment
+from jumplora.sparse_updates import (
+    ArchiveHeader,
+    archive_path,
+    checksum_of,
+    pack_sparse,
+    read_archive,
+    sparse_update,
+    update_checksum,
+    write_archive,
+)
+from jumplora.sparse_updates import canonical_json as header_text
+from jumplora.tasks import read_folder
+from jumplora.training import TrainConfig, describe_config
+
+# ---- what is drawn ----------------------------------------------------------------------------------------
+
+RIGHT_TO_LEFT = st.text(st.sampled_from("\u202e\u2067\u200fمرحبا שלום ab"), max_size=20)
+HALVES = st.text(st.characters(codec=None, categories=["Cs", "Ll"]), min_size=1, max_size=6)
+WORDS = st.sampled_from(
+    ["", " ", "a", "A", "a b", "ab", "abc", "a,b", "a|b", "a, b", "{a}", "{0}", "%s", "../a", "a" * 100_000]
+)
+TEXTS = st.one_of(WORDS, BRACES, CONTROL, RIGHT_TO_LEFT, HALVES, ANYTHING, LONG)
+PATHS = st.sampled_from(
+    [
+        "..",
+        "../x",
+        "../../etc/passwd",
+        "/tmp/x",
+        "a/b",
+        "a\\b",
+        "~",
+        "",
+        ".",
+        "x\x00y",
+        "x" * 300,
+        "rows.json",
+        "\ud800",
+    ]
+)
+NUMBERS = st.one_of(
+    st.integers(-2, 40),
+    st.floats(),
+    st.sampled_from([10**400, -(10**30), 2**31, 2**63, 1e308, 5e-324, math.nan, math.inf, True, False]),
+)
+SMALL = st.one_of(st.none(), NUMBERS, WORDS, PATHS, HALVES)
+JUNK = st.recursive(
+    SMALL, lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS | PATHS, x, max_size=3), max_leaves=5
+)
+DEEP = st.integers(300, 3000).map(lambda n: b"[" * n + b"]" * n)
+HUGE = st.sampled_from(
+    [
+        b"1e999",
+        b"-1e999",
+        b"NaN",
+        b"Infinity",
+        b"9" * 5000,
+        b'"\\ud800"',
+        b"null",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b"",
+    ]
+)
+
+
+@st.composite
+def damaged(draw, good: bytes) -> bytes:
+    "A file's bytes after something happened to them."
+    at = draw(st.integers(0, len(good) - 1))
+    kind = draw(st.sampled_from(["flip", "cut", "grow", "hole", "other"]))
+    if kind == "flip":
+        return good[:at] + bytes([good[at] ^ draw(st.integers(1, 255))]) + good[at + 1 :]
+    if kind == "cut":
+        return good[:at]
+    if kind == "grow":
+        return good + draw(st.binary(min_size=1, max_size=9))
+    if kind == "hole":
+        return good[:at] + draw(st.binary(max_size=9)) + good[at + draw(st.integers(0, 40)) :]
+    return draw(DEEP | HUGE | st.binary(max_size=40))
+
+
+def put(value: dict, path: list[str], new: object) -> dict:
+    "A copy with another value at one place."
+    first, *rest = path
+    return value | {first: put(value[first], rest, new) if rest else new}
+
+
+# ---- what must hold ---------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    "The input was refused as it should be."
+
+
+@contextlib.contextmanager
+def taken_or_refused(*names: str):
+    "Let a clear refusal end the block; everything else is a failure."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, OSError) as error:
+        said = str(error)
+        assert not isinstance(error, (UnicodeError, json.JSONDecodeError)), (
+            f"says nothing of the thing: {error!r}"
+        )
+        assert any(name in said for name in names), f"{said!r:.300} names none of {names}"
+        raise Refused from None
+
+
+@contextlib.contextmanager
+def inside():
+    "A folder to work in; nothing beside it may change."
+    with tempfile.TemporaryDirectory() as parent:
+        parent = Path(parent)
+        (parent / "secret.json").write_text('[{"text": "a secret", "label": "a"}]')
+        folder = parent / "inside"
+        folder.mkdir()
+        yield folder
+        beside = {name: data for name, data in files(parent).items() if name.parts[0] != "inside"}
+        assert beside == {Path("secret.json"): b'[{"text": "a secret", "label": "a"}]'}
+
+
+def check(function):
+    "Run a check so that a proper refusal is a pass."
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        with contextlib.suppress(Refused):
+            function(*args, **options)
+
+    return call
+
+
+def shell(*words: str) -> str:
+    "What the command prints; an exception that it does not turn into a message fails the check."
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = command(list(words))
+    assert code in (0, 1, 2) and "Traceback" not in out.getvalue()
+    return out.getvalue()
+
+
+# ---- settings ---------------------------------------------------------------------------------------------
+
+TRAIN = [item.name for item in fields(TrainConfig)]
+
+
+@given(st.dictionaries(st.sampled_from(TRAIN), JUNK | TEXTS | NUMBERS, max_size=3))
+@check
+def settings_of_a_training(given_values):
+    with taken_or_refused(*given_values, "start="):
+        config = TrainConfig(**given_values)
+    described = describe_config(config)
+    assert digest(described) and json.loads(json.dumps(described, allow_nan=False))
+    for name in ("rank", "batch_size", "gradient_accumulation", "max_length"):
+        assert type(getattr(config, name)) is int and 1 <= getattr(config, name) < 2**63
+    for name in ("lora_alpha", "learning_rate", "epochs", "max_grad_norm", "bandwidth"):
+        assert 0 < float(getattr(config, name)) < math.inf
+    assert 0 <= float(config.lora_dropout) < 1 and 0 <= config.gate_start <= config.gate_stop <= 1
+
+
+GATE = ["threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth", "r"]
+
+
+@given(st.dictionaries(st.sampled_from(GATE), SMALL, max_size=2))
+@check
+def settings_of_an_adapter(given_values):
+    with taken_or_refused(*given_values):
+        config = JumpLoraConfig(**given_values)
+    assert config.threshold_scope in ("model", "block", "layer") and 0 < config.bandwidth < math.inf
+    assert json.loads(json.dumps(config.to_dict(), default=str, allow_nan=False))
+
+
+NAMES = st.sampled_from([*METHODS, "ELLA+JumpLoRA", "ella", "", "../ELLA"]) | TEXTS
+PRICES = st.builds(
+    "{}={}".format,
+    st.sampled_from(["ELLA", "O-LoRA", "EWC", "N-LoRA", "IncLoRA", ""]),
+    TEXTS | NUMBERS.map(str),
+)
+LISTS = st.lists(NUMBERS.map(str), min_size=1, max_size=4).map(lambda values: "ELLA=" + ",".join(values))
+
+
+@given(st.lists(NAMES, min_size=1, max_size=3), st.lists(PRICES | LISTS | TEXTS, max_size=3), SMALL)
+@check
+def methods_and_strengths(names, pairs, dtype):
+    with taken_or_refused("method", "strength", "past_dtype"):
+        methods = chosen_methods(names, pairs, past_dtype=dtype)
+    for method in methods:
+        assert method.name in METHODS and digest(method.describe())
+        found = getattr(method.regularizer, "strength", 0.0)
+        assert all(0 <= value < math.inf for value in (found if isinstance(found, tuple) else [found]))
+
+
+PAIRS = st.builds(
+    "{}={}".format,
+    st.sampled_from(TRAIN) | TEXTS,
+    TEXTS | NUMBERS.map(str) | DEEP.map(bytes.decode) | JUNK.map(repr),
+)
+
+
+@given(st.lists(PAIRS | TEXTS, max_size=3))
+@check
+def settings_that_are_swept(pairs):
+    with taken_or_refused(
+        "NAME=VALUE", "setting", *TRAIN, "start=", *(pair.partition("=")[0] or pair for pair in pairs)
+    ):
+        tries = [settings for settings in swept(pairs) if len(settings) < 9]
+        jobs = [
+            job for train in tries for job in plan(["ELLA"], ["order1"], [1], backbone="tiny", train=train)
+        ]
+        for job in jobs:
+            job_method(job)
+    for job in jobs:
+        assert Path(job.key).name == job.key and len(job.key.encode()) < 255
+
+
+# ---- tasks ------------------------------------------------------------------------------------------------
+
+LABELS = st.sampled_from(["a", "a b", "a b c", "ab", "A", "a,b", "a, b", "a|b", "x", "{0}"])
+ROWS = st.lists(
+    st.tuples(TEXTS, LABELS | TEXTS) | JUNK | st.fixed_dictionaries(dict(text=TEXTS, label=LABELS)),
+    max_size=3,
+)
+GOOD_ROWS = st.lists(
+    st.tuples(ANYTHING.filter(str.strip), st.sampled_from(["a", "a b", "ab"])), min_size=1, max_size=4
+)
+OPTIONS = st.just(("a", "a b", "ab")) | st.lists(LABELS | TEXTS, max_size=4) | JUNK
+
+
+@given(
+    st.just("t") | TEXTS | PATHS,
+    st.just("Which?\n") | TEXTS | JUNK,
+    OPTIONS,
+    GOOD_ROWS | ROWS,
+    GOOD_ROWS | ROWS,
+    TEXTS | JUNK,
+)
+@check
+def tasks_made_of_anything(name, instruction, options, rows, test, note):
+    with taken_or_refused("task", "Task"):
+        made = Task(name, instruction, options, rows, rows, test, note)
+    assert len(made.train) == len(rows) and len(made.test) == len(test) and task_fingerprint(made)
+    assert made.outside_options == sum(row.label not in made.options for row in made.test)
+    assert all(row.label in made.options for row in made.train)
+    for row in made.train:
+        asked = made.prompt(row.text)
+        assert asked.encode() and asked.endswith(f"\nText: {row.text}\nAnswer:")
+        assert asked.startswith(f"Task Instruction: {instruction}\nOptions: {' | '.join(made.options)}\n")
+    TaskSequence("one", [made]).table().to_string().encode()
+
+
+@given(
+    st.lists(TEXTS | PATHS | st.sampled_from(["a", "A", "b"]), max_size=3),
+    TEXTS | PATHS,
+    st.tuples(SMALL, SMALL, SMALL),
+)
+@check
+def sequences_and_names(names, name, counts):
+    rows = [("one", "a"), ("two", "b")]
+    with (
+        inside() as folder,
+        taken_or_refused("Task.name", "sequence", "TaskSequence.name", "train=", "dev=", "test="),
+    ):
+        made = TaskSequence(name, [Task(each, "", ("a", "b"), rows, rows, rows) for each in names])
+        for i, task in enumerate(made.names):
+            assert archive_path(folder, i, task).resolve().parent == folder.resolve() / "updates"
+            write_atomic(archive_path(folder, i, task), "")
+        made.limit(*counts)
+
+
+@given(st.lists(TEXTS | PATHS, min_size=3, max_size=3))
+@check
+def runs_called_anything(words):
+    method, backbone, sequence = words
+    with inside() as folder, taken_or_refused("method", "backbone", "sequence"):
+        run = Run(
+            method=method,
+            backbone=backbone,
+            sequence=sequence,
+            seed=1,
+            tasks=["a"],
+            test_rows=[1],
+            configuration={},
+        )
+        record = run.save(folder)
+        assert record.parent.parent == folder and Run.load(record).to_dict() == run.to_dict()
+
+
+ENTRY = dict(
+    name="topics",
+    instruction="Topic?\n",
+    options=["a", "b"],
+    note="",
+    use={},
+    sha256={},
+    files=dict(train="rows.json", dev="rows.json", test="rows.json"),
+)
+ON_DISK = json.dumps([dict(text="one", label="a"), dict(sentence="two", label="b")]).encode()
+PLACES = st.sampled_from(
+    [["name"], ["instruction"], ["options"], ["note"], ["use"], ["sha256"], ["files"], ["files", "train"]]
+)
+USES = st.fixed_dictionaries(dict(train=SMALL | st.just(["dev"])))
+
+
+def to_disk(path: Path, value: object) -> None:
+    "JSON as any program may write it, NaN and half characters included."
+    path.write_text(json.dumps(value), encoding="ascii")
+
+
+@given(PLACES, JUNK | PATHS | USES, st.just(ON_DISK) | damaged(ON_DISK))
+@check
+def lists_of_tasks_on_disk(place, value, content):
+    with inside() as folder:
+        (folder / "rows.json").write_bytes(content)
+        to_disk(folder / "tasks.json", [put(ENTRY, place, value)])
+        with taken_or_refused("task", "Task.name", str(folder)):
+            found = read_folder(folder)
+            assert not any("secret" in row.text for task in found for row in task.train)
+            assert "secret" not in shell("data", "check", str(folder))
+
+
+TABLE_ROWS = st.lists(st.fixed_dictionaries(dict(text=SMALL, label=SMALL)), max_size=3)
+FILES = st.sampled_from(["train.json", "dev.json", "test.json", "labels.json"])
+
+
+@given(FILES, damaged(ON_DISK) | JUNK | TABLE_ROWS)
+@check
+def folders_in_the_public_layout(name, content):
+    with inside() as folder:
+        place = folder / "TC" / "topics"
+        place.mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            (place / f"{split}.json").write_bytes(ON_DISK)
+        if isinstance(content, bytes):
+            (place / name).write_bytes(content)
+        else:
+            to_disk(place / name, content)
+        with taken_or_refused("topics", str(folder)):
+            assert len(read_folder(folder)) == 1
+        shell("data", "check", str(folder))
+
+
+def parquet() -> bytes:
+    "A good file of rows."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    held = io.BytesIO()
+    pq.write_table(pa.table(dict(text=["one", "two"], label=["a", "b"])), held)
+    return held.getvalue()
+
+
+@given(damaged(parquet()))
+@check
+def parquet_files(content):
+    with inside() as folder:
+        (folder / "topics").mkdir()
+        for split in ("dev", "test"):
+            (folder / "topics" / f"{split}.parquet").write_bytes(parquet())
+        (folder / "topics" / "train.parquet").write_bytes(content)
+        with taken_or_refused("topics", str(folder)):
+            read_folder(folder)
+
+
+# ---- records ----------------------------------------------------------------------------------------------
+
+
+def whole_run() -> Run:
+    "A record with something in every field."
+    asked = dict(method="ELLA", backbone="tiny", sequence="two", seed=1, tasks=["a", "b"], test_rows=[2, 2])
+    return Run(
+        **asked,
+        configuration=dict(method=dict(name="ELLA", after_task="merge"), train=dict(rank=8), weights="w"),
+        accuracy=[[50.0, math.nan], [25.0, 75.0]],
+        option_accuracy=[[50.0, math.nan], [25.0, 75.0]],
+        zero_shot=[10.0, 20.0],
+        zero_shot_options=[10.0, 20.0],
+        sparsity=dict(a=dict(q=0.5)),
+        thresholds=dict(a=[dict(step=1, interpolation=0.5, threshold=dict(model=0.1))]),
+        seconds=dict(evaluate=[1.0, 1.0], merge=[0.1, 0.1], train=[1.0, 2.0]),
+        environment=dict(device="cpu"),
+        extra=dict(state_tasks=2, notes=dict(a="a note")),
+        peak_memory=1000,
+    )
+
+
+RECORD = whole_run().to_dict()
+
+
+def signed(record: dict) -> bytes:
+    "With a checksum that matches, where a record can have one."
+    try:
+        checksum = digest({key: value for key, value in record.items() if key != "checksum"})
+    except ValueError:
+        checksum = "none"
+    return json.dumps(record | dict(checksum=checksum)).encode()
+
+
+@given(damaged(signed(RECORD)))
+@check
+def damaged_records(content):
+    with inside() as folder:
+        path = folder / "run" / "record.json"
+        write_atomic(path, content)
+        shell("show", str(path)), shell("table", str(folder))
+        with taken_or_refused(str(path)):
+            assert Run.load(path).to_dict() == RECORD
+
+
+DEEP_PLACES = [
+    ["configuration", "method"],
+    ["sparsity", "a"],
+    ["sparsity", "a", "q"],
+    ["seconds", "train"],
+    ["extra", "notes"],
+]
+FIELDS = st.sampled_from([[key] for key in RECORD] + DEEP_PLACES)
+
+
+@given(FIELDS, JUNK | st.lists(JUNK, max_size=2))
+@check
+def records_with_wrong_types(place, value):
+    with inside() as folder:
+        path = folder / "run" / "record.json"
+        write_atomic(path, signed(put(RECORD, place, value)))
+        shell("show", str(path)), shell("table", str(folder))
+        with taken_or_refused(str(path)):
+            run = Run.load(path)
+        again = Run.load(run.save(folder))
+        assert again.to_dict() == run.to_dict() and Path(run.name).name == run.name
+
+
+# ---- states and archives ----------------------------------------------------------------------------------
+
+TENSORS = {"weight.q": torch.arange(6.0).view(2, 3), "adapter.A": torch.ones(2)}
+PARTS = dict(weight={"q": TENSORS["weight.q"]}, adapter={"A": TENSORS["adapter.A"]}, regularizer={})
+OWNER = dict(run="r", task=1)
+ABOUT = dict(tasks=1, owner=OWNER)
+
+
+def state_bytes(tensors: dict = TENSORS, about: object = ABOUT, note: dict | None = None) -> bytes:
+    "A state as `write_state` makes it, or with another note."
+    try:
+        checksum = state_checksum(tensors, about)
+    except ValueError:
+        checksum = "none"
+    made = dict(format=STATE_FORMAT, checksum=checksum, about=about) | (note or {})
+    return save(tensors, metadata={"state": json.dumps(made)})
+
+
+def same(one: dict, other: dict) -> bool:
+    "Whether named tensors are equal."
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@given(damaged(state_bytes()), st.booleans())
+@check
+def damaged_states(content, named):
+    with inside() as folder:
+        path = folder / "state" / "after-1.safetensors"
+        saved = save_state(folder, 1, PARTS)
+        path.write_bytes(content)
+        with taken_or_refused(str(path)):
+            tensors, _, _ = read_state(path)
+            assert same(tensors, TENSORS)
+            parts = load_state(folder, 1, saved["state_sha256"])
+            assert same(parts["weight"], PARTS["weight"])
+
+
+@given(
+    JUNK,
+    st.dictionaries(st.sampled_from(["format", "checksum", "about"]), JUNK, max_size=1),
+    st.sampled_from(["weight.q", "q", "new.q", ""]),
+)
+@check
+def states_with_wrong_types(about, note, name):
+    with inside() as folder:
+        path = folder / "state" / "after-1.safetensors"
+        write_atomic(path, state_bytes({name: torch.ones(2)}, about, note))
+        step = Checkpoint(path, OWNER)
+        with taken_or_refused(str(path)):
+            found = read_state(path)
+            load_state(folder, 1, found[2])
+        write_atomic(path, state_bytes({name: torch.ones(2)}, about, note))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert read_checkpoint(step) is None or about["owner"] == OWNER
+
+
+DELTA = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, -1.0]])
+HEADER = ArchiveHeader(
+    "a",
+    0,
+    "ELLA",
+    "tiny",
+    "base",
+    "before",
+    update_checksum([("q", sparse_update(DELTA))]),
+    {"q": [2, 3]},
+    0.5,
+    "float32",
+)
+UPDATE = pack_sparse("q", sparse_update(DELTA), torch.zeros(3))
+
+
+def archive_bytes(header: dict, tensors: dict) -> bytes:
+    "A file with a checksum that matches, where it can have one."
+    try:
+        checksum = checksum_of(tensors, header_text(header))
+    except ValueError:
+        checksum = "none"
+    return save(tensors, metadata={"jumplora": json.dumps(header | dict(checksum=checksum))})
+
+
+def read_and_use(path: Path) -> None:
+    "What is done with an archive after it was taken."
+    archive = read_archive(path)
+    for layer in archive.header.layers:
+        assert torch.isfinite(archive.update(layer).dense()).all()
+    assert archive.exact in (True, False)
+
+
+@given(damaged(archive_bytes(asdict(HEADER), UPDATE)))
+@check
+def damaged_archives(content):
+    with inside() as folder:
+        path = archive_path(folder, 0, "a")
+        write_archive(path, HEADER, UPDATE)
+        path.write_bytes(content)
+        with taken_or_refused(str(path)):
+            assert torch.equal(read_archive(path).update("q").dense(), DELTA)
+
+
+NUMBERED = st.lists(st.integers(-2, 7), max_size=4).map(
+    lambda values: torch.tensor(values, dtype=torch.int32)
+)
+VALUED = st.lists(st.floats(width=32), max_size=4).map(torch.tensor)
+ODD = st.fixed_dictionaries(
+    {},
+    optional={
+        "q.indices": NUMBERED | VALUED,
+        "q.values": VALUED | NUMBERED,
+        "q.overwritten": VALUED,
+        "q.A": VALUED | st.just(torch.ones(1, 3)),
+        "q.B": VALUED | st.just(torch.ones(2, 1)),
+        "q.scaling": VALUED | st.just(torch.ones(())),
+    },
+)
+SHAPES = st.fixed_dictionaries(dict(q=st.lists(st.integers(-3, 4) | SMALL, max_size=3)))
+
+
+@given(
+    st.sampled_from([item.name for item in fields(ArchiveHeader)]), JUNK | SHAPES | st.just("factors"), ODD
+)
+@check
+def archives_with_wrong_types(name, value, tensors):
+    with inside() as folder:
+        path = archive_path(folder, 0, "a")
+        write_atomic(path, archive_bytes(asdict(HEADER) | {name: value}, UPDATE | tensors))
+        with taken_or_refused(str(path)):
+            read_and_use(path)
+
+
+# ---- grids ------------------------------------------------------------------------------------------------
+
+JOB = Job("ELLA", "order1", 1, "tiny")
+
+
+@given(
+    st.sampled_from(["grid.json", "asked.json", "state.json"]),
+    st.dictionaries(
+        st.sampled_from(["format", "state", "record", "error", "since", "train", "seed", "method"]),
+        JUNK | st.sampled_from(["done", "failed", "running"]),
+        max_size=3,
+    )
+    | damaged(json.dumps(asdict(JOB)).encode())
+    | JUNK,
+)
+@check
+def grids_on_disk(name, content):
+    with inside() as folder:
+        open_grid(folder, [JOB])
+        path = folder / name if name == "grid.json" else folder / "jobs" / JOB.key / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            to_disk(path, content)
+        shell("grid", "--status", "--out", str(folder))
+        with taken_or_refused(str(folder)):
+            table = status(folder)
+            assert len(table) == 1 and set(table["state"]) <= {"done", "running", "failed", "waiting"}
+
+
+@given(st.sampled_from([item.name for item in fields(Job)]), JUNK)
+@check
+def jobs_with_wrong_types(name, value):
+    with inside() as folder:
+        asked = asdict(JOB) | {name: value}
+        with contextlib.suppress(TypeError, ValueError, AttributeError, OSError):
+            open_grid(folder, [])
+            place = folder / "jobs" / Job(**asked).key
+            place.mkdir(parents=True)
+            to_disk(place / "asked.json", asked)
+            assert place.resolve().parent == folder.resolve() / "jobs"
+        with taken_or_refused(str(folder)):
+            for place in folder.glob("jobs/*"):
+                read_job(place)
+            status(folder).to_string()
+        shell("grid", "--status", "--out", str(folder))
+
+
+# ---- scores -----------------------------------------------------------------------------------------------
+
+SAID = (
+    st.sampled_from(["a", " A ", "a  b", "A\tB", "ab", "a b c", "", "a.", "x", "a,b", "\ufeffa"]) | ANYTHING
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            SAID,
+            st.sampled_from(["a", "a b", "ab", "a,b", "A", "x", "a  b"]),
+            st.permutations([1.0, 2.0, 3.0, 4.0]),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+@check
+def scores_of_any_answers(rows):
+    options = ("a", "a b", "ab", "a,b")
+    test = [("text", label) for _, label, _ in rows]
+    task = Task("t", "", options, [("text", "a")], [], test)
+    given_back = [said for said, _, _ in rows], torch.tensor([numbers for _, _, numbers in rows])
+    with patch.object(evaluation, "answer", lambda *asked, **more: given_back):
+        score = evaluate(torch.nn.Identity(), None, task)
+    right = likeliest = 0
+    for said, label, numbers in rows:  # the same in other words
+        allowed = any(label == option for option in options)
+        right += allowed and said.casefold().split() == label.casefold().split()
+        likeliest += options[max(range(4), key=lambda i: numbers[i])] == label
+    assert score.rows == len(rows)
+    assert math.isclose(score.exact_match, 100 * right / len(rows))
+    assert math.isclose(score.option_accuracy, 100 * likeliest / len(rows))
+
+
+CHECKS = [value for value in dict(globals()).values() if getattr(value, "is_hypothesis_test", False)]
+
+
+def attack(test, cases: int) -> int:
+    "Run one check on so many cases; returns how many there were, which may be fewer where few exist."
+    count, inner = [0], test.hypothesis.inner_test
+
+    @functools.wraps(inner)
+    def counted(*args, **options):
+        count[0] += 1
+        return inner(*args, **options)
+
+    test.hypothesis.inner_test = counted
+    quiet = dict(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    try:
+        settings(max_examples=cases, print_blob=False, **quiet)(test)()
+    finally:
+        test.hypothesis.inner_test = inner
+    return count[0]
+
+
+def main() -> int:
+    "The command."
+    parser = argparse.ArgumentParser(description="Wild input, a few thousand times.")
+    parser.add_argument("--cases", type=int, default=200, help="of each check")
+    parser.add_argument("--out", type=Path, help="a file for the record; none: only print")
+    flags, found, failed, start = parser.parse_args(), {}, {}, time.perf_counter()
+    for test in CHECKS:
+        try:
+            found[test.__name__] = attack(test, flags.cases)
+        except Exception as error:
+            failed[test.__name__] = f"{type(error).__name__}: {error}"[:300]
+        print(test.__name__, found.get(test.__name__, failed.get(test.__name__)), flush=True)
+    command_line = "python tests/fuzz.py " + " ".join(sys.argv[1:])
+    record = dict(
+        command=command_line, passed=not failed, total=sum(found.values()), cases=found, failed=failed
+    )
+    record |= dict(seconds=round(time.perf_counter() - start, 1), environment=environment("cpu"))
+    if flags.out:
+        write_atomic(flags.out, json.dumps(record, indent=1) + "\n")
+    print(f"{record['total']} cases, {len(failed)} checks failed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
