@@ -33,6 +33,7 @@ from .checkpoints import Checkpoint, ResumableTrainer, train_or_resume
 from .conventions import METHOD_COLORS, check_choice, set_seed
 from .jumprelu import refuse_double_backward
 from .penalties import named_factors
+from .processes import draw_apart, fill_batches, fill_rows, gathered, largest, split_batch, world_size
 from .prompts import Example, Question, Task
 from .regularizers import IncLoRA, Regularizer, Update
 from .schedule import SparsityCallback, SparsitySchedule, ramp_steps
@@ -140,15 +141,21 @@ class PenaltyTrainer(ResumableTrainer):
             value = self.penalty()
             self.last_penalty = value.detach()
             loss = loss + value / self.current_gradient_accumulation_steps
-        if not torch.isfinite(loss):
-            raise Diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        if largest(not torch.isfinite(loss)):
+            found = next(value for value in gathered(loss.item()) if not math.isfinite(value))
+            raise Diverged(f"the loss became {found} at step {self.state.global_step + 1}")
         return loss
+
+    def get_train_dataloader(self):
+        loader = fill_batches(super().get_train_dataloader())
+        draw_apart()
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.group_by_length:
             return super()._get_train_sampler(train_dataset)
         lengths = [len(prompt) + len(answer) for prompt, answer in self.train_dataset]
-        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * world_size()
         generator = torch.Generator().manual_seed(self.args.seed)
         sampler = LengthGroupedSampler(rows, lengths=lengths, generator=generator)
         for _ in range(int(self.found[1]["trainer"]["epoch"]) if self.found else 0):
@@ -399,11 +406,14 @@ def training_arguments(
     folder: str,  # scratch folder; nothing is saved in it
 ) -> TrainingArguments:  # for transformers' Trainer
     "The settings as transformers' Trainer wants them: constant rate, nothing saved by itself, no reports."
+    split = split_batch(config.batch_size, config.gradient_accumulation)
     silent = dict(save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False)
     arguments = TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=split.rows,
+        gradient_accumulation_steps=split.accumulation,
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
@@ -470,11 +480,12 @@ def build_trainer(
 ) -> PenaltyTrainer:  # ready to train
     "Encode the training rows and set up the Trainer."
     collator = collator_for(model, tokenizer)
+    rows, collate = fill_rows(encode_rows(tokenizer, tasks, config, collator.encoder_decoder), collator)
     trainer = PenaltyTrainer(
         model=model,
         args=training_arguments(config, next(model.parameters()).device, seed, folder),
-        train_dataset=encode_rows(tokenizer, tasks, config, collator.encoder_decoder),
-        data_collator=collator,
+        train_dataset=rows,
+        data_collator=collate,
         compute_loss_func=partial(label_loss, shift=not collator.encoder_decoder),
         optimizer_cls_and_kwargs=optimizer_choice(optimizer, config),
     )
