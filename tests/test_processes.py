@@ -4,14 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from unittest.mock import patch
+from functools import cache
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from two_processes import EQUAL, QUICK, SEQUENCE, TASKS, all_answers, learn, refused
+from two_processes import EQUAL, QUICK, SEQUENCE, TASKS, all_answers, compare_words, learn, refused
 
 from jumplora import processes
 from jumplora.backbones import load_backbone, pick_device
@@ -42,6 +43,12 @@ def of(folder, name):
     return [json.loads((folder / f"{name}-{n}.json").read_text()) for n in (0, 1)]
 
 
+@cache
+def alone(case):
+    "One of the cases, learned by this process."
+    return learn(case, zero_shot=case == "llama")
+
+
 def numbers(value) -> list:
     "All numbers of nested lists and dicts, in order."
     if isinstance(value, dict):
@@ -60,7 +67,7 @@ def plain(run) -> dict:
 @pytest.mark.parametrize("case", EQUAL)
 def test_two_processes_end_with_the_numbers_of_one(folder, case):
     first, second = (found[case] for found in of(folder, "cases"))
-    run, model, tokenizer = learn(case, zero_shot=case == "llama")
+    run, model, tokenizer = alone(case)
     one, two = plain(run), first["run"]
     for key in ("accuracy", "option_accuracy", "zero_shot", "zero_shot_options"):
         assert one[key] == two[key] == second["run"][key], key
@@ -95,7 +102,7 @@ def test_the_record_says_how_many_learned_and_the_configuration_does_not(folder)
         assert two["extra"]["processes"] == {task.name: share for task in TASKS}
         (path,) = (folder / case).glob("*/record.json")
         assert plain(Run.load(path))["extra"]["processes"] == two["extra"]["processes"]
-        one = learn(case, zero_shot=False)[0]
+        one = alone(case)[0]
         assert "processes" not in one.extra and one.name == path.parent.name
 
 
@@ -143,28 +150,23 @@ def test_what_goes_wrong_in_one_process_is_known_to_both(folder):
     assert other["failed"].startswith("MainFailed: the main process stopped: ValueError: invalid literal")
 
 
-def test_the_command_runs_under_torchrun_and_one_process_speaks(root, tmp_path, capfd):
-    for task in TASKS:
-        (place := tmp_path / "data" / task.name).mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            rows = [dict(sentence=row.text, label=row.label) for row in getattr(task, split)]
-            (place / f"{split}.json").write_text(json.dumps(rows))
-        (place / "labels.json").write_text(json.dumps(list(task.options)))
-    words = "--backbone tiny-llama --device cpu --batch-size 4 --max-length 160 --progress false"
-    words = ["compare", "--method", "IncLoRA", *words.split(), "--sequence", str(tmp_path / "data"), "--out"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*start, "-m", "jumplora.command_line", *words, tmp_path / "two"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("overall accuracy") == 2  # in a line, and in the table
-    assert done.stdout.count("table.md") == 1
-    (path,) = (tmp_path / "two").glob("*/record.json")
-    two = Run.load(path)
+def test_the_command_is_done_together_and_one_process_speaks(folder, capsys):
+    main_one, other = of(folder, "command")
+    assert (main_one["code"], other["code"]) == (0, 0) and other["said"] == ""
+    assert main_one["said"].count("overall accuracy") == 2  # in a line, and in the table
+    assert main_one["said"].count("table.md") == 1 and (folder / "command" / "table.md").is_file()
+    two = Run.load(next((folder / "command").glob("*/record.json")))
     assert two.complete and all(two.extra["processes"][task]["rows"] == 2 for task in two.tasks)
-    assert main([*words, str(tmp_path / "one")]) == 0
-    (path,) = (tmp_path / "one").glob("*/record.json")
-    assert plain(Run.load(path))["option_accuracy"] == plain(two)["option_accuracy"]
+    assert main(compare_words(folder / "data", folder / "one")) == 0
+    one = Run.load(next((folder / "one").glob("*/record.json")))
+    assert one.name == two.name and plain(one)["option_accuracy"] == plain(two)["option_accuracy"]
+    assert main_one["said"].splitlines()[-1].replace("command", "one") in capsys.readouterr().out
+
+
+def test_a_launcher_can_start_the_module(root):
+    command = [sys.executable, "-m", "jumplora.command_line", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: jumplora COMMAND" in done.stdout
 
 
 # ---- one process alone ----------------------------------------
@@ -230,7 +232,7 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch):
 def test_processes_that_have_not_met_are_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with patch.object(processes, "PartialState"):
+    with patch.object(processes, "PartialState", Mock(_shared_state={})):
         assert "2 processes were started, but 1 have met" in refused(join_processes, "cpu")
 
 

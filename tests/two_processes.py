@@ -6,12 +6,14 @@ What a process of a group finds is in FOLDER/NAME-PROCESS.json.
 
 import copy
 import gc
+import io
 import json
 import os
 import signal
 import socket
 import sys
 import traceback
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from jumplora import continual, training
 from jumplora.backbones import load_backbone
 from jumplora.checkpoints import Stopped, StopRequest
+from jumplora.command_line import main
 from jumplora.continual import learn_sequence, weights_fingerprint
 from jumplora.evaluation import evaluate
 from jumplora.methods import METHODS, with_settings
@@ -169,7 +172,27 @@ def stopped(folder):
             return dict(status=stop.status)
 
 
-GROUPS = (cases, refusals, whole, killed, resumed, stopped)
+def compare_words(data, out):
+    "Words of a command."
+    words = "--method IncLoRA --backbone tiny-llama --device cpu --batch-size 4 --max-length 160"
+    return ["compare", *words.split(), "--progress", "false", "--sequence", str(data), "--out", str(out)]
+
+
+def command(folder):
+    "What a launcher starts in every process."
+    for task in TASKS if is_main() else ():
+        (place := folder / "data" / task.name).mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            rows = [dict(sentence=row.text, label=row.label) for row in getattr(task, split)]
+            (place / f"{split}.json").write_text(json.dumps(rows))
+        (place / "labels.json").write_text(json.dumps(list(task.options)))
+    gathered("written")
+    with redirect_stdout(io.StringIO()) as said:
+        code = main(compare_words(folder / "data", folder / "command"))
+    return dict(code=code, said=said.getvalue())
+
+
+GROUPS = (cases, refusals, whole, killed, resumed, stopped, command)
 
 
 def process(n, port, work, folder):
