@@ -257,12 +257,16 @@ def own_batches(
 def join_answers(
     answers: dict[int, str],  # row -> answer, of this process
     scores: Tensor,  # (rows, options), zero in the rows of other processes
-) -> tuple[dict[int, str], Tensor]:  # the same, of all processes
+    share: bool,  # whether the processes have shared the rows
+    advance: Callable[[int], None],  # called with the rows that others have answered
+) -> tuple[list[str], Tensor]:  # answers in the order of the rows; option scores (rows, options)
     "What all processes have found."
-    found = gathered((answers, scores[sorted(answers)]))
-    for theirs, part in found:
+    done = len(answers)
+    for theirs, part in gathered((answers, scores[sorted(answers)])) if share else ():
         answers, scores[sorted(theirs)] = answers | theirs, part
-    return answers, scores
+    if len(answers) > done:
+        advance(len(answers) - done)
+    return [answers[i] for i in range(len(scores))], scores
 
 # %% ../nbs/08a_evaluation.ipynb #3bcdbe4a
 @torch.no_grad()
@@ -289,11 +293,7 @@ def answer(
         said, scores[rows] = read(model, tokenizer, [prompts[i] for i in rows], options, longest)
         answers |= dict(zip(rows, said, strict=True))
         advance(len(rows))
-    if share:
-        done = len(answers)
-        answers, scores = join_answers(answers, scores)
-        advance(len(texts) - done)
-    return [answers[i] for i in range(len(texts))], scores
+    return join_answers(answers, scores, share, advance)
 
 # %% ../nbs/08a_evaluation.ipynb #bb957fa1
 @dataclass(frozen=True)

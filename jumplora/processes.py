@@ -81,7 +81,7 @@ def own_device(
 
 def join_processes(
     device: str | torch.device = "auto",  # where the run computes; "auto": on GPUs if there are any
-) -> int:  # N
+) -> int:  # the number of processes, N
     "Meet the other processes of a launcher, if there is one. Raises ValueError for what is not supported."
     check_launch()
     if launched() > 1:
@@ -97,11 +97,16 @@ def join_processes(
 class BatchSplit:
     "How the rows of a step are shared."
 
-    processes: int  # N
+    processes: int  # their number, N
     rows: int  # b_n, rows of a forward pass in each process
     accumulation: int  # a_n, forward passes of a step in each process
 
     describe = asdict
+
+    def arguments(self) -> dict:
+        "What transformers' `TrainingArguments` want to know of it; all weights take part in every step."
+        ddp = dict(ddp_broadcast_buffers=False, ddp_find_unused_parameters=False)
+        return dict(per_device_train_batch_size=self.rows, gradient_accumulation_steps=self.accumulation) | ddp
 
 
 def split_batch(
@@ -127,7 +132,7 @@ class FilledBatches(BatchSampler):
     def __init__(
         self,
         batches: BatchSampler,  # of one process, in the order of the run
-        processes: int,  # N
+        processes: int,  # their number, N
     ):
         self.batches, self.processes = batches, processes
         self.batch_size, self.drop_last, self.sampler = batches.batch_size, False, batches.sampler
@@ -181,13 +186,13 @@ def fill_batches(
     "Let every process have as many batches as the others, all full; for one nothing is changed."
     if world_size() > 1:
         loader.batch_sampler.batch_sampler = FilledBatches(loader.batch_sampler.batch_sampler, world_size())
+        draw_apart()
     return loader
 
 
 def draw_apart() -> None:
     "From here on each process draws random numbers of its own: dropout is not the same in all."
-    if process_index():
-        torch.manual_seed(torch.initial_seed() + process_index())
+    torch.manual_seed(torch.initial_seed() + process_index())
 
 # %% ../nbs/05c_processes.ipynb #95c39950
 class MainFailed(RuntimeError):

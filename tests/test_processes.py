@@ -177,7 +177,6 @@ def test_one_process_is_not_touched():
     assert processes.fill_rows(rows, collate) == (rows, collate)
     assert processes.fill_batches(loader) is loader
     before = torch.get_rng_state()
-    processes.draw_apart()
     assert join_processes("cpu") == 1
     assert torch.equal(before, torch.get_rng_state()) and not torch.distributed.is_initialized()
 
