@@ -106,9 +106,10 @@ class BatchSplit:
     def arguments(self) -> dict:
         "What transformers' `TrainingArguments` want to know of it; all weights take part in every step."
         ddp = dict(ddp_broadcast_buffers=False, ddp_find_unused_parameters=False)
-        return dict(per_device_train_batch_size=self.rows, gradient_accumulation_steps=self.accumulation) | ddp
+        own = dict(per_device_train_batch_size=self.rows, gradient_accumulation_steps=self.accumulation)
+        return own | ddp
 
-
+# %% ../nbs/05c_processes.ipynb #3953b73a
 def split_batch(
     batch_size: int,  # b, rows of a forward pass, as in the settings
     accumulation: int = 1,  # a, forward passes of a step, as in the settings
