@@ -114,17 +114,20 @@ def refused(call, *arguments, **options):
 
 
 def cases(folder):
-    "Learn every case."
-    found = {}
+    "Learn every case; count the files that this process puts in place."
+    found, written, replace = {}, [], os.replace
+    patch.object(os, "replace", lambda *names: written.append(names) or replace(*names)).start()
     for case in EQUAL:
         run, model, tokenizer = learn(case, folder / case, zero_shot=case == "llama")
         found[case] = dict(run=run.to_dict(), weights=weights_fingerprint(model))
         if case in ("llama", "t5"):
-            found[case]["answers"] = all_answers(model, tokenizer, share=True)
+            steps = []
+            found[case]["answers"] = all_answers(model, tokenizer, share=True, advance=steps.append)
+            found[case]["steps"] = steps
         if is_main():
             state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
             save_file(state, folder / f"{case}.safetensors")
-    return found
+    return found | dict(written=len(written))
 
 
 def refusals(folder):
