@@ -110,11 +110,15 @@ def test_scoring_is_shared_by_batches(folder):
     for case in ("llama", "t5"):  # 6 and 5 rows, two in a batch: the main process has two batches of each
         main_one, other = (found[case]["steps"] for found in of(folder, "cases"))
         assert (main_one, other) == ([2, 2, 2, 2, 1, 2], [2, 4, 2, 3])  # the last of each: what others did
+    mine, others = (found["batches"] for found in of(folder, "cases"))
+    assert all(a + b == total == same for (a, total), (b, same) in zip(mine, others, strict=True))
 
 
 def test_only_the_main_process_writes(folder):
     main_one, other = of(folder, "cases")
     assert main_one["written"] > 50 and other["written"] == 0
+    main_one, other = of(folder, "whole")  # with checkpoints
+    assert main_one["written"] > 10 and other["written"] == 0
     run = learn("llama", folder / "alone")[0]
     places = [folder / "alone" / run.name, folder / "llama" / run.name]
     one, two = (sorted(str(p.relative_to(place)) for p in place.rglob("*")) for place in places)

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
-from jumplora import continual, training
+from jumplora import continual, evaluation, training
 from jumplora.backbones import load_backbone
 from jumplora.checkpoints import Stopped, StopRequest
 from jumplora.command_line import main
@@ -33,8 +33,10 @@ from jumplora.processes import draw_apart, gathered, is_main, join_processes, on
 from jumplora.prompts import Task, TaskSequence
 from jumplora.training import TrainConfig
 
-BALL = [("a ball", "sport"), ("an atom of many words", "physics"), ("two balls and a bat", "sport")] * 4
-RAIN = [("rain", "yes"), ("sun", "no")] * 6 + [("a grey sky and wet feet", "yes")]  # 13: an uneven last step
+BALL = [("a ball" + " and a bat" * n, "sport") for n in range(8)]
+BALL += [("an atom" + " of words" * n, "physics") for n in range(8)] * 2
+RAIN = [(f"rain on day {n}", "yes") for n in range(6)] + [(f"sun, {n}", "no") for n in range(7)]
+# 24 rows, of many lengths; and 13, which leave an uneven last step
 TASKS = (
     Task("topics", "Topic?\n", ("sport", "physics"), BALL, BALL[:2], BALL[:6]),
     Task("weather", "Wet?\n", ("yes", "no"), RAIN, RAIN[:2], RAIN[:5]),
@@ -86,6 +88,13 @@ def all_answers(model, tokenizer, **options):
     return [evaluate(model, tokenizer, task, **options).answers for task in TASKS]
 
 
+def count_files():
+    "A list that grows with every file that is put in place."
+    written, replace = [], os.replace
+    patch.object(os, "replace", lambda *names: written.append(names) or replace(*names)).start()
+    return written
+
+
 def at_step(number, call):
     "`train_task` that calls something after so many steps of the second task."
     real = continual.train_task
@@ -114,20 +123,24 @@ def refused(call, *arguments, **options):
 
 
 def cases(folder):
-    "Learn every case; count the files that this process puts in place."
-    found, written, replace = {}, [], os.replace
-    patch.object(os, "replace", lambda *names: written.append(names) or replace(*names)).start()
+    "Learn every case; count the files that this process puts in place, and the batches that it answers."
+    found, written, batches, real = {}, count_files(), [], evaluation.own_batches
+
+    def own_batches(every, share):
+        batches.append([len(real(every, share)), len(every)])
+        return real(every, share)
+
+    patch.object(evaluation, "own_batches", own_batches).start()
     for case in EQUAL:
         run, model, tokenizer = learn(case, folder / case, zero_shot=case == "llama")
         found[case] = dict(run=run.to_dict(), weights=weights_fingerprint(model))
         if case in ("llama", "t5"):
-            steps = []
+            steps = found[case]["steps"] = []
             found[case]["answers"] = all_answers(model, tokenizer, share=True, advance=steps.append)
-            found[case]["steps"] = steps
         if is_main():
             state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
             save_file(state, folder / f"{case}.safetensors")
-    return found | dict(written=len(written))
+    return found | dict(written=len(written), batches=batches)
 
 
 def refusals(folder):
@@ -149,9 +162,10 @@ def refusals(folder):
 
 
 def whole(folder):
-    "A run with dropout that nobody disturbs."
-    run, model, _ = learn("dropout", folder / "whole", zero_shot=False)
-    return dict(run=run.to_dict(), weights=weights_fingerprint(model))
+    "A run with dropout that nobody disturbs, with a checkpoint after every step."
+    written = count_files()
+    run, model, _ = learn("dropout", folder / "whole", zero_shot=False, checkpoint_every=0.0)
+    return dict(run=run.to_dict(), weights=weights_fingerprint(model), written=len(written))
 
 
 def killed(folder):
