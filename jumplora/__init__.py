@@ -15,6 +15,7 @@ _MODULES = {
     "schedule": "SparsityCallback SparsitySchedule initial_threshold interpolation_factor",
     "regularizers": "ELLA IncLoRA Regularizer Update",
     "penalties": "EWC NLoRA OLoRA",
+    "processes": "join_processes on_main split_batch",
     "prompts": "Example Task TaskSequence prompt",
     "tasks": "ORDERS",
     "hub_rows": "hub_table hub_task",

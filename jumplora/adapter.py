@@ -108,6 +108,9 @@ def add_update(
     weight: Tensor,  # (out, in), left as it is
 ) -> Tensor:  # the merged weight, (out, in), dtype of the weight
     "Add the update in float32, and remember the entries that it overwrites."
+    if not weight.is_floating_point():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(f"weights of {kind} are quantised; merge into the full-precision checkpoint")
     delta = layer.get_delta_weight(adapter_name)  # (out, in), float32
     touched = delta.flatten().nonzero().flatten()
     layer._cache_store(f"{adapter_name}-overwritten", (touched, weight.flatten()[touched].clone()))

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from .conventions import check_choice, figure_style, write_atomic
+from .processes import own_device
 from .tasks import BENCHMARK, NEWSROOM, demo_file, file_sha256, prompt
 
 if TYPE_CHECKING:
@@ -129,13 +130,13 @@ def pick_device(
 ) -> torch.device:  # where the model goes
     '"auto" is the first CUDA device, else the processor; `ValueError` for a device that is not here.'
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} is not usable here ({why}); use 'auto' or 'cpu'") from error
-    return torch.device(device)
+    return own_device(device)
 
 # %% ../nbs/06c_backbones.ipynb #e6022d14
 def native_bfloat16(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATE_FORMAT', 'USUAL', 'state_checksum', 'write_state', 'DamagedState', 'check_note', 'read_state', 'join_parts',
            'split_parts', 'held_lock', 'Stopped', 'StopRequest', 'polite_stop', 'optimizer_tensors', 'load_optimizer',
-           'random_states', 'set_random_states', 'adapter_tensors', 'Checkpoint', 'read_checkpoint', 'ResumableTrainer',
-           'training_state', 'SaveWhenDue', 'train_or_resume']
+           'random_states', 'set_random_states', 'all_random_states', 'own_random_states', 'adapter_tensors',
+           'Checkpoint', 'read_checkpoint', 'ResumableTrainer', 'training_state', 'SaveWhenDue', 'train_or_resume']
 
 # %% ../nbs/07b_checkpoints.ipynb #cf4728c4
 import hashlib
@@ -32,6 +32,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .conventions import write_atomic
+from .processes import gathered, is_main, largest, on_main, process_index, world_size
 from .run_record import canonical_json, plain, set_aside
 
 # %% ../nbs/07b_checkpoints.ipynb #a8163893
@@ -155,18 +156,21 @@ class StopRequest:
     "Whether a signal has asked for the end."
 
     number: int | None = None  # of the signal; None: nobody has asked
+    asked: float = 0.0  # seconds on a clock, when the signal came
 
     def receive(self, number: int, frame: object = None) -> None:
-        "Take note of the first signal; raise `Stopped` at the second."
-        if self.number is not None:
+        "Take note of the first signal; raise `Stopped` at the second, unless a launcher repeats the first."
+        if self.number is None:
+            self.number, self.asked = number, time.monotonic()
+            if is_main():
+                os.write(2, b"\njumplora: stops after this step or score; a second signal stops at once\n")
+        elif world_size() == 1 or time.monotonic() - self.asked > 3:
             raise Stopped(number)
-        self.number = number
-        os.write(2, b"\njumplora: stops after this step or score; a second signal stops at once\n")
 
     def obey(self) -> None:
-        "Raise `Stopped` if there was a signal: called where everything is saved."
-        if self.number is not None:
-            raise Stopped(self.number)
+        "Raise `Stopped` if any process got a signal: called by all, where everything is saved."
+        if number := largest(self.number or 0):
+            raise Stopped(number)
 
 # %% ../nbs/07b_checkpoints.ipynb #376f6530
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -232,6 +236,28 @@ def set_random_states(
     if "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
 
+# %% ../nbs/07b_checkpoints.ipynb #9325794c
+def all_random_states(
+    device: torch.device,  # where the model is
+) -> tuple[dict[str, Tensor], dict]:  # as `random_states`; the others' under "n.name" and "others"
+    "Where the random generators of all processes are."
+    (tensors, values), *others = gathered(random_states(device))
+    for n, (named, _) in enumerate(others, 1):
+        tensors |= {f"{n}.{name}": tensor for name, tensor in named.items()}
+    return tensors, values | (dict(others=[own for _, own in others]) if others else {})
+
+
+def own_random_states(
+    tensors: dict[str, Tensor],  # from `all_random_states`
+    values: dict,  # the same
+) -> tuple[dict[str, Tensor], dict]:  # as `random_states`
+    "Those of this process; of the main process, where the states are from fewer."
+    n = process_index()
+    if n == 0 or n > len(values.get("others", ())):
+        return tensors, values
+    own = {name.removeprefix(f"{n}."): t for name, t in tensors.items() if name.startswith(f"{n}.")}
+    return own, values["others"][n - 1]
+
 # %% ../nbs/07b_checkpoints.ipynb #22f0839d
 def adapter_tensors(
     model: nn.Module,  # PEFT model
@@ -260,7 +286,7 @@ class Checkpoint:
     def write(self, parts: dict[str, dict[str, Tensor]], about: dict) -> None:
         "Replace the file. Raises OSError."
         start = time.monotonic()
-        write_state(self.path, join_parts(parts), dict(owner=self.owner) | about)
+        on_main(write_state, self.path, join_parts(parts), dict(owner=self.owner) | about)
         self.written = time.monotonic()
         self.cost = self.written - start
 
@@ -276,7 +302,7 @@ def read_checkpoint(
         parts = split_parts(tensors, ("adapter", "optimizer", "random"))
     except DamagedState as error:
         name = set_aside(checkpoint.path).name
-        warnings.warn(f"{error}; it is now {name}, and the training starts again", stacklevel=6)
+        warnings.warn(f"{error}; it is now {name}, and the training starts again", stacklevel=7)
         return None
     if about.get("owner") != plain(checkpoint.owner):
         return None
@@ -302,14 +328,15 @@ class ResumableTrainer(Trainer):
             self.lr_scheduler.load_state_dict(self.found[1]["scheduler"])
 
     def _load_rng_state(self, checkpoint):
-        set_random_states(self.args.device, self.found[0]["random"], self.found[1]["random"])
+        own = own_random_states(self.found[0]["random"], self.found[1]["random"])
+        set_random_states(self.args.device, *own)
 
 # %% ../nbs/07b_checkpoints.ipynb #5cfc464d
 def training_state(
     trainer: ResumableTrainer,  # between two steps
 ) -> tuple[dict[str, dict[str, Tensor]], dict]:  # tensors by group; plain values
     "Everything that the next step depends on."
-    random_tensors, random_values = random_states(trainer.args.device)
+    random_tensors, random_values = all_random_states(trainer.args.device)
     tensors = dict(adapter=adapter_tensors(trainer.model), random=random_tensors)
     tensors["optimizer"] = optimizer_tensors(trainer.optimizer)
     return tensors, dict(
@@ -331,7 +358,7 @@ class SaveWhenDue(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = self.checkpoint.due()
+        control.should_save = bool(largest(self.checkpoint.due()))
 
     def on_save(self, args, state, control, **kwargs):
         self.checkpoint.stop.obey()
@@ -345,7 +372,7 @@ def train_or_resume(
         trainer.train()
         return
     trainer.add_callback(SaveWhenDue(trainer.checkpoint))
-    trainer.found = read_checkpoint(trainer.checkpoint)
+    trainer.found = on_main(read_checkpoint, trainer.checkpoint)
     if trainer.found is None:
         trainer.train()
         return

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
-           'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'show', 'table',
-           'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity', 'rollback', 'sparsity_parser',
-           'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser', 'parse_settings', 'swept', 'grid',
-           'grid_parser', 'export', 'export_parser', 'overview', 'main']
+           'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'together', 'show',
+           'table', 'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity', 'rollback',
+           'sparsity_parser', 'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser',
+           'parse_settings', 'swept', 'grid', 'grid_parser', 'export', 'export_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
 import inspect
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def compare(
 
     from jumplora.backbones import load_backbone
     from jumplora.continual import QUIET, learn_sequence
+    from jumplora.processes import on_main
 
     (sequence, methods, config), runs, known = chosen_settings(flags), [], True
     print(sequence.table().to_string(), flush=True)
@@ -171,7 +173,7 @@ def compare(
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")
-    report(runs, Path(flags.out))
+    on_main(report, runs, Path(flags.out))
     return 0
 
 # %% ../nbs/13_command_line.ipynb #22cb5d0d
@@ -201,6 +203,22 @@ def existing(
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; give a run's folder, or its record.json")
     return Path(path)
+
+
+def together(
+    command: Callable[[Namespace], int],  # a subcommand
+    flags: Namespace,  # what it takes
+) -> int:  # exit code
+    "Do a command; under a launcher of several processes only `compare`, of which one process speaks."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        return command(flags)
+    from jumplora.processes import join_processes, only_main_speaks
+
+    if command is not compare:
+        raise ValueError("only `jumplora compare` runs on several processes; start this command by itself")
+    join_processes(flags.device)
+    with only_main_speaks():
+        return command(flags)
 
 # %% ../nbs/13_command_line.ipynb #ff84226e
 def show(
@@ -561,16 +579,18 @@ def main(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     try:
         build, command, _ = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
-        return command(build().parse_args(argv[1:]))
+        return together(command, build().parse_args(argv[1:]))
     except SystemExit as stop:  # the parser has printed what is wrong
         return stop.code
-    except ValueError as error:
-        print(f"jumplora: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"jumplora: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, RuntimeError, OSError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        print(f"jumplora: {kind}{error}", file=sys.stderr)
+        return 1 if kind else 2
     except KeyboardInterrupt as stop:
         again = shlex.join(["jumplora", *argv])
         print(f"jumplora: {str(stop) or 'stopped'}; this goes on where it was:\n{again}", file=sys.stderr)
         return getattr(stop, "status", 130)
+
+
+if __name__ == "__main__" and __package__:  # python -m jumplora.command_line, not a notebook
+    sys.exit(main())

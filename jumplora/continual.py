@@ -35,6 +35,7 @@ from .backbones import load_backbone
 from .checkpoints import Checkpoint, DamagedState, StopRequest, adapter_tensors, polite_stop
 from .conventions import check_choice, set_seed
 from .evaluation import Score, evaluate
+from .processes import check_processes, check_same, is_main, on_main, split_batch, world_size
 from .prompts import Task, TaskSequence
 from .regularizers import IncLoRA, Regularizer
 from .run_record import Run, environment
@@ -221,7 +222,7 @@ def score_task(
     learner.say(f"scoring {task.name}")
     model, config = learner.adapted or learner.model, learner.config
     settings = dict(max_length=config.max_length, truncation=config.truncation)
-    settings |= dict(batch_size=2 * config.batch_size, advance=learner.advance)
+    settings |= dict(batch_size=2 * config.batch_size, advance=learner.advance, share=True)
     return evaluate(model, learner.tokenizer, task, learner.split, **settings)
 
 # %% ../nbs/09_continual.ipynb #0282ce02
@@ -230,7 +231,7 @@ def keep_scores(
 ) -> None:
     "Put the scores taken so far on disk; raise `Stopped` where a signal asked for it."
     if learner.folder is not None:
-        learner.run.save(learner.folder.parent)
+        on_main(learner.run.save, learner.folder.parent)
     learner.stop.obey()
 
 
@@ -325,6 +326,9 @@ def learn_task(
     run.seconds["train"].append(log.seconds)
     run.thresholds[task.name] = log.gate
     run.extra["loss"][task.name], run.extra["penalty"][task.name] = log.loss, log.penalty
+    if world_size() > 1:
+        split = split_batch(learner.config.batch_size, learner.config.gradient_accumulation)
+        run.extra.setdefault("processes", {})[task.name] = split.describe()
 
 # %% ../nbs/09_continual.ipynb #d6f2207b
 def archive_update(
@@ -339,11 +343,11 @@ def archive_update(
     about = dict(task=task, position=i, method=method.name, model=run.backbone)
     about["base"] = run.configuration["weights"]
     path = archive_path(learner.folder, i, task)
-    written = archive_adapter(path, learner.adapted, learner.weights, **about)
+    written = on_main(archive_adapter, path, learner.adapted, learner.weights, **about)
     run.extra["archives"] = run.extra.get("archives", {}) | {task: written}
     if method.gated:
-        counts = support_so_far(learner.folder, run.tasks[: i + 1], run.extra.get("support"))
-        run.extra["support"] = counts
+        seen, known = run.tasks[: i + 1], run.extra.get("support")
+        run.extra["support"] = on_main(support_so_far, learner.folder, seen, known)
 
 # %% ../nbs/09_continual.ipynb #4e084102
 @torch.no_grad()
@@ -403,11 +407,11 @@ def restore(
     learner: Learner,  # a run that is about to begin, or to go on
 ) -> None:
     "Go on from record and state on disk, if there are any. Raises ValueError when no state can be trusted."
-    learner.run = find_run(learner.run, learner.folder)
+    learner.run = on_main(find_run, learner.run, learner.folder)
     tasks, regularizer = learned(learner.run), learner.method.regularizer
-    if not tasks or (learner.run.complete and not state_path(learner.folder, tasks).is_file()):
+    if not tasks or (learner.run.complete and not on_main(state_path(learner.folder, tasks).is_file)):
         return
-    learner.run, parts = find_state(learner.run, learner.folder)
+    learner.run, parts = on_main(find_state, learner.run, learner.folder)
     device = next(learner.model.parameters()).device
     regularizer.load_state_dict(parts["regularizer"])
     regularizer.to(device)
@@ -497,6 +501,7 @@ def check_start(
         raise ValueError("the model still carries an adapter; load the backbone again")
     if type(seed) is not int or not 0 <= seed <= 4294966:
         raise ValueError(f"seed={seed!r} is not a whole number from 0 to 4294966")
+    check_processes(model, config.batch_size, config.gradient_accumulation)
     check_targets(model, config.target_modules)
     check_choice(split, ("test", "dev"), "split")
     check_method_fits(method, sequence)
@@ -513,7 +518,7 @@ def learn_tasks(
     "Learn and score what is left."
     run, untrained = learner.run, learned(learner.run) == 0
     total = rows_to_do(learner, untrained and zero_shot is True)
-    with tqdm(total=total, unit="row", disable=not progress, **QUIET) as learner.bar:
+    with tqdm(total=total, unit="row", disable=not progress or not is_main(), **QUIET) as learner.bar:
         if untrained and zero_shot is True:
             score_untrained(learner)
         elif untrained:
@@ -533,7 +538,7 @@ def learn_rest(
 ) -> Run:  # its record, complete
     "Go on where the folder says, to the end; the only one who works there."
     folder = learner.folder
-    if folder is None or is_complete(folder):
+    if folder is None or on_main(is_complete, folder):
         guard = nullcontext(), nullcontext(learner.stop)
     else:
         guard = alone_in(folder), polite_stop()
@@ -543,7 +548,7 @@ def learn_rest(
         if not learner.run.complete:
             learn_tasks(learner, zero_shot, progress)
         if folder is not None:
-            keep_states(folder, {len(learner.sequence)})
+            on_main(keep_states, folder, {len(learner.sequence)})
     return learner.run
 
 # %% ../nbs/09_continual.ipynb #6f12ffc7
@@ -564,6 +569,7 @@ def start_learner(
     asked = dict(method=method.name, seed=seed, backbone=backbone or own_name(model))
     asked["configuration"] = run_configuration(model, sequence, method, config, split)
     run = new_run(sequence, split, next(model.parameters()).device, **asked)
+    check_same((run.name, str(out)), "runs")
     folder = Path(out) / run.name if out is not None else None
     method = replace(method, regularizer=copy.deepcopy(method.regularizer))  # it will remember updates
     return Learner(model, tokenizer, sequence, method, config, run, split, folder, every=every)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normalize', 'shared_start', 'pad_after', 'can_share', 'read_start', 'read_prompts', 'score_options', 'read_options',
            'generate', 'spoken_answers', 'answer_decoder', 'answer_encoder_decoder', 'by_length', 'check_texts',
-           'reader', 'answer', 'Score', 'evaluate', 'score_error_figure']
+           'reader', 'own_batches', 'join_answers', 'answer', 'Score', 'evaluate', 'score_error_figure']
 
 # %% ../nbs/08a_evaluation.ipynb #cda70ac4
 import copy
@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .backbones import is_encoder_decoder
 from .conventions import check_choice
 from .metrics import standard_error
+from .processes import gathered, process_index, world_size
 from .prompts import Example, Question, Task
 from .training import encode_answer, encode_prompt, pad
 
@@ -245,6 +246,29 @@ def reader(
     return partial(answer_decoder, start=read_start(model, prompts))
 
 # %% ../nbs/08a_evaluation.ipynb #09ebbb55
+def own_batches(
+    batches: list[list[int]],  # of all rows
+    share: bool,  # whether the processes share them
+) -> list[list[int]]:  # those that this process answers
+    "Every process takes every N-th batch."
+    return batches[process_index() :: world_size()] if share else batches
+
+
+def join_answers(
+    answers: dict[int, str],  # row -> answer, of this process
+    scores: Tensor,  # (rows, options), zero in the rows of other processes
+    share: bool,  # whether the processes have shared the rows
+    advance: Callable[[int], None],  # called with the rows that others have answered
+) -> tuple[list[str], Tensor]:  # answers in the order of the rows; option scores (rows, options)
+    "What all processes have found."
+    done = len(answers)
+    for theirs, part in gathered((answers, scores[sorted(answers)])) if share else ():
+        answers, scores[sorted(theirs)] = answers | theirs, part
+    if len(answers) > done:
+        advance(len(answers) - done)
+    return [answers[i] for i in range(len(scores))], scores
+
+# %% ../nbs/08a_evaluation.ipynb #3bcdbe4a
 @torch.no_grad()
 def answer(
     model: nn.Module,  # backbone, adapted or not
@@ -256,6 +280,7 @@ def answer(
     batch_size: int = 16,  # rows per forward pass
     max_new_tokens: int = 8,  # longest answer; raised to the longest option
     advance: Callable[[int], None] = lambda rows: None,  # called with the rows done, for a progress bar
+    share: bool = False,  # True: every process calls this, and answers a part of the batches
 ) -> tuple[list[str], Tensor]:  # generated answers; option scores (rows, options)
     "Generate an answer and score every option for each text."
     check_texts(texts, batch_size)
@@ -264,11 +289,11 @@ def answer(
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
     read, longest = reader(model, prompts), max([max_new_tokens, *map(len, options)])
     answers, scores = {}, torch.zeros(len(texts), len(options))
-    for rows in by_length(prompts, batch_size):
+    for rows in own_batches(by_length(prompts, batch_size), share):
         said, scores[rows] = read(model, tokenizer, [prompts[i] for i in rows], options, longest)
         answers |= dict(zip(rows, said, strict=True))
         advance(len(rows))
-    return [answers[i] for i in range(len(texts))], scores
+    return join_answers(answers, scores, share, advance)
 
 # %% ../nbs/08a_evaluation.ipynb #bb957fa1
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoints import DamagedState, held_lock, join_parts, read_state, split_parts, write_state
+from .processes import is_main, on_main
 from .run_record import DamagedRecord, Run, check_same_configuration, set_aside
 from .tasks import file_sha256
 
@@ -96,11 +97,11 @@ def write_finished(
     parts: dict[str, dict[str, Tensor]],  # as in `save_state`
 ) -> None:
     "Put state and record on disk, in this order, and remove what is no longer needed. Raises OSError."
-    keep_states(folder, {learned(run)})
-    run.extra |= save_state(folder, tasks, parts)
-    run.save(folder.parent, f"state/after-{tasks}.json")
-    run.save(folder.parent)
-    step_path(folder).unlink(missing_ok=True)
+    on_main(keep_states, folder, {learned(run)})
+    run.extra |= on_main(save_state, folder, tasks, parts)
+    on_main(run.save, folder.parent, f"state/after-{tasks}.json")
+    on_main(run.save, folder.parent)
+    on_main(step_path(folder).unlink, missing_ok=True)
 
 # %% ../nbs/08c_run_folder.ipynb #443c5b12
 def read_own(
@@ -141,7 +142,7 @@ def find_run(
             damaged.append((path, error))
     goes_on = f"goes on after {learned(found)} learned tasks" if found is not asked else "starts again"
     for path, error in damaged:
-        warnings.warn(f"{error} (now {set_aside(path).name}; the run {goes_on})", stacklevel=5)
+        warnings.warn(f"{error} (now {set_aside(path).name}; the run {goes_on})", stacklevel=6)
     return found
 
 # %% ../nbs/08c_run_folder.ipynb #9aaccfcc
@@ -173,7 +174,7 @@ def find_state(
             continue
         for path, error in damaged:
             name = f" (now {set_aside(path).name})" if path.exists() else ""
-            warnings.warn(f"{error}{name}; the run goes on from the state before", stacklevel=5)
+            warnings.warn(f"{error}{name}; the run goes on from the state before", stacklevel=6)
         return tried, parts
     raise DamagedState(f"{damaged[0][1]}; delete {folder} to learn the sequence again")
 
@@ -183,6 +184,9 @@ def alone_in(
     folder: Path,  # the run's folder; made if it is not there
 ) -> Iterator[None]:  # for a `with` block
     "Be the only process that works in a folder; waits, with a warning, for another one. Raises OSError."
+    if not is_main():
+        yield  # the main process guards the folder for all
+        return
     lock = folder / "state" / "lock"
     with held_lock(lock, patience=1) as ours:
         if not ours:

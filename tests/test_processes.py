@@ -1,0 +1,312 @@
+"""One run on two processes: the numbers of one, one writer, stopped and killed together; what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from two_processes import EQUAL, QUICK, SEQUENCE, TASKS, all_answers, compare_words, learn, refused
+
+from jumplora import processes
+from jumplora.backbones import load_backbone, pick_device
+from jumplora.checkpoints import own_random_states, read_state
+from jumplora.command_line import main
+from jumplora.continual import learn_sequence
+from jumplora.methods import METHODS
+from jumplora.processes import check_mergeable, join_processes, own_device, quantised_weights, split_batch
+from jumplora.regularizers import IncLoRA
+from jumplora.run_record import Run
+from jumplora.training import attach_adapter, train_task
+
+
+@pytest.fixture(scope="module")
+def folder(root, tmp_path_factory):
+    "What groups of two processes have left, and found."
+    folder = tmp_path_factory.mktemp("groups")
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, root / "tests" / "two_processes.py", folder]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def of(folder, name):
+    "What both processes of a group have found; both must have ended well."
+    assert json.loads((folder / f"{name}.json").read_text()) == [0, 0], name
+    return [json.loads((folder / f"{name}-{n}.json").read_text()) for n in (0, 1)]
+
+
+@cache
+def alone(case):
+    "One of the cases, learned by this process."
+    return learn(case, zero_shot=case == "llama")
+
+
+def numbers(value) -> list:
+    "All numbers of nested lists and dicts, in order."
+    if isinstance(value, dict):
+        value = [value[key] for key in sorted(value)]
+    return [x for item in value for x in numbers(item)] if isinstance(value, list) else [value]
+
+
+def plain(run) -> dict:
+    "A record as JSON gives it back."
+    return json.loads(json.dumps(run.to_dict()))
+
+
+# ---- the same numbers ----------------------------------------
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_two_processes_end_with_the_numbers_of_one(folder, case):
+    first, second = (found[case] for found in of(folder, "cases"))
+    run, model, tokenizer = alone(case)
+    one, two = plain(run), first["run"]
+    for key in ("accuracy", "option_accuracy", "zero_shot", "zero_shot_options"):
+        assert one[key] == two[key] == second["run"][key], key
+    for key in ("loss", "penalty"):
+        expected = pytest.approx(numbers(one["extra"][key]), rel=1e-5, abs=1e-5)
+        assert numbers(two["extra"][key]) == expected, key
+    assert numbers(two["thresholds"]) == pytest.approx(numbers(one["thresholds"]), rel=1e-5, abs=1e-6)
+    assert first["weights"] == second["weights"]
+    learned = load_file(folder / f"{case}.safetensors")
+    gaps = {name: (learned[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items()}
+    assert max(gaps.values()) < 1e-5, gaps
+    if "answers" in first:
+        assert first["answers"] == second["answers"]
+        assert first["answers"] == json.loads(json.dumps(all_answers(model, tokenizer)))
+        assert len(set(numbers(first["answers"]))) > 1
+
+
+def test_the_cases_move_the_weights_and_pay_a_penalty(folder):
+    before = load_backbone("tiny-llama", device="cpu", dtype="float32")[0].state_dict()
+    learned = load_file(folder / "llama.safetensors")
+    assert max((learned[name] - tensor).abs().max().item() for name, tensor in before.items()) > 1e-3
+    found = of(folder, "cases")[0]
+    for case in ("llama", "t5", "EWC"):
+        assert max(found[case]["run"]["extra"]["penalty"]["weather"]) > 1e-3, case
+
+
+def test_the_record_says_how_many_learned_and_the_configuration_does_not(folder):
+    shares = {"llama": (2, 1), "t5, accumulation 2": (2, 1), "llama, accumulation 3": (1, 3)}
+    for case, (rows, accumulation) in shares.items():
+        two = of(folder, "cases")[0][case]["run"]
+        share = dict(processes=2, rows=rows, accumulation=accumulation)
+        assert two["extra"]["processes"] == {task.name: share for task in TASKS}
+        (path,) = (folder / case).glob("*/record.json")
+        assert plain(Run.load(path))["extra"]["processes"] == two["extra"]["processes"]
+        one = alone(case)[0]
+        assert "processes" not in one.extra and one.name == path.parent.name
+
+
+def test_scoring_is_shared_by_batches(folder):
+    for case in ("llama", "t5"):  # 6 and 5 rows, two in a batch: the main process has two batches of each
+        main_one, other = (found[case]["steps"] for found in of(folder, "cases"))
+        assert (main_one, other) == ([2, 2, 2, 2, 1, 2], [2, 4, 2, 3])  # the last of each: what others did
+    mine, others = (found["batches"] for found in of(folder, "cases"))
+    assert all(a + b == total == same for (a, total), (b, same) in zip(mine, others, strict=True))
+
+
+def test_only_the_main_process_writes(folder):
+    main_one, other = of(folder, "cases")
+    assert main_one["written"] > 50 and other["written"] == 0
+    main_one, other = of(folder, "whole")  # with checkpoints
+    assert main_one["written"] > 10 and other["written"] == 0
+    run = learn("llama", folder / "alone")[0]
+    places = [folder / "alone" / run.name, folder / "llama" / run.name]
+    one, two = (sorted(str(p.relative_to(place)) for p in place.rglob("*")) for place in places)
+    assert one == two and "record.json" in one and "02-weather.safetensors" in " ".join(one)
+
+
+# ---- together to the end ----------------------------------------
+
+
+def test_a_group_that_was_killed_goes_on_and_ends_with_the_same_bits(folder):
+    assert json.loads((folder / "killed.json").read_text()) == [-9, -9]
+    whole, resumed = of(folder, "whole"), of(folder, "resumed")
+    assert len({found["weights"] for found in whole + resumed}) == 1
+    keys = ("accuracy", "option_accuracy", "thresholds", "sparsity")
+    for one, two in zip(whole, resumed, strict=True):
+        assert {key: one["run"][key] for key in keys} == {key: two["run"][key] for key in keys}
+        assert one["run"]["extra"]["loss"] == two["run"]["extra"]["loss"]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_goes_on(folder):
+    assert [found["status"] for found in of(folder, "stopped")] == [143, 143]
+    (path,) = (folder / "stopped").glob("*/state/step.safetensors")
+    assert read_state(path)[1]["trainer"]["global_step"] == 2
+    run, model, _ = learn("llama", folder / "stopped")
+    assert list(run.extra["processes"]) == ["topics"]  # the second task was ended by one
+    two = of(folder, "cases")[0]["llama"]["run"]
+    assert plain(run)["option_accuracy"] == two["option_accuracy"]
+    assert run.extra["loss"]["weather"] == pytest.approx(two["extra"]["loss"]["weather"], rel=1e-5)
+    learned = load_file(folder / "llama.safetensors")
+    assert max((learned[n] - tensor).abs().max().item() for n, tensor in model.state_dict().items()) < 1e-5
+
+
+def test_what_goes_wrong_in_one_process_is_known_to_both(folder):
+    main_one, other = of(folder, "refusals")
+    for found in (main_one, other):
+        assert "2 processes cannot share 1 x 3 rows" in found["uneven"]
+        assert "the processes have different runs" in found["different"]
+        assert found["diverged"].startswith("Diverged: task 'topics': the loss became nan at step 1")
+        assert found["request"] == 2 and len(set(found["drawn"])) == 2
+    assert main_one["failed"].startswith("ValueError: invalid literal")
+    assert other["failed"].startswith("MainFailed: the main process stopped: ValueError: invalid literal")
+
+
+def test_the_command_is_done_together_and_one_process_speaks(folder, capsys):
+    main_one, other = of(folder, "command")
+    assert (main_one["code"], other["code"]) == (0, 0) and other["said"] == ""
+    assert main_one["said"].count("overall accuracy") == 2  # in a line, and in the table
+    assert main_one["said"].count("table.md") == 1 and (folder / "command" / "table.md").is_file()
+    two = Run.load(next((folder / "command").glob("*/record.json")))
+    assert two.complete and all(two.extra["processes"][task]["rows"] == 2 for task in two.tasks)
+    assert main(compare_words(folder / "data", folder / "one")) == 0
+    one = Run.load(next((folder / "one").glob("*/record.json")))
+    assert one.name == two.name and plain(one)["option_accuracy"] == plain(two)["option_accuracy"]
+    assert main_one["said"].splitlines()[-1].replace("command", "one") in capsys.readouterr().out
+
+
+def test_a_launcher_can_start_the_module(root):
+    command = [sys.executable, "-m", "jumplora.command_line", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: jumplora COMMAND" in done.stdout
+
+
+# ---- one process alone ----------------------------------------
+
+
+def test_one_process_is_not_touched():
+    rows, collate, loader = [([1], [2])], object(), object()
+    assert processes.fill_rows(rows, collate) == (rows, collate)
+    assert processes.fill_batches(loader) is loader
+    before = torch.get_rng_state()
+    assert join_processes("cpu") == 1
+    assert torch.equal(before, torch.get_rng_state()) and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_split_is_the_same_rows_or_refused(processes, accumulation):
+    for batch_size in range(1, 13):
+        try:
+            split = split_batch(batch_size, accumulation, processes)
+        except ValueError:
+            assert batch_size * accumulation % processes or batch_size % processes
+            continue
+        assert split.processes * split.rows * split.accumulation == batch_size * accumulation
+        assert split.rows <= batch_size and split.accumulation <= accumulation
+
+
+def test_random_states_of_more_processes_than_there_were_are_those_of_the_main_one():
+    tensors, values = {"cpu": torch.ones(1), "1.cpu": torch.zeros(1)}, dict(python=1, others=[dict(python=2)])
+    for n, expected in ((0, 1), (1, 2), (2, 1)):
+        with patch("jumplora.checkpoints.process_index", lambda n=n: n):
+            named, own = own_random_states(tensors, values)
+        assert own["python"] == expected and named["cpu"].item() == (expected == 1)
+
+
+# ---- what is refused ----------------------------------------
+
+
+@pytest.mark.parametrize("flag", processes.REFUSED)
+def test_a_launcher_that_cuts_the_model_is_refused_by_name(flag, monkeypatch):
+    monkeypatch.setenv(flag, "true")
+    said = refused(learn, "llama")
+    assert said.startswith(f"ValueError: {processes.REFUSED[flag]} is not supported") and "DDP" in said
+
+
+def test_a_kind_that_accelerate_was_told_in_a_program_is_refused_too():
+    kind = processes.DistributedType.FSDP
+    with patch.dict(processes.AcceleratorState._shared_state, distributed_type=kind):
+        assert "FSDP is not supported" in refused(join_processes)
+
+
+def test_each_process_has_the_gpu_of_its_number(monkeypatch):
+    assert own_device("cuda:5") == torch.device("cuda:5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device("cuda") == torch.device("cuda:1") and own_device("cpu") == torch.device("cpu")
+    with patch("torch.cuda.is_available", lambda: True):
+        assert pick_device("auto") == torch.device("cuda:1")
+    assert "process 1 has GPU 1; use 'cuda' or 'auto'" in refused(own_device, "cuda:0")
+
+
+def test_processes_that_have_not_met_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with patch.object(processes, "PartialState", Mock(_shared_state={})):
+        assert "2 processes were started, but 1 have met" in refused(join_processes, "cpu")
+
+
+def test_other_commands_are_refused_under_a_launcher(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["table", "nowhere"]) == 2
+    assert "only `jumplora compare` runs on several processes" in capsys.readouterr().err
+
+
+class Int8Linear(nn.Linear):
+    "A stand-in for a quantised layer: whole numbers, a scale per output, read as floats in the forward pass."
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
+
+
+def quantised_backbone():
+    "tiny-llama with its query and value projections in eight bits."
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    for name, layer in list(model.named_modules()):
+        if name.endswith(("q_proj", "v_proj")):
+            layer.__class__ = Int8Linear
+            layer.scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+            whole = (layer.weight / layer.scale).round().to(torch.int8)
+            layer.weight = nn.Parameter(whole, requires_grad=False)
+    return model, tokenizer
+
+
+def test_a_run_on_quantised_weights_is_refused_with_what_to_do_instead(tmp_path):
+    model, tokenizer = quantised_backbone()
+    assert "int8" in quantised_weights(model)
+    for method in ("ELLA + JumpLoRA", "SeqLoRA"):
+        said = refused(learn_sequence, model, tokenizer, SEQUENCE, METHODS[method], QUICK, out=tmp_path)
+        assert "are quantised" in said and "full-precision checkpoint" in said and "save_pretrained" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_refusal_advises_works(tmp_path):
+    model, tokenizer = quantised_backbone()
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    weights = [layer.weight.clone() for layer in layers]
+    adapted = attach_adapter(model, QUICK, gated=True)
+    log = train_task(adapted, tokenizer, TASKS[0], QUICK, IncLoRA(), gated=True)
+    assert log.loss[-1] < log.loss[0]
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, weights, strict=True))
+    assert "int8 are quantised; merge into the full-precision checkpoint" in refused(adapted.merge_and_unload)
+    adapted.save_pretrained(tmp_path)
+    exact = load_backbone("tiny-llama", device="cpu", dtype="float32")[0]
+    before = exact.model.layers[0].self_attn.q_proj.weight.clone()
+    merged = PeftModel.from_pretrained(exact, tmp_path).merge_and_unload()
+    assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_every_sign_of_quantised_weights_is_seen(dtype):
+    model = nn.Sequential(nn.Linear(2, 2))
+    for ordinary in (torch.float32, torch.bfloat16, torch.float16):
+        check_mergeable(model.to(ordinary))
+    model.is_quantized = True
+    assert "is_quantized" in refused(check_mergeable, model)
+    model.is_quantized = False
+    model[0].weight.quant_state = object()  # four bits may be stored in bfloat16
+    assert "0 holds float16" in refused(check_mergeable, model)
+    model[0].weight = nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
+    assert str(dtype).removeprefix("torch.") in refused(check_mergeable, model)
