@@ -26,6 +26,7 @@ _MODULES = {
     "training": "TrainConfig train_task",
     "evaluation": "evaluate",
     "sparse_updates": "SparseUpdate sparse_update",
+    "tracking": "Tracking find_trackers",
     "continual": "Method learn_sequence load_learned",
     "methods": "METHODS",
     "sparsity": "overlap_report support_overlap",

@@ -43,6 +43,7 @@ def naive_answer(
     max_new_tokens: int = 8,  # always generated
     advance: Callable[[int], None] = lambda rows: None,  # called with the rows done
     options: bool = True,  # False: exact match alone
+    share: bool = False,  # as in `answer`; there is one process here
 ) -> tuple[list[str], Tensor]:  # answers; option scores (rows, options)
     "What `answer` gives for a decoder, in file order and without any sharing."
     cut = partial(training.encode_prompt, tokenizer, task, max_length=max_length, truncation=truncation)

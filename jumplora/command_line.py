@@ -43,6 +43,7 @@ PRESETS = {
         past_dtype="float32",
         archive=True,
         checkpoint_every=60.0,
+        report_to="none",
     ),
 }
 
@@ -62,6 +63,7 @@ COMPARE_HELP = {
     "past_dtype": "how ELLA keeps past updates: float32, or bfloat16 for half the memory",
     "archive": "keep every task's update in a file, for sparsity and rollback: true or false",
     "checkpoint_every": "seconds of training between checkpoints; inf: only when stopped",
+    "report_to": "a tracker to watch the runs: none, tensorboard, trackio, wandb",
 }
 
 # %% ../nbs/13_command_line.ipynb #f8733ae9
@@ -141,10 +143,12 @@ def chosen_settings(
 ) -> tuple:  # TaskSequence, list of Method, TrainConfig
     "Turn flags into objects; every mistake in them is found here, before anything is computed."
     from jumplora.paper_rows import load_sequence
+    from jumplora.tracking import find_trackers
     from jumplora.training import TrainConfig
 
     check_choice(flags.preset, tuple(PRESETS), "preset")
     check_choice(flags.score, ("test", "dev"), "score")
+    find_trackers(flags.report_to)
     config = TrainConfig(**{item.name: getattr(flags, item.name) for item in fields(TrainConfig)})
     rows = dict(train=flags.train_rows, dev=flags.dev_rows, test=flags.test_rows)
     sequence = load_sequence(flags.sequence, flags.folder, **rows)
@@ -168,7 +172,7 @@ def compare(
     for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
-        options |= dict(archive=flags.archive, checkpoint_every=flags.checkpoint_every)
+        options |= {name: getattr(flags, name) for name in ("archive", "checkpoint_every", "report_to")}
         run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)

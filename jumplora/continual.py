@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['QUIET', 'check_method', 'describe_method', 'Method', 'weights_of', 'merge_adapter', 'update_sparsity', 'fingerprint',
            'task_fingerprint', 'weights_fingerprint', 'run_configuration', 'Learner', 'score_task', 'keep_scores',
-           'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn', 'step_checkpoint',
-           'learn_task', 'archive_update', 'finish_task', 'merged_weights', 'write_down', 'peak_memory', 'restore',
-           'about_tasks', 'own_name', 'new_run', 'rows_to_do', 'check_method_fits', 'check_start', 'learn_tasks',
-           'learn_rest', 'start_learner', 'learn_sequence', 'load_start', 'load_learned', 'accuracy_over_time']
+           'score_untrained', 'score_seen', 'rows_per_step', 'learned_along', 'left_to_learn', 'steps_before',
+           'step_checkpoint', 'followers', 'learn_task', 'archive_update', 'finish_task', 'merged_weights',
+           'write_down', 'peak_memory', 'restore', 'about_tasks', 'own_name', 'new_run', 'rows_to_do',
+           'check_method_fits', 'check_start', 'learn_tasks', 'learn_rest', 'start_learner', 'learn_sequence',
+           'load_start', 'load_learned', 'accuracy_over_time']
 
 # %% ../nbs/09_continual.ipynb #f6d6e8c8
 import copy
@@ -18,16 +19,17 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 # %% ../nbs/09_continual.ipynb #813f6197
 from .adapter import adapter_layers, delta_weights
@@ -39,6 +41,7 @@ from .processes import check_processes, check_same, is_main, on_main, split_batc
 from .prompts import Task, TaskSequence
 from .regularizers import IncLoRA, Regularizer
 from .run_record import Run, environment
+from .tracking import Tracking, find_trackers, start_tracking, track_scores
 
 # %% ../nbs/09_continual.ipynb #ce8f4304
 from jumplora.run_folder import (
@@ -56,6 +59,7 @@ from jumplora.run_folder import (
 from .sparse_updates import archive_adapter, archive_path, neutral_zeros, support_so_far
 from jumplora.training import (
     OPTIMIZERS,
+    Progress,
     TrainConfig,
     attach_adapter,
     check_targets,
@@ -196,22 +200,21 @@ class Learner:
     run: Run  # the record so far
     split: str = "test"  # rows that are scored
     folder: Path | None = None  # where record and state go; None: nowhere
-    bar: tqdm | None = None  # progress, in rows
+    bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # progress, in rows
     weights: dict[str, Tensor] = field(default_factory=dict)  # merged weights, float32
     adapted: nn.Module | None = None  # the model with its adapter, while there is one
     archive: bool = True  # keep every task's update as a file of its own, where there is a folder
     every: float = 60.0  # seconds between two checkpoints of a training
     stop: StopRequest = field(default_factory=StopRequest)  # whether a signal has asked for the end
+    tracking: Tracking = field(default_factory=Tracking)  # where numbers are shown while it learns
 
     def say(self, text: str) -> None:
         "Name the current step in the progress bar."
-        if self.bar is not None:
-            self.bar.set_description(f"{self.method.name}, {text}", refresh=False)
+        self.bar.set_description(f"{self.method.name}, {text}", refresh=False)
 
     def advance(self, rows: int) -> None:
         "Move the progress bar."
-        if self.bar is not None:
-            self.bar.update(rows)
+        self.bar.update(rows)
 
 # %% ../nbs/09_continual.ipynb #5c1129fa
 def score_task(
@@ -292,6 +295,16 @@ def left_to_learn(
     total = len(learner.sequence)
     return range(max(learner.run.finished, total - 1 if learner.method.training == "joint" else 0), total)
 
+
+def steps_before(
+    learner: Learner,  # a run in progress
+    i: int,  # a task; as many as there are: the end of the run
+) -> int:  # optimizer steps
+    "How many steps of the run come before a task."
+    first = len(learner.sequence) - 1 if learner.method.training == "joint" else 0
+    before = [(learner.sequence[j], learner.config, learned_along(learner, j)) for j in range(first, i)]
+    return sum(task_steps(*asked) for asked in before)
+
 # %% ../nbs/09_continual.ipynb #f42e6ad4
 def step_checkpoint(
     learner: Learner,  # a run in progress
@@ -303,6 +316,16 @@ def step_checkpoint(
     begun = learner.run.extra.get("state_sha256", "")  # the state that the task began with
     owner = dict(run=learner.run.configuration_hash, task=i, after=begun)
     return Checkpoint(step_path(learner.folder), owner, learner.every, learner.stop)
+
+
+def followers(
+    learner: Learner,  # a run in progress
+    i: int,  # which task is learned
+) -> list[TrainerCallback]:  # for the Trainer
+    "Who is told of every step: the progress bar, and the trackers."
+    learner.tracking.before = steps_before(learner, i)
+    rows = rows_per_step(learner.config)
+    return [Progress(lambda steps: learner.advance(steps * rows)), learner.tracking]
 
 # %% ../nbs/09_continual.ipynb #c8ffab47
 def learn_task(
@@ -317,11 +340,11 @@ def learn_task(
     if learner.adapted is None:
         learner.adapted = attach_adapter(learner.model, learner.config, method.gated)
     learner.weights = learner.weights or weights_of(learner.adapted)
-    settings, rows = (learner.config, method.regularizer), rows_per_step(learner.config)
+    settings = learner.config, method.regularizer
     log = train_task(
         learner.adapted, learner.tokenizer, task, *settings,
         gated=method.gated, also=learned_along(learner, i), optimizer=method.optimizer, seed=seed,
-        advance=lambda steps: learner.advance(steps * rows), checkpoint=step_checkpoint(learner, i),
+        callbacks=followers(learner, i), checkpoint=step_checkpoint(learner, i),
     )  # fmt: skip
     run.seconds["train"].append(log.seconds)
     run.thresholds[task.name] = log.gate
@@ -518,7 +541,8 @@ def learn_tasks(
     "Learn and score what is left."
     run, untrained = learner.run, learned(learner.run) == 0
     total = rows_to_do(learner, untrained and zero_shot is True)
-    with tqdm(total=total, unit="row", disable=not progress or not is_main(), **QUIET) as learner.bar:
+    bar = tqdm(total=total, unit="row", disable=not progress or not is_main(), **QUIET)
+    with bar as learner.bar, closing(learner.tracking):
         if untrained and zero_shot is True:
             score_untrained(learner)
         elif untrained:
@@ -529,6 +553,8 @@ def learn_tasks(
                 finish_task(learner, i)
                 write_down(learner, i)
             score_seen(learner, i)
+            scores = dict(zip(run.tasks, run.accuracy[i, : i + 1], strict=False))
+            track_scores(learner.tracking, steps_before(learner, i + 1), scores)
 
 # %% ../nbs/09_continual.ipynb #d8652045
 def learn_rest(
@@ -589,12 +615,15 @@ def learn_sequence(
     zero_shot: bool | tuple[list, list] = True,  # score before learning; or both scores, where they are known
     progress: bool = True,  # show a bar
     archive: bool = True,  # keep every task's update as a file of its own in the run's folder
+    report_to: str | Sequence[str] = "none",  # trackers, such as "tensorboard"
     checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only at a polite stop
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. Raises ValueError, or `Stopped` by a signal."
+    trackers = find_trackers(report_to)
     asked = (sequence, method, config or TrainConfig(), seed, out, backbone, split, checkpoint_every)
     learner = start_learner(model, tokenizer, *asked)
-    learner.archive = archive
+    learner.archive, device = archive, next(model.parameters()).device
+    learner.tracking = start_tracking(trackers, learner.run, learner.folder, learner.config, device)
     return learn_rest(learner, zero_shot, progress)
 
 # %% ../nbs/09_continual.ipynb #e2cca8b8

@@ -326,8 +326,8 @@ def evaluate(
     pairs = zip(answers, rows, strict=True)
     right = [row.label in task.options and normalize(a) == normalize(row.label) for a, row in pairs]
     likeliest = [option == row.label for option, row in zip(chosen, rows, strict=True)]
-    percent = 100.0 / len(rows)
-    return Score(percent * sum(right), percent * sum(likeliest), len(rows), tuple(answers))
+    total = len(rows)
+    return Score(100.0 * sum(right) / total, 100.0 * sum(likeliest) / total, total, tuple(answers))
 
 # %% ../nbs/08a_evaluation.ipynb #5282c9e6
 def score_error_figure(

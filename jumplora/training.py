@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'encode_prompt', 'encode_answer', 'pad', 'Collator', 'label_loss', 'Diverged', 'check_finite',
-           'PenaltyTrainer', 'check_kept_and_targets', 'paper_config', 'describe_config', 'check_train_config',
-           'TrainConfig', 'check_targets', 'attach_adapter', 'layer_factors', 'layer_update', 'named_updates',
-           'layerwise_penalty', 'penalty_function', 'TaskLog', 'StepLog', 'training_arguments', 'encode_rows',
-           'collator_for', 'optimizer_choice', 'build_trainer', 'run_training', 'task_steps', 'schedule_gate',
-           'train_task', 'row_gradients', 'training_figure']
+           'length_sampler', 'PenaltyTrainer', 'check_kept_and_targets', 'paper_config', 'describe_config',
+           'check_train_config', 'TrainConfig', 'check_targets', 'attach_adapter', 'layer_factors', 'layer_update',
+           'named_updates', 'layerwise_penalty', 'penalty_function', 'TaskLog', 'StepLog', 'Progress',
+           'training_arguments', 'encode_rows', 'collator_for', 'optimizer_choice', 'build_trainer', 'run_training',
+           'task_steps', 'schedule_gate', 'train_task', 'row_gradients', 'training_figure']
 
 # %% ../nbs/08_training.ipynb #889122bc
 import inspect
@@ -138,6 +138,19 @@ def check_finite(
         raise Diverged(f"the loss became {found} at step {step}")
 
 # %% ../nbs/08_training.ipynb #12908a11
+def length_sampler(
+    trainer: ResumableTrainer,  # with training rows; found where the checkpoint left off
+) -> LengthGroupedSampler:  # for the epoch that comes next
+    "An order of the rows in which those of a step have similar lengths."
+    lengths = [len(prompt) + len(answer) for prompt, answer in trainer.train_dataset]
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * world_size()
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    sampler = LengthGroupedSampler(rows, lengths=lengths, generator=generator)
+    for _ in range(int(trainer.found[1]["trainer"]["epoch"]) if trainer.found else 0):
+        list(sampler)  # the epochs before the checkpoint have drawn from the generator
+    return sampler
+
+# %% ../nbs/08_training.ipynb #e72d17ff
 class PenaltyTrainer(ResumableTrainer):
     "A Trainer whose loss has the penalty added exactly once, whatever the accumulation."
 
@@ -157,16 +170,13 @@ class PenaltyTrainer(ResumableTrainer):
     def get_train_dataloader(self):
         return fill_batches(super().get_train_dataloader())
 
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.last_penalty is not None:
+            logs = logs | {"penalty": self.last_penalty.item()}
+        super().log(logs, start_time)
+
     def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(prompt) + len(answer) for prompt, answer in self.train_dataset]
-        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * world_size()
-        generator = torch.Generator().manual_seed(self.args.seed)
-        sampler = LengthGroupedSampler(rows, lengths=lengths, generator=generator)
-        for _ in range(int(self.found[1]["trainer"]["epoch"]) if self.found else 0):
-            list(sampler)  # the epochs before the checkpoint have drawn from the generator
-        return sampler
+        return length_sampler(self) if self.group_by_length else super()._get_train_sampler(train_dataset)
 
 # %% ../nbs/08_training.ipynb #f7ada1cc
 def check_kept_and_targets(
@@ -383,29 +393,34 @@ class TaskLog:
 
 # %% ../nbs/08_training.ipynb #393aef48
 class StepLog(TrainerCallback):
-    "Collect the loss of every step and move a progress bar."
+    "Collect the loss of every step, and the penalty where there is one."
 
     def __init__(
         self,
-        trainer: PenaltyTrainer,  # its latest penalty is read
         log: TaskLog,  # gets a loss and a penalty per step
-        advance: Callable[[int], None] | None,  # called with the steps done
     ):
-        self.trainer, self.log, self.advance = trainer, log, advance
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.advance is not None:
-            self.advance(state.global_step)  # more than 0 after a checkpoint
+        self.log = log
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.log.loss.append(logs["loss"])
-            if self.trainer.last_penalty is not None:
-                self.log.penalty.append(self.trainer.last_penalty.item())
+            self.log.penalty += [logs["penalty"]] if "penalty" in logs else []
+
+
+class Progress(TrainerCallback):
+    "Tell a progress bar of every step, and of those that were done before a checkpoint."
+
+    def __init__(
+        self,
+        advance: Callable[[int], None],  # called with the steps done
+    ):
+        self.advance = advance
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.advance(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.advance is not None:
-            self.advance(1)
+        self.advance(1)
 
 # %% ../nbs/08_training.ipynb #a42b1ff4
 def training_arguments(
@@ -503,8 +518,11 @@ def run_training(
     trainer: PenaltyTrainer,  # ready to train
     task: Task,  # named in the message
     log: TaskLog,  # it is completed
+    callbacks: Sequence[TrainerCallback],  # who else is told of every step
 ) -> None:
     "Train, from a checkpoint if there is one, and say which task it was when the loss is not finite."
+    for callback in (StepLog(log), *callbacks):
+        trainer.add_callback(callback)
     try:
         train_or_resume(trainer)
     except Diverged as error:
@@ -513,7 +531,7 @@ def run_training(
     log.seconds = time.perf_counter() - log.begun
     log.gate = trainer.parts["schedule"].history if "schedule" in trainer.parts else []
 
-
+# %% ../nbs/08_training.ipynb #051980bd
 def task_steps(
     task: Task,  # task with training rows
     config: TrainConfig,  # batch size, accumulation, epochs
@@ -525,7 +543,7 @@ def task_steps(
     batches = math.ceil(sum(len(one.train) for one in (task, *also)) / config.batch_size)
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
 
-# %% ../nbs/08_training.ipynb #051980bd
+
 def schedule_gate(
     trainer: PenaltyTrainer,  # ready to train
     steps: int,  # K, optimizer steps of the task
@@ -548,7 +566,7 @@ def train_task(
     also: Sequence[Task] = (),  # tasks whose training rows are learned along
     optimizer: str = "adamw",  # or "muon", for matrices alone: no gate
     seed: int = 42,  # order of the rows and dropout
-    advance: Callable[[int], None] | None = None,  # called with the steps done, for a progress bar
+    callbacks: Sequence[TrainerCallback] = (),  # for the Trainer: a progress bar, a tracker
     checkpoint: Checkpoint | None = None,  # where training is saved and goes on from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. Raises Diverged, `Stopped` after a signal, ValueError without rows."
@@ -556,11 +574,10 @@ def train_task(
     log = TaskLog(task_steps(task, config, also))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(model, tokenizer, (task, *also), config, regularizer, seed, folder, optimizer)
-        trainer.add_callback(StepLog(trainer, log, advance))
         trainer.checkpoint, trainer.parts = checkpoint, {"log": log}
         if gated:
             trainer.parts["schedule"] = schedule_gate(trainer, log.steps, config)
-        run_training(trainer, task, log)
+        run_training(trainer, task, log, callbacks)
     return log
 
 # %% ../nbs/08_training.ipynb #4efb4bbd

@@ -296,6 +296,7 @@ def test_a_well_signed_archive_of_nonsense_is_refused(indices, values, old, tmp_
 
 
 ONES = torch.ones(1, 3)
+SCALE = {"layer.scaling": torch.tensor(1.0)}
 
 
 @pytest.mark.parametrize(
@@ -306,8 +307,8 @@ ONES = torch.ones(1, 3)
         (dict(layers={"layer": [2]}), {}, "header does not describe its tensors"),
         (dict(layers={"layer": [2, 2]}), {}, "positions or values that no update has"),
         (dict(values="factors"), {}, "header does not describe its tensors"),
-        (dict(values="factors"), {"layer.A": ONES, "layer.B": torch.ones(3, 1)}, "no update has"),
-        (dict(values="factors"), {"layer.A": ONES / 0, "layer.B": torch.ones(2, 1)}, "no update has"),
+        (dict(values="factors"), {"layer.A": ONES, "layer.B": torch.ones(3, 1)} | SCALE, "no update has"),
+        (dict(values="factors"), {"layer.A": ONES / 0, "layer.B": torch.ones(2, 1)} | SCALE, "no update has"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(changes, tensors, message, tmp_path):

@@ -318,6 +318,13 @@ def test_both_scores_are_percent_of_the_rows(monkeypatch):
     assert result.answers == (OPTIONS[0], "nonsense", OPTIONS[2], OPTIONS[0])
 
 
+@pytest.mark.parametrize("rows", [11, 22, 39, 44])  # 100 / 11 * 11 is above 100
+def test_a_perfect_score_is_one_hundred_percent(rows, monkeypatch):
+    scripted(monkeypatch, [OPTIONS[0]] * rows, [OPTIONS[0]] * rows)
+    result = evaluate(torch.nn.Linear(1, 1), None, with_labels(*[OPTIONS[0]] * rows))
+    assert (result.exact_match, result.option_accuracy) == (100.0, 100.0)
+
+
 def test_case_and_white_space_do_not_count_and_nothing_else_is_forgiven(monkeypatch):
     assert normalize("  Natural\n\tSCIENCE ") == "natural science"
     said = [" Natural \n science", "NATURAL SCIENCE", "natural science.", "natural  sciences", ""]

@@ -44,7 +44,7 @@ from jumplora.prompts import Task, TaskSequence
 from jumplora.regularizers import IncLoRA
 from jumplora.run_folder import alone_in, state_path, step_path
 from jumplora.run_record import Run
-from jumplora.training import TrainConfig, attach_adapter, train_task
+from jumplora.training import Progress, TrainConfig, attach_adapter, train_task
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics"), ("two balls and a bat", "sport")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 6
@@ -239,14 +239,13 @@ def send_at(step, number, name=None):
     "`train_task` that gets a signal in a step, of a certain task or any."
     real = continual.train_task
 
-    def train(*args, advance, **options):
+    def train(*args, callbacks, **options):
         def advanced(steps, done=[0]):  # noqa: B006
             done[0] += steps
             if done[0] == step and name in (None, args[2].name):
                 os.kill(os.getpid(), number)
-            advance(steps)
 
-        return real(*args, advance=advanced, **options)
+        return real(*args, callbacks=[Progress(advanced), *callbacks], **options)
 
     return patch.object(continual, "train_task", train)
 

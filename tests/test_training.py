@@ -32,6 +32,7 @@ from jumplora.regularizers import ELLA, IncLoRA, Regularizer, Update
 from jumplora.training import (
     Collator,
     Diverged,
+    Progress,
     TrainConfig,
     attach_adapter,
     build_trainer,
@@ -506,7 +507,7 @@ def trained(kind="llama", gated=False, seed=42, dtype=torch.float32, regularizer
     model = attach_adapter(model, config, gated)
     done = []
     log = train_task(model, tokenizer, task, config, regularizer or IncLoRA(),
-                     gated=gated, seed=seed, advance=done.append)  # fmt: skip
+                     gated=gated, seed=seed, callbacks=[Progress(done.append)])  # fmt: skip
     assert sum(done) == log.steps
     return model, log
 

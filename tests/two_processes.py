@@ -31,7 +31,7 @@ from jumplora.evaluation import evaluate
 from jumplora.methods import METHODS, with_settings
 from jumplora.processes import draw_apart, gathered, is_main, join_processes, on_main, process_index
 from jumplora.prompts import Task, TaskSequence
-from jumplora.training import TrainConfig
+from jumplora.training import Progress, TrainConfig
 
 BALL = [("a ball" + " and a bat" * n, "sport") for n in range(8)]
 BALL += [("an atom" + " of words" * n, "physics") for n in range(8)] * 2
@@ -99,14 +99,13 @@ def at_step(number, call):
     "`train_task` that calls something after so many steps of the second task."
     real = continual.train_task
 
-    def train(*args, advance, **options):
+    def train(*args, callbacks, **options):
         def advanced(steps, done=[0]):  # noqa: B006
             done[0] += steps
             if done[0] == number and args[2].name == "weather":
                 call()
-            advance(steps)
 
-        return real(*args, advance=advanced, **options)
+        return real(*args, callbacks=[Progress(advanced), *callbacks], **options)
 
     return patch.object(continual, "train_task", train)
 

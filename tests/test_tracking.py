@@ -1,0 +1,227 @@
+"""What trackers are told of a run: every number, once, at its step of the whole run."""
+
+import logging
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations import WandbCallback
+
+from jumplora import continual, tracking
+from jumplora.backbones import load_backbone
+from jumplora.command_line import main
+from jumplora.continual import learn_sequence
+from jumplora.methods import METHODS
+from jumplora.prompts import Task, TaskSequence
+from jumplora.tracking import find_trackers, later, start_tracking
+from jumplora.training import TrainConfig
+
+BALL = [("a ball", "sport"), ("an atom of many words", "physics")] * 10
+RAIN = [("rain", "yes"), ("sun", "no")] * 5
+TASKS = (
+    Task("topics", "Topic?\n", ("sport", "physics"), BALL, BALL[:2], BALL[:4]),
+    Task("weather", "Wet?\n", ("yes", "no"), RAIN, RAIN[:2], RAIN[:4]),
+)
+SEQUENCE = TaskSequence("short", TASKS)
+QUICK = TrainConfig(batch_size=2, learning_rate=1e-2, max_length=120, epochs=2.0)  # 20 and 10 steps
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+
+
+def learn(out=None, method="ELLA + JumpLoRA", config=QUICK, **options):
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    asked = dict(report_to="tensorboard", zero_shot=False, progress=False, checkpoint_every=0.0)
+    run = learn_sequence(model, tokenizer, SEQUENCE, METHODS[method], config, out=out, **(asked | options))
+    return run, model
+
+
+def curves(folder):
+    "Name -> steps and values, of the only run in a folder."
+    (place,) = folder.glob("*/tensorboard")
+    read = EventAccumulator(str(place), size_guidance=dict(scalars=0)).Reload()
+    points = {name: read.Scalars(name) for name in read.Tags()["scalars"]}
+    return {name: ([e.step for e in events], [e.value for e in events]) for name, events in points.items()}
+
+
+def single(values) -> list[float]:
+    "Numbers as an event file keeps them."
+    return torch.tensor(list(values), dtype=torch.float32).tolist()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run that nothing has disturbed, its model and its folder."
+    folder = tmp_path_factory.mktemp("whole")
+    return *learn(folder), folder
+
+
+def test_every_number_of_the_record_is_in_the_event_file_on_one_axis(whole):
+    run, _, folder = whole
+    found, steps = curves(folder), list(range(1, 31))
+    for name in ("loss", "penalty"):
+        record = run.extra[name]
+        assert found[f"train/{name}"] == (steps, single(record["topics"] + record["weather"]))
+    assert max(found["train/penalty"][1][20:]) > 0 == max(found["train/penalty"][1][:20])
+    points = run.thresholds["topics"] + run.thresholds["weather"]
+    assert found["train/interpolation"] == (steps, single(p["interpolation"] for p in points))
+    assert found["train/threshold"] == (steps, single(p["threshold"]["model"] for p in points))
+
+
+def test_the_last_count_of_a_task_is_the_sparsity_of_its_update(whole):
+    run, model, folder = whole
+    steps, shares = curves(folder)["train/sparsity"]
+    assert steps == [10, 20, 30]
+    sizes = {name: model.get_submodule(name).weight.numel() for name in run.sparsity["topics"]}
+    for share, task in ((shares[1], "topics"), (shares[2], "weather")):
+        off = sum(run.sparsity[task][name] * size for name, size in sizes.items())
+        assert share == pytest.approx(off / sum(sizes.values()), rel=1e-6) and 0.1 < share < 1
+    assert curves(folder)["train/entries_in_window"][0] == [10, 20, 30]
+
+
+def test_scores_stand_where_their_task_ended(whole):
+    run, _, folder = whole
+    found, (first, second) = curves(folder), run.accuracy.tolist()
+    assert found["eval/topics"] == ([20, 30], single([first[0], second[0]]))
+    assert found["eval/weather"] == ([30], single([second[1]]))
+    assert found["eval/average"] == ([20, 30], single([first[0], sum(second) / 2]))
+
+
+def test_tracking_changes_no_number(whole):
+    run, model, _ = whole
+    other, same = learn(report_to="none")
+    assert other.extra["loss"] == run.extra["loss"] and other.thresholds == run.thresholds
+    weights = dict(same.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in model.named_parameters())
+
+
+def test_a_finished_run_opens_no_tracker(whole):
+    run, _, folder = whole
+    files = list(folder.rglob("events*"))
+    assert learn(folder)[0].to_dict() == run.to_dict()
+    assert list(folder.rglob("events*")) == files
+
+
+class Crash(TrainerCallback):
+    "Fails after a step was drawn, before its checkpoint."
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.global_step == 4 and state.max_steps == 10:
+            raise MemoryError("no room")
+
+
+def test_a_run_that_crashed_goes_on_in_the_same_curve(whole, tmp_path):
+    train = continual.train_task
+
+    def crash(*args, callbacks, **options):
+        return train(*args, callbacks=[*callbacks, Crash()], **options)
+
+    with patch.object(continual, "train_task", crash), pytest.raises(MemoryError):
+        learn(tmp_path)
+    assert curves(tmp_path)["train/loss"][0] == list(range(1, 25))
+    learn(tmp_path)
+    assert len(list(tmp_path.rglob("events*"))) == 2
+    assert curves(tmp_path) == curves(whole[2])
+
+
+def test_scores_that_were_interrupted_are_drawn_once(whole, tmp_path):
+    def fail(*args):
+        raise MemoryError("no room")
+
+    with patch.object(continual, "keep_scores", fail), pytest.raises(MemoryError):
+        learn(tmp_path)
+    assert "eval/topics" not in curves(tmp_path)
+    learn(tmp_path)
+    assert curves(tmp_path) == curves(whole[2])
+
+
+@pytest.mark.parametrize("method", ["Replay", "multi-task", "SeqLoRA"])
+def test_the_axis_counts_the_steps_that_a_method_takes(method, tmp_path):
+    run = learn(tmp_path, method)[0]
+    losses = [value for task in run.tasks for value in run.extra["loss"].get(task, [])]
+    found = curves(tmp_path)
+    assert found["train/loss"] == (list(range(1, len(losses) + 1)), single(losses))
+    assert found["eval/average"][0][-1] == len(losses)
+    assert "train/threshold" not in found and "train/sparsity" not in found
+
+
+def test_every_threshold_has_its_name(tmp_path):
+    run = learn(tmp_path, config=replace(QUICK, threshold_scope="layer", epochs=0.5))[0]
+    names = set(run.thresholds["topics"][0]["threshold"])
+    assert len(names) > 1 and {f"train/threshold/{name}" for name in names} <= set(curves(tmp_path))
+
+
+def test_a_folder_for_all_runs_has_one_folder_for_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "all"))
+    run = learn(tmp_path / "runs", config=replace(QUICK, epochs=0.5))[0]
+    assert [path.name for path in (tmp_path / "all").iterdir()] == [run.name]
+    assert not list((tmp_path / "runs").rglob("events*"))
+
+
+@pytest.mark.parametrize("wrong", ["tensorbord", ["tensorboard", "x"], "all of them"])
+def test_an_unknown_tracker_is_refused_before_anything_is_done(wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"report_to=.* is not supported"):
+        learn(tmp_path, report_to=wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install():
+    with (
+        patch("transformers.integrations.integration_utils.is_wandb_available", lambda: False),
+        pytest.raises(ValueError, match="report_to='wandb': .*pip install wandb"),
+    ):
+        find_trackers("wandb")
+
+
+def test_the_command_reports_and_refuses_before_it_loads_anything(tmp_path, capsys):
+    words = ["compare", "--out", str(tmp_path), "--backbone", "nowhere/nothing", "--report-to"]
+    assert main([*words, "tensorbord"]) == 2
+    assert "report_to='tensorbord'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    words = "--method IncLoRA --backbone tiny-llama --train-rows 4 --dev-rows 2 --test-rows 2"
+    assert main(["compare", "--out", str(tmp_path), *words.split(), "--report-to", "tensorboard"]) == 0
+    assert len(curves(tmp_path)["eval/average"][0]) == 4
+
+
+def test_only_the_main_process_has_trackers(whole, tmp_path):
+    run, model, _ = whole
+    about = run, tmp_path, QUICK, next(model.parameters()).device
+    assert start_tracking(find_trackers("tensorboard"), *about).trackers
+    with patch.object(tracking, "is_main", lambda: False):
+        assert not start_tracking(find_trackers("tensorboard"), *about).trackers
+
+
+def test_the_trainers_own_state_is_left_alone():
+    state = TrainerState(global_step=3, epoch=0.5)
+    assert later(state, 20).global_step == 23 and later(state, 20).epoch == 0.5
+    assert state.global_step == 3
+
+
+@pytest.fixture
+def wandb():
+    "A stand-in for the package."
+    fake = MagicMock(spec_set=["init", "finish", "log", "run", "config", "define_metric", "watch"])
+    errors = SimpleNamespace(ConfigError=KeyError)
+    with (
+        patch.dict(sys.modules, {"wandb": fake, "wandb.sdk.lib.config_util": errors}),
+        patch("transformers.integrations.integration_utils.is_wandb_available", lambda: True),
+    ):
+        yield fake
+
+
+def test_wandb_finds_each_run_by_its_name_and_is_ended_after_it(wandb, tmp_path):
+    runs = [learn(tmp_path, method, report_to="wandb")[0] for method in ("IncLoRA", "ELLA")]
+    asked = [call.kwargs for call in wandb.init.call_args_list]
+    assert [(one["id"], one["resume"]) for one in asked] == [(run.name, "allow") for run in runs]
+    assert {one["project"] for one in asked} == {"jumplora"} and wandb.finish.call_count == 2
+    logged = [call.args[0] for call in wandb.log.call_args_list[:32]]
+    steps = [line["train/global_step"] for line in logged if "train/loss" in line]
+    assert steps == list(range(1, 31))
+    assert [line["train/global_step"] for line in logged if "eval/topics" in line] == [20, 30]
+    assert isinstance(find_trackers(["wandb"])[0], WandbCallback)
