@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from unittest.mock import Mock, patch
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from two_processes import EQUAL, QUICK, SEQUENCE, TASKS, all_answers, compare_words, learn, refused
 
 from jumplora import processes
@@ -296,6 +297,26 @@ def test_what_the_refusal_advises_works(tmp_path):
     before = exact.model.layers[0].self_attn.q_proj.weight.clone()
     merged = PeftModel.from_pretrained(exact, tmp_path).merge_and_unload()
     assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_task_is_learned_beside_a_base_of_bitsandbytes(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    exact, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    exact.save_pretrained(tmp_path / "exact")
+    asked = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    load = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "exact", quantization_config=asked)
+    model = load(device_map={"": "cpu"})
+    assert "are quantised" in refused(learn_sequence, model, tokenizer, SEQUENCE, METHODS["ELLA"], QUICK)
+    adapted = attach_adapter(model, QUICK, gated=True)
+    log = train_task(adapted, tokenizer, TASKS[0], QUICK, IncLoRA(), gated=True)
+    assert log.loss[-1] < log.loss[0]
+    assert "are quantised; merge into the full-precision checkpoint" in refused(adapted.merge_and_unload)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(device_map={"": "cpu"}), tmp_path / "adapter")
+    row = tokenizer("a ball", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**row).logits, adapted.eval()(**row).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
