@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['all_but', 'variants', 'variant_table', 'claim', 'setting_figure', 'density', 'over', 'tradeoff_claim', 'percent_axis',
-           'tradeoff_figure', 'drift', 'threshold_figure', 'by_age', 'long_figure']
+           'tradeoff_figure', 'drift', 'threshold_figure', 'by_age', 'long_figure', 'times_chance', 'chance_figure']
 
 # %% ../nbs/12c_ablations.ipynb #08552771
 import math
@@ -17,6 +17,7 @@ import pandas as pd
 from .conventions import figure_style, method_style
 from .records import method_row, new_figure, not_run_figure, overall_interval
 from .run_record import Run
+from .sparsity import Overlap, expected_overlap
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -129,7 +130,11 @@ def percent_axis(
     label: str,  # what it shows
 ) -> None:
     "Logarithmic, with plain numbers."
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter("{x:g}")
     axis.set_label_text(label)
 
@@ -223,4 +228,33 @@ def long_figure(
         figure.legend(loc="outside lower center", ncols=3)
         ends = ", ".join(f"{run.method} {run.average_accuracy:.1f} %" for run in runs)
         figure.suptitle(f"After {len(runs[0].tasks)} tasks: {ends}", fontsize=11)
+    return figure
+
+# %% ../nbs/12c_ablations.ipynb #b6969b4e
+def times_chance(
+    overlap: Overlap,  # counts of two tasks or more
+) -> np.ndarray:  # (T (T - 1) / 2,) in the order of `np.triu_indices(T, 1)`
+    "Shared entries of every two tasks over those that chance gives."
+    pairs = np.triu_indices(len(overlap.tasks), 1)
+    return overlap.shared[pairs] / expected_overlap(overlap)[0][pairs]
+
+
+def chance_figure(
+    overlap: Overlap,  # counts of two tasks or more
+) -> "Figure":  # two panels
+    "Shared entries beside chance, and how many entries have been touched."
+    ratio, color = times_chance(overlap), method_style("IncLoRA + JumpLoRA")["color"]
+    with figure_style():
+        figure = new_figure((8, 3.4))
+        left, right = figure.subplots(1, 2)
+        left.hist(ratio, bins=30, color=color)
+        left.axvline(1, color="grey", linestyle="--")
+        left.set(xlabel="shared entries / chance", ylabel="pairs of tasks")
+        tasks = range(1, len(overlap.tasks) + 1)
+        right.plot(tasks, 100 * overlap.filled, "o-", color=color, label="measured")
+        right.plot(tasks, 100 * (1 - np.cumprod(1 - overlap.density)), "--", color="grey", label="chance")
+        right.set(xlabel="tasks learned", ylabel="entries touched so far, percent")
+        right.legend()
+        title = f"Two tasks share {ratio.min():.2f} to {ratio.max():.2f} times what chance gives"
+        figure.suptitle(title, fontsize=11)
     return figure

@@ -212,17 +212,18 @@ def span(
 
 def budget_text(
     runs: Sequence[Run],  # runs of one budget
-) -> str:  # one or two sentences
+    notes: bool = True,  # with what must be known of the rows
+) -> str:  # one sentence, and the notes
     "Backbone, rows, length and what must be known of the rows; computed from the records."
     if not runs:
         return "Not run."
     counts = [rows for run in runs for rows in run.configuration["counts"].values()]
     lengths = [run.configuration["train"]["max_length"] for run in runs]
     names = " and ".join(sorted({run.backbone for run in runs}))
-    notes = {f"{task}: {note}" for run in runs for task, note in run.extra.get("notes", {}).items()}
+    facts = {f"{task}: {note}" for run in runs for task, note in run.extra.get("notes", {}).items()}
     return (f"{len(runs)} runs of {names}; per task {span(c[0] for c in counts)} training rows and "
             f"{span(c[2] for c in counts)} test rows, prompts of at most {span(lengths)} tokens."
-            + "".join(f" {note}." for note in sorted(notes)))  # fmt: skip
+            + "".join(f" {fact}." for fact in sorted(facts) if notes))  # fmt: skip
 
 # %% ../nbs/12a_comparison.ipynb #19ee16ae
 def search_table(
