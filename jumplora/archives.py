@@ -355,6 +355,9 @@ def load_without(
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != facts["weights_sha256"]:
         raise ValueError(f"{path} is damaged; delete {place} and call rollback again")
+    if facts["tasks"] != (now := merged_tasks(run)):
+        grown = f"{task!r} was taken out of {facts['tasks']}, and the run has learned {now} since"
+        raise ValueError(f"{grown}; delete {place} and call rollback again")
     weights = {name.removesuffix(".weight"): weight for name, weight in load(data).items()}
     return (*with_weights(run, weights, **options), run)
 

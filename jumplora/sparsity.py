@@ -219,6 +219,9 @@ def recorded_overlap(
         gated = run.configuration.get("method", {}).get("gated")
         why = "no counts of shared entries" if gated else "no gate, so every task touches nearly all entries"
         raise ValueError(f"{run.name} has {why}; there is no overlap to report")
+    if len(support["shared"]) < run.finished:
+        some = f"{len(support['shared'])} of its {run.finished} tasks"
+        raise ValueError(f"{run.name} has counts of {some} alone; the others were learned with archive=False")
     return as_overlap(run.tasks[: len(support["shared"])], support)
 
 # %% ../nbs/10_sparsity.ipynb #d15e1852

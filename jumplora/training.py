@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -205,7 +205,9 @@ def describe_config(
 ) -> dict:  # JSON types only
     "The settings as plain data, for a record; one that is younger than old records, only where it is set."
     late = dict(threshold_parametrization="log", learn_threshold=True)
-    return {key: value for key, value in asdict(config).items() if key not in late or value != late[key]}
+    found = {item.name: getattr(config, item.name) for item in fields(config)}
+    found |= {item.name: float(found[item.name]) for item in fields(config) if item.type is float}  # 1 is 1.0
+    return {key: value for key, value in found.items() if key not in late or value != late[key]}
 
 # %% ../nbs/08_training.ipynb #59d66c7b
 def check_train_config(

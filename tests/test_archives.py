@@ -748,3 +748,22 @@ def test_the_checksum_of_an_update_sees_every_entry():
         "position",
         "format",
     }
+
+
+def test_a_task_taken_out_of_a_run_that_has_learned_on_is_refused(tmp_path, monkeypatch):
+    learn_task = continual.learn_task
+
+    def interrupted(learner, i):
+        if i == 2:
+            raise KeyboardInterrupt
+        learn_task(learner, i)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(continual, "learn_task", interrupted)
+        learn(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    task = rollback(folder, SEQUENCE.names[0]).task
+    load_without(folder, task, device="cpu")
+    learn(tmp_path)
+    with pytest.raises(ValueError, match="the run has learned .* since; delete .* and call rollback again"):
+        load_without(folder, task, device="cpu")

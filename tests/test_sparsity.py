@@ -178,6 +178,16 @@ def test_a_run_without_counts_says_why():
         support_overlap([])
 
 
+def test_counts_of_some_tasks_are_not_taken_for_those_of_all():
+    found = overlap_of(masks(3))
+    run = record(found)
+    run.accuracy = np.where(np.tri(3) > 0, 50.0, np.nan)
+    assert recorded_overlap(run).tasks == run.tasks
+    run.extra["support"]["shared"].pop()
+    with pytest.raises(ValueError, match="counts of 2 of its 3 tasks alone.*archive=False"):
+        recorded_overlap(run)
+
+
 def test_the_report_has_every_pair_task_and_layer():
     found = overlap_of(masks(4))
     text = overlap_report(record(found), found)

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import json
 import math
 import tempfile
 import weakref
@@ -495,6 +496,12 @@ def test_the_order_is_the_papers_unless_asked():
     assert type(order_of_rows(False)[0]) is list and not TrainConfig.paper().group_by_length
     with pytest.raises(ValueError, match="group_by_length"):
         TrainConfig(group_by_length="yes")
+
+
+def test_a_whole_number_is_described_as_the_same_number_with_a_point():
+    whole, point = (TrainConfig(lora_alpha=one(32), epochs=one(2), kept=3) for one in (int, float))
+    assert json.dumps(describe_config(whole)) == json.dumps(describe_config(point))
+    assert json.dumps(describe_config(whole)["kept"]) == "3"
 
 
 # ---- training a task --------------------------------------------------------------------------------------
