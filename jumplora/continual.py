@@ -575,6 +575,7 @@ def learn_rest(
             learn_tasks(learner, zero_shot, progress)
         if folder is not None:
             on_main(keep_states, folder, {len(learner.sequence)})
+            on_main(step_path(folder).unlink, missing_ok=True)  # a kill may have left it
     return learner.run
 
 # %% ../nbs/09_continual.ipynb #6f12ffc7

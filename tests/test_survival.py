@@ -232,6 +232,15 @@ def test_a_score_that_was_taken_is_not_taken_again(whole, tmp_path):
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
 
 
+def test_a_checkpoint_that_a_kill_left_behind_is_gone_at_the_end(tmp_path):
+    run, _ = learn("IncLoRA", tmp_path)
+    folder = tmp_path / run.name
+    before = files(folder)
+    step_path(folder).write_bytes(b"of the last task, which is finished")
+    learn("IncLoRA", tmp_path)
+    assert files(folder) == before
+
+
 # ---- signals ----------------------------------------------------------------------------------------------
 
 
