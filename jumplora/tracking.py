@@ -49,7 +49,8 @@ def gate_counts(
     for group in gate_groups(model, adapter_name).values():
         for magnitude in Magnitudes(group, adapter_name):  # |BA|, (out, in)
             below += (magnitude <= group.gate.threshold).sum()
-            near += ((magnitude - group.gate.threshold).abs() < half).sum()
+            right, left = magnitude - group.gate.threshold, magnitude + group.gate.threshold
+            near += ((right.abs() < half) & (left >= half)).sum()  # in one window and not in both
             total += magnitude.numel()
     return dict(sparsity=float(below) / total, entries_in_window=float(near))
 

@@ -13,13 +13,15 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import WandbCallback
 
 from jumplora import continual, tracking
+from jumplora.adapter import adapter_layers, dense_update
 from jumplora.backbones import load_backbone
 from jumplora.command_line import main
 from jumplora.continual import learn_sequence
+from jumplora.jumprelu import threshold_gradient
 from jumplora.methods import METHODS
 from jumplora.prompts import Task, TaskSequence
-from jumplora.tracking import find_trackers, later, start_tracking
-from jumplora.training import TrainConfig
+from jumplora.tracking import find_trackers, gate_counts, later, start_tracking
+from jumplora.training import TrainConfig, attach_adapter
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics")] * 10
 RAIN = [("rain", "yes"), ("sun", "no")] * 5
@@ -73,6 +75,23 @@ def test_every_number_of_the_record_is_in_the_event_file_on_one_axis(whole):
     points = run.thresholds["topics"] + run.thresholds["weather"]
     assert found["train/interpolation"] == (steps, single(p["interpolation"] for p in points))
     assert found["train/threshold"] == (steps, single(p["threshold"]["model"] for p in points))
+
+
+def test_entries_in_the_window_are_those_that_pull_at_the_threshold():
+    model, _ = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    adapted = attach_adapter(model, replace(QUICK, bandwidth=0.02), gated=True)
+    torch.manual_seed(0)
+    pulling = total = below = 0
+    for layer in adapter_layers(adapted).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+        gate, x = layer.lora_gate["default"], dense_update(layer).flatten()
+        gate.set_(0.004)  # below half the width: the windows around it and its negative overlap
+        alone = [threshold_gradient(one, gate.threshold, torch.ones(1), 0.02, "sum") for one in x.view(-1, 1)]
+        pulling, total = pulling + sum(bool(value) for value in alone), total + len(x)
+        below += int((x.abs() <= gate.threshold).sum())
+    found = gate_counts(adapted)
+    assert found == dict(sparsity=below / total, entries_in_window=pulling)
+    assert 0 < pulling < total - below
 
 
 def test_the_last_count_of_a_task_is_the_sparsity_of_its_update(whole):
