@@ -19,6 +19,7 @@ from jumplora.comparison import (
     order_values,
     paired_difference,
     part_tables,
+    put_together,
     scratch_scores,
     search_table,
     sequence_figure,
@@ -97,7 +98,7 @@ def test_forward_transfer_uses_the_same_task_on_the_same_rows_and_settings():
     ]
     shown = f"{np.mean(per_seed):.1f} ± {np.std(per_seed, ddof=1):.1f}"
     assert summary.loc[run.method, "forward transfer"] == shown
-    assert "single task" not in summary.index and summary.loc["ELLA", "runs"] == "9 of 9"
+    assert summary.loc["ELLA", "runs"] == "9 of 9"
     for key, value in dict(train=dict(max_length=512), rows=dict.fromkeys(ALL, "other")).items():
         other = [
             make("single task", o.tasks[0], o.seed, configuration=o.configuration | {key: value})
@@ -105,6 +106,24 @@ def test_forward_transfer_uses_the_same_task_on_the_same_rows_and_settings():
         ]
         assert scratch_scores(run, other) is None
     assert summary_table(RUNS).loc["ELLA", "forward transfer"] == "not measured"
+
+
+def test_tasks_learned_alone_stand_beside_every_order_that_they_cover():
+    everything = [*RUNS, *ALONE]
+    per_seed = [np.mean([run.accuracy[0, 0] for run in ALONE if run.seed == seed]) for seed in (1, 2)]
+    cell = f"{np.mean(per_seed):.1f} ± {np.std(per_seed, ddof=1):.1f}"
+    row = grid_table(everything).loc["single task"]
+    assert row.tolist() == [cell, cell, cell, cell, "2"]
+    summary = summary_table(everything).loc["single task"]
+    assert summary["overall accuracy"] == cell and summary["minutes"].startswith("6.0")  # 4 times 1.5
+    assert summary["backward transfer"] == summary["forgetting"] == "not measured"
+    fewer = [run for run in ALONE if run.tasks != ["yahoo"]]
+    assert (grid_table([*RUNS, *fewer]).loc["single task", list(ORDERS)] == "not run").all()
+    with pytest.raises(ValueError, match="two runs of single task on amazon"):
+        grid_table([*everything, ALONE[0]])
+    moved = ALONE[0].configuration | {"rows": {"amazon": "rows of the Hub"}}
+    others = make("single task", "amazon", 1, configuration=moved)
+    assert [run.seed for run in put_together([others, *ALONE[1:]], RUNS)] == [2, 2, 2]
 
 
 def brute_force(differences, outer):
