@@ -31,7 +31,7 @@ from . import adapter, training
 from .adapter import JumpLoraConfig
 from .backbones import is_encoder_decoder, load_backbone
 from .conventions import check_choice, set_seed, write_atomic
-from .gated_linear import naive_gated_linear, naive_gated_update
+from .gated_linear import naive_gated_linear, naive_gated_update, sum_is_safe
 from .regularizers import ELLA, IncLoRA, Update
 from .run_record import environment
 from .schedule import Magnitudes, entries_to_keep, initial_threshold
@@ -180,14 +180,16 @@ def layer_work(
     tokens: int,  # rows of the input, T
     size: int = 1024,  # inputs and outputs, n
     rank: int = 8,  # of the update, r
+    apart: bool = False,  # True: the gate multiplies W and the update one by one, as in half precision
 ) -> tuple[float, float]:  # floating-point operations; numbers that are read or written
     "Least work of one forward and backward pass: products, and what they and the element-wise steps touch."
     product, thin, dense = 2 * tokens * size**2, 2 * tokens * size * rank, 2 * size**2 * rank
     touched, entries = tokens * size, size**2
+    gated = (5 * product, 14 * touched + 19 * entries) if apart else (3 * product, 6 * touched + 15 * entries)
     return {
         "frozen": (2 * product, 4 * touched + 2 * entries),
         "LoRA": (2 * product + 6 * thin, 14 * touched + 2 * entries),
-        "JumpLoRA": (3 * product + 4 * dense, 6 * touched + 15 * entries),
+        "JumpLoRA": (gated[0] + 4 * dense, gated[1]),
         "naive": (5 * product + 3 * dense, 14 * touched + 25 * entries),
     }[check_choice(variant, ("frozen", "LoRA", "JumpLoRA", "naive"), "variant")]
 
@@ -201,12 +203,12 @@ def layer_part(
     dtype: torch.dtype = torch.float32,  # of weights and input
 ) -> list[dict]:  # one row per variant and number of tokens
     "Time and memory of one layer."
-    rows = []
+    rows, apart = [], not sum_is_safe(dtype, torch.device(device).type)
     for tokens in TOKENS:
         works = layer_variants(tokens, device=device, dtype=dtype)
         timed = compare_times(alternate(works, 5 if quick else 30, device), "LoRA", tokens=tokens)
         for row in timed:
-            operations, numbers = layer_work(row["variant"], tokens)
+            operations, numbers = layer_work(row["variant"], tokens, apart=apart)
             width = torch.finfo(dtype).bits // 8
             row |= dict(gigaflop=operations / 1e9, megabytes=numbers * width / 1e6)
             row["peak_megabytes"] = peak_bytes(works[row["variant"]], device) / 1e6

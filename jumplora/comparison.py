@@ -194,16 +194,16 @@ def grid_table(
 def wins(
     table: pd.DataFrame,  # text cells, "63.1 ± 0.4"
     signs: dict[str, int],  # column -> 1 where high is good, -1 where low is
-) -> pd.DataFrame:  # True where a cell is best, and further from the next than either one's spread
-    "Where the best of a column is clear of the next."
+) -> pd.DataFrame:  # True where a cell is best, and further from every other than either one's spread
+    "Where the best of a column is clear of all others."
     won = pd.DataFrame(False, index=table.index, columns=table.columns)
     for name, sign in signs.items():
         column = table[name].drop(index=list(REFERENCES), errors="ignore")
         cells = column.str.extract(r"^(-?[\d.]+) ± ([\d.]+)$").astype(float).dropna()
         ranked = cells.assign(good=sign * cells[0]).sort_values("good", ascending=False)
         if len(ranked) > 1 and column.str.match(r"^-?[\d.]+$").sum() == 0:
-            gap = ranked["good"].iloc[0] - ranked["good"].iloc[1]
-            won.loc[ranked.index[0], name] = bool(round(gap, 1) > ranked[1].iloc[:2].max())
+            gaps = (ranked["good"].iloc[0] - ranked["good"].iloc[1:]).round(1)  # to every other method
+            won.loc[ranked.index[0], name] = (gaps > ranked[1].iloc[1:].clip(lower=ranked[1].iloc[0])).all()
     return won
 
 # %% ../nbs/12a_comparison.ipynb #6dbb8a6f

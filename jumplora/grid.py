@@ -355,7 +355,9 @@ def start_here(
     options: dict,  # of submitit
 ) -> None:
     "Share this machine's threads and GPUs among the workers, and do the jobs."
-    devices, threads = devices_for(device), max(1, (os.cpu_count() or 1) // workers)
+    import torch
+
+    devices, threads = devices_for(device), max(1, torch.get_num_threads() // workers)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
     def submit(key: str, slot: int):

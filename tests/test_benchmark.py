@@ -5,9 +5,11 @@ import json
 import pandas as pd
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from jumplora import benchmark, benchmark_runs
 from jumplora.backbones import load_backbone
+from jumplora.gated_linear import sum_is_safe
 from jumplora.regularizers import ELLA
 
 
@@ -133,3 +135,13 @@ def test_a_part_that_does_not_exist_is_refused_before_anything_is_measured(tmp_p
     with pytest.raises(ValueError, match="part='layers' is not known.*did you mean 'layer'"):
         benchmark_runs.measure(["startup", "layers"], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_work_of_a_layer_is_what_a_counter_counts(dtype):
+    apart = not sum_is_safe(dtype)
+    for variant, work in benchmark.layer_variants(tokens=48, size=32, dtype=dtype).items():
+        with FlopCounterMode(display=False) as counter:
+            work()
+        expected = benchmark.layer_work(variant, tokens=48, size=32, apart=apart)[0]
+        assert counter.get_total_flops() == expected, variant

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from jumplora import grid
 from jumplora.command_line import main, parse_settings, swept
 from jumplora.grid import (
     Job,
@@ -172,6 +174,20 @@ def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(tmp_path):
             read_job(asked.parent)
     with pytest.raises(ValueError, match="holds no grid"):
         status(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("workers, each", [(1, 8), (3, 2), (16, 1)])
+def test_workers_share_the_threads_that_torch_was_given(workers, each, tmp_path, monkeypatch):
+    class Executor:
+        def submit(self, job, out, key, folder, device, threads, visible):
+            return device, threads
+
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(grid, "executor_for", lambda *where: Executor())
+    monkeypatch.setattr(grid, "run_local", lambda out, keys, workers, submit: given.append(submit("a", 0)))
+    grid.start_here(tmp_path, ["a"], workers, None, "cpu", {})
+    assert given == [("cpu", each)]
 
 
 # ---- real processes ---------------------------------------------------------------------------------------
