@@ -302,7 +302,7 @@ def step_part(
     rounds, rows = {"smollm2-135m": 3 if quick else 30, "T5-large's shape": 5}, []
     for name, shape in shapes.items():
         set_seed(0)
-        model = load_backbone(name)[0] if name == "smollm2-135m" else t5_large_shape()
+        model = load_backbone(name, dtype=dtype)[0] if name == "smollm2-135m" else t5_large_shape()
         steps = step_variants(model.to(device, dtype), **shape)
         found = compare_times(alternate(steps, rounds[name], device), "LoRA", model=name, **shape)
         for row in found:

@@ -101,7 +101,7 @@ def learned_model(
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Task, list[str]]:  # the task learned; texts of all four
     "SmolLM2-135M after one task: it has learned how an answer looks."
-    model, tokenizer = load_backbone("smollm2-135m")
+    model, tokenizer = load_backbone("smollm2-135m", dtype=dtype)
     sequence, config = load_sequence("newsroom"), TrainConfig()
     task = next(task for task in sequence if task.name == "tweets")  # two options
     some = Task(task.name, task.instruction, task.options, task.train[:rows], task.dev, task.test)
@@ -186,7 +186,7 @@ def run_part(
     ways = {"naive": everything_naive, "fast training": partial(replaced, evaluation, answer=naive_answer)}
     seconds, rows = {}, []
     for name, surroundings in (ways | {"fast": nullcontext}).items():
-        model, tokenizer = load_backbone("smollm2-135m")
+        model, tokenizer = load_backbone("smollm2-135m", dtype=dtype)
         method = METHODS["ELLA + JumpLoRA"]
         start, options = time.perf_counter(), dict(seed=0, zero_shot=False, progress=False)
         with surroundings():
