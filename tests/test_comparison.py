@@ -168,13 +168,14 @@ def test_a_win_is_clear_of_all_others_by_more_than_either_spread():
     cells = dict(
         clear=["60.0 ± 1.0", "63.0 ± 0.5", "50.0 ± 9.0"],
         within=["60.0 ± 4.0", "63.0 ± 0.5", "50.0 ± 9.0"],
+        own=["60.0 ± 1.0", "63.0 ± 4.0", "50.0 ± 1.0"],
         third=["60.0 ± 1.0", "63.0 ± 0.5", "59.0 ± 6.0"],
         low=["-9.0 ± 0.1", "-5.0 ± 0.1", "not run"],
         single=["60.0 ± 1.0", "63.0", "50.0 ± 1.0"],
         alone=["60.0 ± 1.0", "not run", "not run"],
     )
     table = pd.DataFrame(cells, index=["A", "B", "C"])
-    won = wins(table, dict(clear=1, within=1, third=1, low=-1, single=1, alone=1))
+    won = wins(table, dict(clear=1, within=1, own=1, third=1, low=-1, single=1, alone=1))
     assert won.to_numpy().nonzero()[0].tolist() == [0, 1] and won.loc["B", "clear"] and won.loc["A", "low"]
 
 
