@@ -302,12 +302,12 @@ def load_backbone(
     name: str = "smollm2-135m",  # a known name, a local folder, or a Hub id
     *,
     device: str | torch.device = "auto",  # "auto": CUDA if there is one
-    dtype: str | torch.dtype = "auto",  # "auto": bfloat16 where the hardware has it
+    dtype: str | torch.dtype = "auto",  # "auto": bfloat16 where the hardware has it; float32 for a tiny model
     trust_remote_code: bool = False,  # True runs code that comes with a Hub model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # model in eval mode, tokenizer
     "Load a model and its tokenizer; the known names need no network. `ValueError`, `OSError` if it fails."
     device, name = pick_device(device), find_backbone(str(name))
-    dtype = pick_dtype(dtype, device)
+    dtype = pick_dtype("float32" if name in TINY and dtype == "auto" else dtype, device)
     if name in TINY:
         model, tokenizer = made_in_place(name)
         return model.to(device, dtype).eval(), tokenizer

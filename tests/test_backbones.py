@@ -134,6 +134,13 @@ def test_bfloat16_on_a_processor_follows_its_capabilities(monkeypatch):
         assert native_bfloat16(torch.device("cpu")) == any(found.values())
 
 
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-t5"])
+def test_a_tiny_model_is_in_float32_also_where_bfloat16_is_native(name, monkeypatch):
+    monkeypatch.setattr(backbones, "native_bfloat16", lambda device: True)
+    assert load_backbone(name, device="cpu")[0].dtype == torch.float32
+    assert load_backbone(name, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("given", ["float32", torch.float32, "bfloat16", torch.bfloat16, "float16"])
 def test_the_dtype_asked_for_is_the_dtype_of_the_weights(given):
     model, _ = load_backbone("tiny-llama", device="cpu", dtype=given)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from equal_runs import content, files, same_weights
 
-from jumplora import backbones, continual
+from jumplora import continual
 from jumplora.adapter import adapter_layers, delta_weights, gate_groups
 from jumplora.backbones import load_backbone
 from jumplora.continual import Method, learn_sequence, load_learned, merge_adapter, weights_of
@@ -394,10 +394,10 @@ def test_load_learned_folds_a_kept_adapter_into_the_weights(runs):
         assert np.abs(as64(model.get_submodule(name).weight) - expected).max() < 1e-5
 
 
-def test_load_learned_computes_as_precisely_as_the_run_did(learned, monkeypatch):
-    monkeypatch.setattr(backbones, "native_bfloat16", lambda device: True)  # "auto" would choose bfloat16
-    model, _, run = load_learned(learned.folder, device="cpu")
-    assert next(model.parameters()).dtype == torch.float32 and run.configuration["dtype"] == "float32"
+def test_load_learned_computes_as_precisely_as_the_run_did(tmp_path):
+    result = learn("IncLoRA", tmp_path, dtype="bfloat16")
+    model, _, run = load_learned(result.folder, device="cpu")  # "auto" would choose float32
+    assert next(model.parameters()).dtype == torch.bfloat16 and run.configuration["dtype"] == "bfloat16"
 
 
 # ---- resuming ---------------------------------------------------------------------------------------------
