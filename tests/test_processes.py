@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache, partial
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from two_processes import EQUAL, QUICK, SEQUENCE, TASKS, all_answers, compare_words, learn, refused
 
 from jumplora import processes
+from jumplora.archives import load_without, rollback
 from jumplora.backbones import load_backbone, pick_device
 from jumplora.checkpoints import own_random_states, read_state
 from jumplora.command_line import main
@@ -124,6 +126,20 @@ def test_only_the_main_process_writes(folder):
     places = [folder / "alone" / run.name, folder / "llama" / run.name]
     one, two = (sorted(str(p.relative_to(place)) for p in place.rglob("*")) for place in places)
     assert one == two and "record.json" in one and "02-weather.safetensors" in " ".join(one)
+
+
+def test_a_task_is_taken_out_of_what_two_processes_have_learned(folder, tmp_path):
+    (record,) = (folder / "llama").glob("*/record.json")
+    learn("llama", tmp_path / "one")
+    shutil.copytree(record.parent, tmp_path / "two" / record.parent.name)
+    left, whole = [], load_file(folder / "llama.safetensors")
+    for count in ("one", "two"):
+        place, first = tmp_path / count / record.parent.name, TASKS[0].name
+        assert not rollback(place, first).last
+        left.append(load_without(place, first, device="cpu")[0].state_dict())
+    one, two = left
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    assert max((whole[name] - two[name]).abs().max().item() for name in two) > 1e-3
 
 
 # ---- together to the end ----------------------------------------

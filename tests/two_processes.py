@@ -78,7 +78,7 @@ def learn(case, out=None, **options):
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    options = dict(seed=1, out=out, progress=False) | options
+    options = dict(seed=1, out=out, backbone=name, progress=False) | options
     return learn_sequence(model, tokenizer, SEQUENCE, method, config, **options), model, tokenizer
 
 
