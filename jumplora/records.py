@@ -416,7 +416,8 @@ def what_was_run(
     backbone: str = "google-t5/t5-large",  # the paper's backbone
 ) -> str:  # two sentences
     "What the records hold and what they do not, computed from them."
-    done = {(run.method, run.sequence, run.backbone) for run in runs if run.complete}
+    ended = (run for run in runs if run.complete and run.method in methods)
+    done = {(run.method, run.sequence, run.backbone) for run in ended}
     orders = [order for part in PARTS.values() for order in part]
     grid = sum((method, order, backbone) in done for method in methods for order in orders)
     total = len(methods) * len(orders)
