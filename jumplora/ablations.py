@@ -73,8 +73,8 @@ def claim(
     final = {name: float(np.mean([r.average_accuracy for r in group])) for name, group in groups.items()}
     high, low = max(final, key=final.get), min(final, key=final.get)
     apart = overall_interval(groups[high])[0] > overall_interval(groups[low])[1]
-    said = "beyond the intervals" if apart else "within the intervals"
-    return f"{what}: {high} ends {final[high] - final[low]:.1f} points above {low}, {said}"
+    said = "told apart" if apart else "not told apart"
+    return f"{what}, {said}: {high} ends {final[high] - final[low]:.1f} points above {low}"
 
 # %% ../nbs/12c_ablations.ipynb #3154d398
 def setting_figure(
@@ -96,6 +96,7 @@ def setting_figure(
             ax.plot(learned, row, "o", color=color, markerfacecolor="white")
             ax.plot(left, row, "o", color=color)
         ax.set_yticks(range(len(groups)), list(groups)[::-1])
+        ax.set_ylim(-0.6, len(groups) - 0.4)
         ax.set(xlabel="from just learned (hollow) to the end (full), percent", title=claim(groups, what))
     return figure
 
@@ -155,7 +156,7 @@ def tradeoff_figure(
         left.fill_between(at, *zip(*map(overall_interval, ordered), strict=True), alpha=0.12, color="C1")
         right.plot(at, over(ordered, "forgetting"), "o-", color="C3")
         left.set(ylabel="accuracy, percent")
-        right.set(ylabel="forgetting, points")
+        right.set(ylabel="forgetting, points", ylim=(0, None))
         left.legend()
         for ax in (left, right):
             percent_axis(ax.xaxis, "entries kept at the end, percent")
@@ -223,8 +224,9 @@ def long_figure(
             seen = [run.accuracy[i, : i + 1].mean() for i in range(len(run.tasks))]
             left.plot(range(1, len(seen) + 1), seen, label=run.method, **method_style(run.method))
             right.plot(range(1, len(seen)), by_age(run), **method_style(run.method))
-        left.set(xlabel="tasks learned", ylabel="mean accuracy of the tasks seen, percent")
-        right.set(xlabel="tasks learned since", ylabel="points lost")
+        ticks = np.arange(0, len(runs[0].tasks) + 1, max(1, len(runs[0].tasks) // 4))
+        left.set(xlabel="tasks learned", ylabel="mean accuracy of the tasks seen", xticks=ticks)
+        right.set(xlabel="tasks learned since", ylabel="points lost", xticks=ticks)
         figure.legend(loc="outside lower center", ncols=3)
         ends = ", ".join(f"{run.method} {run.average_accuracy:.1f} %" for run in runs)
         figure.suptitle(f"After {len(runs[0].tasks)} tasks: {ends}", fontsize=11)
@@ -249,12 +251,12 @@ def chance_figure(
         left, right = figure.subplots(1, 2)
         left.hist(ratio, bins=30, color=color)
         left.axvline(1, color="grey", linestyle="--")
+        left.locator_params(axis="x", nbins=5)
         left.set(xlabel="shared entries / chance", ylabel="pairs of tasks")
         tasks = range(1, len(overlap.tasks) + 1)
         right.plot(tasks, 100 * overlap.filled, "o-", color=color, label="measured")
         right.plot(tasks, 100 * (1 - np.cumprod(1 - overlap.density)), "--", color="grey", label="chance")
         right.set(xlabel="tasks learned", ylabel="entries touched so far, percent")
         right.legend()
-        title = f"Two tasks share {ratio.min():.2f} to {ratio.max():.2f} times what chance gives"
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(f"Two tasks share {ratio.min():.2f} to {ratio.max():.2f} times chance", fontsize=11)
     return figure

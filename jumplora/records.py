@@ -7,7 +7,8 @@ __all__ = ['COMPARED', 'RUN_COMMAND', 'COLUMNS', 'PARTS', 'mean_text', 'load_run
            'shared_settings', 'by_method', 'overall_interval', 'method_row', 'labelled', 'comparison_table',
            'best_cells', 'told_apart', 'interval_note', 'markdown_table', 'new_figure', 'not_run_figure', 'title_of',
            'draw_matrix', 'accuracy_figure', 'first_task_line', 'first_task_figure', 'reported_results',
-           'measured_text', 'reported_rows', 'reported_table', 'source_list', 'grid_command', 'what_was_run']
+           'measured_text', 'reported_rows', 'reported_table', 'source_list', 'seeds_text', 'grid_command',
+           'what_was_run']
 
 # %% ../nbs/12_records.ipynb #7937a177
 import json
@@ -399,6 +400,15 @@ def source_list(
     return "\n".join(f"- [{note}] {source}" for note, source in pairs)
 
 
+def seeds_text(
+    runs: Sequence[Run],  # one or more
+) -> str:  # such as "1 to 3 seeds"
+    "With how many seeds its methods were run."
+    seeds = {run.method: {r.seed for r in runs if r.method == run.method} for run in runs}
+    few, many = min(map(len, seeds.values())), max(map(len, seeds.values()))
+    return f"{few} to {many} seeds" if few < many else f"{many} seed{'s' if many > 1 else ''}"
+
+
 def grid_command(
     methods: Sequence[str],  # names of methods
     orders: Sequence[str],  # "order1" to "order6"
@@ -409,14 +419,14 @@ def grid_command(
     where = f"--backbone {backbone} --folder DATA --out results/{Path(backbone).name}"
     return f"jumplora grid --protocol paper --methods {quoted} --orders {' '.join(orders)} {where}"
 
-# %% ../nbs/12_records.ipynb #7dbc55fe
+# %% ../nbs/12_records.ipynb #7547c35d
 def what_was_run(
     runs: Sequence[Run],  # all runs
     methods: Sequence[str] = COMPARED,  # methods of the comparison
     backbone: str = "google-t5/t5-large",  # the paper's backbone
 ) -> str:  # two sentences
     "What the records hold and what they do not, computed from them."
-    ended = (run for run in runs if run.complete and run.method in methods)
+    ended = [run for run in runs if run.complete and run.method in methods]
     done = {(run.method, run.sequence, run.backbone) for run in ended}
     orders = [order for part in PARTS.values() for order in part]
     grid = sum((method, order, backbone) in done for method in methods for order in orders)
@@ -424,10 +434,9 @@ def what_was_run(
     here = []
     for sequence, model in sorted({key[1:] for key in done if key[2] != backbone or key[1] not in orders}):
         count = sum((method, sequence, model) in done for method in methods)
-        own = [run for run in runs if (run.sequence, run.backbone) == (sequence, model)]
-        seeds = len({run.seed for run in own})
+        own = [run for run in ended if (run.sequence, run.backbone) == (sequence, model)]
         words = labelled(f"{count} of {len(methods)} methods on {sequence} with {model}", own)
-        here.append(f"{words} ({seeds} seed{'s' if seeds > 1 else ''})")
+        here.append(f"{words} ({seeds_text(own)})")
     verdict = "no table of the paper is reproduced" if grid < total else "the grid is full"
     return (f"Measured: {'; '.join(here) or 'nothing yet'}. Of the paper's comparison on {backbone} "
             f"({len(methods)} methods, {len(orders)} orders) {grid} of {total} cells "

@@ -283,6 +283,8 @@ def test_the_first_sentence_counts_the_records():
     text = what_was_run([*small, make()])
     assert "5 of 5 methods on newsroom with smollm2-135m (1 seed)" in text and "1 of 30 cells" in text
     assert "no table of the paper is reproduced" in text
+    text = what_was_run([*small, make(COMPARED[0], sequence="newsroom", backbone="smollm2-135m", seed=7)])
+    assert "on newsroom with smollm2-135m (1 to 2 seeds)" in text
     assert "agnews" not in what_was_run([make("single task", sequence="agnews", backbone="smollm2-135m")])
     everything = [make(m, sequence=f"order{i}") for m in COMPARED for i in range(1, 7)]
     assert "30 of 30 cells were run: the grid is full" in what_was_run(everything)
