@@ -156,7 +156,7 @@ def tradeoff_figure(
         left.fill_between(at, *zip(*map(overall_interval, ordered), strict=True), alpha=0.12, color="C1")
         right.plot(at, over(ordered, "forgetting"), "o-", color="C3")
         left.set(ylabel="accuracy, percent")
-        right.set(ylabel="forgetting, points", ylim=(0, None))
+        right.set(ylabel="forgetting, points", ylim=(0, 1.1 * max(1, *over(ordered, "forgetting"))))
         left.legend()
         for ax in (left, right):
             percent_axis(ax.xaxis, "entries kept at the end, percent")

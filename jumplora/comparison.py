@@ -289,7 +289,7 @@ def paired_difference(
     base: str,  # without
     orders: Sequence[str] = PARTS["SC"],  # pairs are taken from these
     measure: str = "overall accuracy",  # a key of `MEASURES`
-) -> dict[str, str]:  # text: pairs, mean, interval, wins
+) -> dict[str, str]:  # text: pairs, mean, interval, outcome
     "A method minus its base, over runs that share order and seed."
     ours, theirs = measured(runs, method, measure), measured(runs, base, measure)
     pairs = sorted(key for key in ours.keys() & theirs.keys() if key[0] in orders)
@@ -298,11 +298,13 @@ def paired_difference(
     none = "too few pairs" if len(pairs) < 6 else "too many pairs"
     row = {"compared": f"{method} − {base}", "measure": measure, "pairs": str(len(pairs))}
     if not pairs or any(math.isnan(d) for d in differences):
-        return row | {"mean": "not run", "95 % interval": "not run", "better in": "not run"}
+        return row | {"mean": "not run", "95 % interval": "not run", "outcome": "not run"}
     sign = MEASURES[measure][1] or 1
     row["mean"] = f"{np.mean(differences):+.1f}"
     row["95 % interval"] = "{:+.1f} to {:+.1f}".format(*ends) if ends else none
-    return row | {"better in": f"{sum(sign * d > 0 for d in differences)} of {len(pairs)}"}
+    signs = [round(np.sign(sign * d)) if abs(d) > 1e-9 else 0 for d in differences]
+    counts = zip((1, -1, 0), ("better", "worse", "equal"), strict=True)
+    return row | {"outcome": ", ".join(f"{signs.count(value)} {word}" for value, word in counts)}
 
 # %% ../nbs/12a_comparison.ipynb #37ef278d
 GATED_AND_BASE: dict[str, str] = {

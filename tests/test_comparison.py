@@ -148,6 +148,11 @@ def test_too_few_or_too_many_pairs_have_no_interval():
         typical_interval([1.0] * 17)
 
 
+def outcome(gains):
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return f"{better} better, {worse} worse, {len(gains) - better - worse} equal"
+
+
 def test_pairs_share_order_and_seed():
     runs = [run for run in RUNS if (run.method, run.seed) != ("IncLoRA", 3)]
     row = paired_difference(runs, "IncLoRA + JumpLoRA", "IncLoRA")
@@ -156,10 +161,11 @@ def test_pairs_share_order_and_seed():
     assert row["pairs"] == "6" and row["mean"] == f"{np.mean(differences):+.1f}"
     low, high = typical_interval(differences)
     assert row["95 % interval"] == f"{low:+.1f} to {high:+.1f}"
-    assert row["better in"] == f"{sum(d > 0 for d in differences)} of 6"
+    assert row["outcome"] == outcome(differences)
     less = paired_difference(runs, "IncLoRA + JumpLoRA", "IncLoRA", measure="forgetting")
     c, d = measured(runs, "IncLoRA + JumpLoRA", "forgetting"), measured(runs, "IncLoRA", "forgetting")
-    assert less["better in"] == f"{sum(c[k] < d[k] for k in d)} of 6"  # less is better
+    assert less["outcome"] == outcome([d[k] - c[k] for k in d])  # less is better
+    assert paired_difference(runs, "IncLoRA", "IncLoRA")["outcome"] == "0 better, 0 worse, 6 equal"
     table = gate_table(runs)
     assert set(table["pairs"]) == {"6", "0"} and "not run" in set(table["mean"])
 
