@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'REFERENCES', 'ORDERS_OF', 'GATED_AND_BASE', 'scratch_scores', 'forward_transfer', 'check_one_setting',
            'check_one_budget', 'put_together', 'measured', 'in_part', 'order_values', 'grid_table', 'wins',
-           'summary_table', 'span', 'budget_text', 'search_table', 'typical_interval', 'paired_difference',
-           'gate_table', 'sequence_figure', 'falls', 'forgetting_figure', 'beside_figure', 'write_tables',
+           'summary_table', 'range_text', 'budget_text', 'search_table', 'typical_interval', 'paired_difference',
+           'gate_table', 'sequence_figure', 'forgotten_per_task', 'forgetting_figure', 'beside_figure', 'write_tables',
            'part_tables', 'tables_of']
 
 # %% ../nbs/12a_comparison.ipynb #e1c3d8b9
@@ -51,8 +51,11 @@ def scratch_scores(
             continue
         task = other.tasks[0]
         mine, theirs = run.configuration, other.configuration
-        same = all(mine.get(k) == theirs.get(k) for k in ("train", "scored_split")) and task in scores
-        if same and mine["rows"][task] == theirs["rows"][task]:
+        optimizers = {found.get("method", {}).get("optimizer") for found in (mine, theirs)}
+        free = {"learning_rate": None} if len(optimizers) > 1 else {}  # each optimizer has its own
+        same = task in scores and mine["rows"][task] == theirs["rows"][task]
+        same = same and mine.get("scored_split") == theirs.get("scored_split")
+        if same and mine["train"] | free == theirs["train"] | free:
             scores[task].append(other.average_accuracy)
     return [float(np.mean(found)) for found in scores.values()] if all(scores.values()) else None
 
@@ -227,7 +230,7 @@ def summary_table(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(heading)
 
 # %% ../nbs/12a_comparison.ipynb #ab64c828
-def span(
+def range_text(
     values: Iterable[int],  # numbers, at least one
 ) -> str:  # "50" or "40 to 50"
     "The smallest and the largest."
@@ -246,8 +249,8 @@ def budget_text(
     lengths = [run.configuration["train"]["max_length"] for run in runs]
     names = " and ".join(sorted({run.backbone for run in runs}))
     facts = {f"{task}: {note}" for run in runs for task, note in run.extra.get("notes", {}).items()}
-    return (f"{len(runs)} runs of {names}; per task {span(c[0] for c in counts)} training rows and "
-            f"{span(c[2] for c in counts)} test rows, prompts of at most {span(lengths)} tokens."
+    return (f"{len(runs)} runs of {names}; per task {range_text(c[0] for c in counts)} training rows and "
+            f"{range_text(c[2] for c in counts)} test rows, prompts of at most {range_text(lengths)} tokens."
             + "".join(f" {fact}." for fact in sorted(facts) if notes))  # fmt: skip
 
 # %% ../nbs/12a_comparison.ipynb #19ee16ae
@@ -257,13 +260,15 @@ def search_table(
     "What was tried to choose strengths and thresholds, and how it did on dev rows."
     runs, rows = list(runs), []
     for run in runs:
-        strength = run.configuration["method"]["regularizer"].get("strength")
-        kept = run.configuration["train"]["kept"]
-        tried = f"kept = {kept}" if strength is None else f"λ = {strength}"
+        train = run.configuration["train"]
+        tried = {"λ": run.configuration["method"]["regularizer"].get("strength"), "kept": train["kept"]}
+        tried["learning rate"] = train["learning_rate"]  # where there is nothing else to choose
+        name, value = next((name, value) for name, value in tried.items() if value is not None)
         scores = f"{run.average_accuracy:.1f}", f"{run.just_learned:.1f}"
-        rows.append([run.method, run.sequence, tried, *scores])
-    columns = ["method", "sequence", "tried", "overall accuracy on dev", "just learned on dev"]
-    table = pd.DataFrame(rows, columns=columns).sort_values(columns[:2], kind="stable").set_index("method")
+        rows.append([run.method, run.sequence, value, f"{name} = {value}", *scores])
+    columns = ["method", "sequence", "value", "tried", "overall accuracy on dev", "just learned on dev"]
+    table = pd.DataFrame(rows, columns=columns).sort_values(columns[:3], kind="stable")
+    table = table.drop(columns="value").set_index("method")
     return table.rename_axis(labelled("method", runs))
 
 # %% ../nbs/12a_comparison.ipynb #f1b7495d
@@ -345,7 +350,7 @@ def sequence_figure(
     return figure
 
 # %% ../nbs/12a_comparison.ipynb #a8c5b2f7
-def falls(
+def forgotten_per_task(
     runs: Sequence[Run],  # runs of one method on the same tasks, in any order
 ) -> dict[str, float]:  # task -> points below its best score at the end; 0 where it always came last
     "What each task loses until the end, mean over the runs in which something comes after it."
@@ -369,7 +374,7 @@ def forgetting_figure(
         figure = new_figure((max(7, 0.6 * len(tasks)), 4))
         ax, width = figure.subplots(), 0.8 / len(methods)
         for k, method in enumerate(methods):
-            lost = falls([run for run in runs if run.method == method])
+            lost = forgotten_per_task([run for run in runs if run.method == method])
             places = np.arange(len(lost)) + width * (k + 0.5) - 0.4
             ax.bar(places, lost.values(), width, label=method, color=method_style(method)["color"])
         ax.set_xticks(range(len(tasks)), sorted(tasks), rotation=20, ha="right")

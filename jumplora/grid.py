@@ -82,13 +82,13 @@ def plan(
     **shared: object,  # other fields of `Job`, the same for all
 ) -> list[Job]:  # seed by seed, order by order
     "The jobs of a grid, each once. Raises ValueError for an unknown method."
-    methods, orders, strengths = list(dict.fromkeys(methods)), list(orders), strengths or {}
-    places = [(i, m, name) for m in methods for i, name in enumerate(sequences_for(m, orders))]
-    places.sort(key=lambda place: place[0])  # all methods of the first order, then of the second
+    methods, strengths = list(methods), strengths or {}
+    places = ((m, name) for order in orders for m in methods for name in sequences_for(m, [order]))
+    places = list(dict.fromkeys(places))
     return [
         Job(method, sequence, seed, strength=strengths.get(base_of(method)), **shared)
         for seed in dict.fromkeys(seeds)
-        for _, method, sequence in places
+        for method, sequence in places
     ]
 
 # %% ../nbs/12b_grid.ipynb #dc164da9

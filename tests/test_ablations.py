@@ -6,8 +6,8 @@ import pytest
 from jumplora.ablations import (
     all_but,
     by_age,
-    claim,
     density,
+    difference_claim,
     drift,
     long_figure,
     setting_figure,
@@ -71,11 +71,11 @@ def test_the_table_holds_what_each_value_learns_and_loses():
 def test_a_title_says_whether_the_intervals_overlap():
     near = {"a": [made()], "b": [made(learned=71.0)]}
     far = {"a": [made(learned=30.0)], "b": [made(learned=90.0)]}
-    assert claim(near, "scope") == "scope, not told apart: b ends 1.0 points above a"
-    assert claim(far, "scope") == "scope, told apart: b ends 60.0 points above a"
+    assert difference_claim(near, "scope") == "scope, not told apart: b ends 1.0 points above a"
+    assert difference_claim(far, "scope") == "scope, told apart: b ends 60.0 points above a"
     many = {name: [made(learned=group[0].accuracy[0, 0], rows=40_000)] for name, group in near.items()}
-    assert claim(many, "scope").startswith("scope, told apart: ")
-    assert setting_figure(near, "scope").axes[0].get_title(loc="left") == claim(near, "scope")
+    assert difference_claim(many, "scope").startswith("scope, told apart: ")
+    assert setting_figure(near, "scope").axes[0].get_title(loc="left") == difference_claim(near, "scope")
     labels = [text.get_text() for text in setting_figure(near, "scope").axes[0].get_yticklabels()]
     assert labels == ["b", "a"]  # from below: the first stands on top
 

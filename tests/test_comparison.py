@@ -11,8 +11,8 @@ from jumplora.command_line import main
 from jumplora.comparison import (
     beside_figure,
     budget_text,
-    falls,
     forgetting_figure,
+    forgotten_per_task,
     gate_table,
     grid_table,
     measured,
@@ -46,7 +46,7 @@ def make(method, order, seed, rng=None, split="test", **changes):
     matrix = np.where(np.tri(len(tasks), dtype=bool), rng.uniform(0, 100, (len(tasks), len(tasks))), np.nan)
     configuration = dict(
         method=dict(regularizer=dict(name=method)),
-        train=dict(max_length=128, kept=None),
+        train=dict(max_length=128, kept=None, learning_rate=1e-3),
         rows={task: f"rows of {task}" for task in tasks},
         counts={task: [120, 40, 50] for task in tasks},
         scored_split=split,
@@ -106,6 +106,11 @@ def test_forward_transfer_uses_the_same_task_on_the_same_rows_and_settings():
         ]
         assert scratch_scores(run, other) is None
     assert summary_table(RUNS).loc["ELLA", "forward transfer"] == "not measured"
+    faster = run.configuration | {"train": run.configuration["train"] | {"learning_rate": 1e-2}}
+    other = make(run.method, run.sequence, 1, configuration=faster)
+    assert scratch_scores(other, ALONE) is None
+    faster["method"] = faster["method"] | {"optimizer": "muon"}
+    assert scratch_scores(other, ALONE) == pytest.approx(expected)
 
 
 def test_tasks_learned_alone_stand_beside_every_order_that_they_cover():
@@ -202,7 +207,7 @@ def test_falls_are_from_the_best_score_and_leave_the_last_task_out():
     for run in own:
         for j, task in enumerate(run.tasks[:3]):
             found[task].append(max(run.accuracy[j:, j]) - run.accuracy[3, j])
-    assert falls(own) == pytest.approx({task: np.mean(values) for task, values in found.items()})
+    assert forgotten_per_task(own) == pytest.approx({task: np.mean(values) for task, values in found.items()})
 
 
 def test_the_budget_and_what_must_be_known_of_rows_are_said():
@@ -221,7 +226,9 @@ def test_a_search_shows_every_try():
         tries.append(run)
     gate = make("IncLoRA + JumpLoRA", "order1", 1, split="dev")
     gate.configuration["train"]["kept"] = 0.05
-    assert search_table([*tries, gate])["tried"].tolist() == ["λ = 10000.0", "λ = 100000.0", "kept = 0.05"]
+    muon = make("IncLoRA (Muon)", "order1", 1, split="dev")
+    tried = ["λ = 10000.0", "λ = 100000.0", "learning rate = 0.001", "kept = 0.05"]
+    assert search_table([gate, tries[1], muon, tries[0]])["tried"].tolist() == tried
 
 
 def test_tables_are_written_in_three_forms_that_agree(tmp_path):

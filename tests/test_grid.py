@@ -47,6 +47,8 @@ def test_a_plan_has_every_combination_once_and_single_tasks_once():
     assert [job.strength for job in jobs[:4]] == [None, 3.0, None, 3.0]
     tasks = [job.sequence for job in plan(["single task"], ["order1", "order2", "order3"], [1], **SMALL)]
     assert tasks == ["dbpedia", "amazon", "yahoo", "agnews"]
+    mixed = plan(["ELLA", "single task"], ["order1", "order2"], [1], **SMALL)
+    assert [job.method for job in mixed] == ["ELLA", *4 * ["single task"], "ELLA"]
     everything = plan(["single task"], [f"order{n}" for n in range(1, 7)], [1], **SMALL)
     assert len(everything) == 15
     with pytest.raises(ValueError, match="did you mean 'ELLA'"):
