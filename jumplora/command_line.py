@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
-           'compare_parser', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing', 'together', 'show',
-           'table', 'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity', 'rollback',
-           'sparsity_parser', 'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser',
+           'compare_parser', 'check_once', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing',
+           'together', 'show', 'table', 'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity',
+           'rollback', 'sparsity_parser', 'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser',
            'parse_settings', 'swept', 'grid', 'grid_parser', 'export', 'export_parser', 'overview', 'main']
 
 # %% ../nbs/13_command_line.ipynb #2a5a5492
@@ -124,6 +124,15 @@ def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
     return parser
 
 # %% ../nbs/13_command_line.ipynb #743b289a
+def check_once(
+    words: Sequence[str],  # of a command line
+) -> None:
+    "Raise ValueError where a flag of NAME=VALUE pairs comes twice: a parser keeps the last ones alone."
+    for flag in ("--set", "--slurm", "--strength"):
+        if sum(word.partition("=")[0] == flag for word in words) > 1:
+            raise ValueError(f"{flag} comes twice; give it once, with all pairs: {flag} A=1 B=2")
+
+
 def chosen_methods(
     names: Sequence[str],  # names of methods
     strength: Sequence[str],  # such as "ELLA=3e5"
@@ -583,6 +592,7 @@ def main(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     try:
         build, command, _ = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
+        check_once(argv[1:])
         return together(command, build().parse_args(argv[1:]))
     except SystemExit as stop:  # the parser has printed what is wrong
         return stop.code

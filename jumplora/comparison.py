@@ -95,12 +95,12 @@ def check_one_setting(
 def check_one_budget(
     runs: Iterable[Run],  # runs of any methods
 ) -> None:
-    "Raise ValueError where their backbone, their rows or the split that was scored differ."
+    "Raise ValueError where their backbone, its dtype, their rows or the split that was scored differ."
     known: dict[str, object] = {}
     for run in runs:
         rows = {f"rows of {task}": rows for task, rows in run.configuration["rows"].items()}
-        own = dict(backbone=run.backbone, scored_split=run.configuration.get("scored_split"))
-        for key, value in (own | rows).items():
+        settings = {key: run.configuration.get(key) for key in ("dtype", "scored_split")}
+        for key, value in (settings | rows | {"backbone": run.backbone}).items():
             if known.setdefault(key, value) != value:
                 raise ValueError(f"{run.name} differs from other runs in {key}; compare runs of one budget")
 

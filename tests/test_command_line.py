@@ -172,6 +172,8 @@ def test_the_installed_command_is_main(root):
         (["compare", "--rank", "0"], "rank=0 is not a whole number of at least 1"),
         (["compare", "--batch-size", "-3"], "batch_size=-3 is not a whole number of at least 1"),
         (["compare", "--method", "ELLA", "--strength", "ELLA=-1"], "strength=-1.0 is not allowed"),
+        (["compare", "--strength", "ELLA=1", "--strength=O-LoRA=1"], "--strength comes twice; give it once"),
+        (["grid", "--set", "kept=0.1", "--set", "rank=4"], "--set comes twice; give it once"),
         (["compare", "--method", "ELLA", "--past-dtype", "half"], "past_dtype='half'"),
         (["compare", "--train-rows", "0"], "train=0 is no number of rows"),
         (["compare", "--seed", "-1"], "seed=-1 "),
