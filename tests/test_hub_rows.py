@@ -375,7 +375,7 @@ def record(method="ELLA", sequence="order1-hub", seed=1, rows="these", model="a 
     scores = np.where(np.tri(4, dtype=bool), 10.0 * seed + np.arange(16).reshape(4, 4), np.nan)
     configuration = dict(
         method=dict(regularizer=dict(name=method)),
-        train=dict(max_length=128, kept=None),
+        train=dict(max_length=128, kept=None, learning_rate=1e-3),
         scored_split="test",
         rows=dict.fromkeys(tasks, rows),
         counts=dict.fromkeys(tasks, [120, 40, 50]),
