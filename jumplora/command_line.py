@@ -101,10 +101,11 @@ def add_train_flags(
 
 def add_model_flags(
     parser: ArgumentParser,  # gets --device and --dtype
+    dtype: str = "auto",  # the default; runs that are compared take the same on every machine
 ) -> None:
     "Flags that say where and how precisely to compute."
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if any")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16; auto takes bfloat16 if native")
+    parser.add_argument("--dtype", default=dtype, help="float32, bfloat16; auto takes bfloat16 if native")
 
 # %% ../nbs/13_command_line.ipynb #74704fb8
 def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
@@ -119,18 +120,20 @@ def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
         kind = many or dict(type=str if preset[name] is None else type(preset[name]))
         parser.add_argument("--" + name.replace("_", "-"), default=preset[name], help=help, **kind)
     parser.add_argument("--progress", type=bool, default=True, help="show progress bars: true or false")
-    add_model_flags(parser)
+    add_model_flags(parser, dtype="float32")
     add_train_flags(parser)
     return parser
 
 # %% ../nbs/13_command_line.ipynb #743b289a
 def check_once(
-    words: Sequence[str],  # of a command line
+    parser: ArgumentParser,  # of a command
+    words: Sequence[str],  # of its command line
 ) -> None:
-    "Raise ValueError where a flag of NAME=VALUE pairs comes twice: a parser keeps the last ones alone."
-    for flag in ("--set", "--slurm", "--strength"):
-        if sum(word.partition("=")[0] == flag for word in words) > 1:
-            raise ValueError(f"{flag} comes twice; give it once, with all pairs: {flag} A=1 B=2")
+    "Raise ValueError where a flag of several values comes twice: a parser keeps the last ones, silently."
+    flags = [word.partition("=")[0] for word in words]
+    for flag in (flag for action in parser._actions if action.nargs == "+" for flag in action.option_strings):
+        if flags.count(flag) > 1:
+            raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
 
 
 def chosen_methods(
@@ -228,7 +231,8 @@ def together(
     from jumplora.processes import join_processes, only_main_speaks
 
     if command is not compare:
-        raise ValueError("only `jumplora compare` runs on several processes; start this command by itself")
+        what = "start this command by itself (`jumplora grid` has --processes)"
+        raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
     join_processes(flags.device)
     with only_main_speaks():
         return command(flags)
@@ -484,10 +488,11 @@ def grid(
     if not flags.status:
         budget = PROTOCOLS[check_choice(flags.protocol, tuple(PROTOCOLS), "protocol")]
         shared = dict(backbone=flags.backbone, split=flags.score, dtype=flags.dtype, rows=budget["rows"])
-        asked = (flags.methods, flags.orders, flags.seeds, parse_strengths(flags.strength))
+        strengths = budget["strengths"] | parse_strengths(flags.strength)
+        asked = (flags.methods, flags.orders, flags.seeds, strengths)
         tries = [budget["train"] | settings for settings in swept(flags.set)]
         jobs = [job for train in tries for job in plan(*asked, **shared, train=train)]
-        where = dict(workers=flags.workers, engine=flags.engine, folder=flags.folder, device=flags.device)
+        where = {name: flags[name] for name in ("workers", "processes", "engine", "folder", "device")}
         run_grid(jobs, flags.out, **where, **parse_settings(flags.slurm))
     table = status(flags.out)
     print(table.reset_index(drop=True).to_string(index=False))
@@ -506,17 +511,19 @@ def grid_parser() -> ArgumentParser:  # flags of `jumplora grid`
     add("--orders", nargs="+", type=str, default=orders, help=COMPARE_HELP["sequence"])
     add("--seeds", nargs="+", type=int, default=[42, 43, 44], help=COMPARE_HELP["seed"])
     add("--protocol", default="reduced", help="the budget: reduced, or paper for all rows")
-    add("--strength", nargs="+", type=str, default=preset["strength"], help=COMPARE_HELP["strength"])
-    add("--set", nargs="+", type=str, default=[], help="settings, e.g. kept=0.05; repeat one to sweep it")
+    strength = COMPARE_HELP["strength"] + "; none: the protocol's"
+    add("--strength", nargs="+", type=str, default=[], help=strength)
+    add("--set", nargs="+", type=str, default=[], help="settings; kept=0.05 kept=0.2 tries both")
     add("--score", default="test", help=COMPARE_HELP["score"])
     add("--backbone", default=preset["backbone"], help=COMPARE_HELP["backbone"])
     add("--folder", type=str, default=None, help=COMPARE_HELP["folder"])
     add("--out", type=str, default="runs/grid", help="the grid's folder")
     add("--status", action="store_true", help="only say how far the grid in --out is")
     add("--workers", type=int, default=1, help="runs at a time")
+    add("--processes", type=int, default=1, help="processes of one run, each with a GPU of its own if any")
     add("--engine", default="local", help="local, or slurm")
     add("--slurm", nargs="+", type=str, default=[], help="submitit's parameters, e.g. slurm_partition=gpu")
-    add_model_flags(parser)
+    add_model_flags(parser, dtype="float32")
     return parser
 
 # %% ../nbs/13_command_line.ipynb #deb39659
@@ -592,8 +599,9 @@ def main(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     try:
         build, command, _ = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
-        check_once(argv[1:])
-        return together(command, build().parse_args(argv[1:]))
+        parser = build()
+        check_once(parser, argv[1:])
+        return together(command, parser.parse_args(argv[1:]))
     except SystemExit as stop:  # the parser has printed what is wrong
         return stop.code
     except (ValueError, RuntimeError, OSError) as error:

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'FORMAT', 'Job', 'sequences_for', 'plan', 'job_method', 'job_sequence', 'check_jobs', 'learn_job',
-           'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process', 'run_job',
-           'executor_for', 'run_local', 'devices_for', 'run_grid', 'start_here']
+           'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process', 'noted',
+           'run_job', 'executor_for', 'run_local', 'check_start', 'places_for', 'run_grid', 'start_here']
 
 # %% ../nbs/12b_grid.ipynb #903f8de4
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,19 +27,27 @@ from .conventions import check_choice, write_atomic
 from .hub_rows import HUB_SEQUENCES
 from .methods import METHODS, base_of, with_settings
 from .paper_rows import load_sequence
+from .processes import is_main, join_processes, on_main
 from .prompts import TaskSequence
 from .run_record import DamagedRecord, Run, digest
 from .tasks import ORDERS
 from .training import TrainConfig
 
 # %% ../nbs/12b_grid.ipynb #bff50b44
-PROTOCOLS: dict[str, dict] = {  # rows of each task at most (None: all), and what differs from `TrainConfig()`
-    "reduced": dict(rows=dict(train=120, dev=40, test=50), train={}),
+PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
+    "reduced": dict(
+        rows=dict(train=120, dev=40, test=50),
+        train={},
+        strengths={"ELLA": 3e6, "O-LoRA": 0.5, "N-LoRA": 1e-4, "EWC": 1e4},
+    ),
     "paper": dict(
         rows=dict(train=None, dev=None, test=None),
         train=dict(batch_size=32, max_length=512, truncation="reference"),
+        strengths={"ELLA": dict.fromkeys(["order1", "order2", "order3"], 3e4) | {
+            "order4": [5e5] * 14 + [5e7], "order5": [5e6] * 12 + [5e7] * 3, "order6": 5e5
+        }},
     ),
-}
+}  # fmt: skip
 
 # %% ../nbs/12b_grid.ipynb #83e2a433
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Job:
     train: dict = field(default_factory=dict)  # fields of `TrainConfig` that are not at their default
     strength: float | list | None = None  # λ of the method's penalty; None: its default
     split: str = "test"  # rows that are scored: "test" or "dev"
-    dtype: str = "auto"  # of the backbone
+    dtype: str = "auto"  # of the backbone; the command asks for "float32"
 
     @property
     def key(self) -> str:  # letters, digits, "-", "." and "_": safe as a folder's name
@@ -78,15 +88,20 @@ def plan(
     methods: Iterable[str],  # keys of `METHODS`
     orders: Iterable[str],  # "order1" to "order6", "order1-hub", or other sequences
     seeds: Iterable[int],  # one run each
-    strengths: dict[str, float | list[float]] | None = None,  # from `parse_strengths`
+    strengths: dict[str, float | list | dict] | None = None,  # λ by method, or by method and sequence
     **shared: object,  # other fields of `Job`, the same for all
 ) -> list[Job]:  # seed by seed, order by order
     "The jobs of a grid, each once. Raises ValueError for an unknown method."
     methods, strengths = list(methods), strengths or {}
+
+    def strength(method: str, sequence: str) -> float | list | None:
+        value = strengths.get(base_of(method))
+        return value.get(sequence.removesuffix("-hub")) if isinstance(value, dict) else value
+
     places = ((m, name) for order in orders for m in methods for name in sequences_for(m, [order]))
     places = list(dict.fromkeys(places))
     return [
-        Job(method, sequence, seed, strength=strengths.get(base_of(method)), **shared)
+        Job(method, sequence, seed, strength=strength(method, sequence), **shared)
         for seed in dict.fromkeys(seeds)
         for method, sequence in places
     ]
@@ -234,14 +249,38 @@ def status(
 def prepare_process(
     threads: int | None,  # of the CPU; None: torch decides
     visible: str | None,  # CUDA_VISIBLE_DEVICES; "all": none is hidden; None: as it is
+    processes: int,  # that share this job's run
+    device: str,  # where it computes, as in `load_backbone`
 ) -> None:
-    "Set the threads, and undo that submitit hides GPUs from jobs of this machine."
+    "Set the threads, undo that submitit hides GPUs from jobs of this machine, and meet the other processes."
     import torch
 
     torch.set_num_threads(threads or torch.get_num_threads())
     if visible is not None:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
+    if processes > 1:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        join_processes(device)
+
+# %% ../nbs/12b_grid.ipynb #ce3c08e3
+@contextmanager
+def noted(
+    place: Path,  # a job's folder
+) -> Iterator[dict]:  # takes what else to write down in the end
+    "Write down that a job runs, and how the block ends; of several processes the main one writes."
+    end = dict(state="done")
+    note = partial(write_json, place / "state.json") if is_main() else lambda state: None
+    note(dict(state="running", since=time.strftime("%Y-%m-%d %H:%M")))
+    try:
+        yield end
+    except BaseException as error:
+        said = (str(error).strip().splitlines() or [""])[-1]
+        note(dict(state="failed", error=f"{type(error).__name__}: {said}"))
+        raise
+    note(end)
 
 # %% ../nbs/12b_grid.ipynb #65a6fcfc
 def run_job(
@@ -251,23 +290,18 @@ def run_job(
     device: str = "auto",  # as in `load_backbone`
     threads: int | None = None,  # as in `prepare_process`
     visible: str | None = None,  # the same
+    processes: int = 1,  # the same
 ) -> str:  # how far it is now
     "Do one job, unless it is done or somebody is at it; what goes wrong is written down and raised again."
     place = Path(out) / "jobs" / key
-    prepare_process(threads, visible)
-    if job_state(place)[0] == "done":
+    prepare_process(threads, visible, processes, device)
+    if on_main(job_state, place)[0] == "done":
         return "done"
-    with held_lock(place / "lock", patience=2) as ours:
-        if not ours:
+    with held_lock(place / "lock", patience=2) if is_main() else nullcontext() as ours:
+        if not on_main(lambda: ours):
             return "running"
-        write_json(place / "state.json", dict(state="running", since=time.strftime("%Y-%m-%d %H:%M")))
-        try:
-            run = learn_job(read_job(place), Path(out), folder, device)
-        except BaseException as error:
-            said = (str(error).strip().splitlines() or [""])[-1]
-            write_json(place / "state.json", dict(state="failed", error=f"{type(error).__name__}: {said}"))
-            raise
-        write_json(place / "state.json", dict(state="done", record=run.name))
+        with noted(place) as end:
+            end["record"] = learn_job(read_job(place), Path(out), folder, device).name
         return "done"
 
 # %% ../nbs/12b_grid.ipynb #8eb0904f
@@ -310,14 +344,33 @@ def run_local(
         raise
 
 # %% ../nbs/12b_grid.ipynb #24862f7b
-def devices_for(
+def check_start(
+    engine: str,  # "local" or "slurm"
+    **counts: int,  # workers and processes, at least 1
+) -> None:
+    "Raise ValueError for an engine that does not exist, or a count that is none."
+    check_choice(engine, ("local", "slurm"), "engine")
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name}={count!r} is not a whole number of at least 1")
+
+
+def places_for(
     device: str,  # "auto", "cpu", "cuda", "cuda:1"
-) -> list[str]:  # one or more, to be taken in turn
+    processes: int = 1,  # of one run, a GPU each
+) -> list[tuple[str, str]]:  # one or more, to be taken in turn: device, CUDA_VISIBLE_DEVICES
     "Where jobs of this machine compute: on all GPUs in turn, where nothing else is said."
     import torch
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    return [f"cuda:{i}" for i in range(count)] or [device]
+    if processes == 1 or not count:
+        return [(f"cuda:{i}", visible) for i in range(count)] or [(device, visible)]
+    if count < processes:
+        raise ValueError(f"processes={processes}, and there are {count} GPUs here; use at most {count}")
+    names = [str(i) for i in range(count)] if visible == "all" else visible.split(",")
+    groups = [names[i : i + processes] for i in range(0, count - processes + 1, processes)]
+    return [("cuda", ",".join(group)) for group in groups]
 
 # %% ../nbs/12b_grid.ipynb #70a0e972
 def run_grid(
@@ -327,22 +380,23 @@ def run_grid(
     engine: str = "local",  # or "slurm"
     folder: str | None = None,  # the benchmark's rows
     device: str = "auto",  # as in `load_backbone`
+    processes: int = 1,  # that share one run, each with a GPU of its own if there are any
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
 ) -> pd.DataFrame:  # the status of the whole folder
     "Do what is missing. On SLURM the jobs are handed over, and the call returns at once."
-    check_choice(engine, ("local", "slurm"), "engine")
-    if type(workers) is not int or workers < 1:
-        raise ValueError(f"workers={workers!r} is not a whole number of at least 1")
+    check_start(engine, workers=workers, processes=processes)
     out, folder = Path(out), folder and str(Path(folder).resolve())
+    places = places_for(device, processes) if engine == "local" else []
     check_jobs(jobs, folder)
     open_grid(out, jobs)
     missing = [job.key for job in jobs if job_state(out / "jobs" / job.key)[0] not in ("done", "running")]
+    options = dict(tasks_per_node=processes) | options
     if engine == "slurm" and missing:
         executor = executor_for(engine, out / "jobs" / "log", dict(slurm_array_parallelism=workers) | options)
-        shared = ([value] * len(missing) for value in (folder, device))
-        executor.map_array(run_job, [str(out.resolve())] * len(missing), missing, *shared)
+        job = partial(run_job, folder=folder, device=device, processes=processes)
+        executor.map_array(job, [str(out.resolve())] * len(missing), missing)
     elif missing:
-        start_here(out, missing, workers, folder, device, options)
+        start_here(out, missing, workers, processes, places, folder, options)
     return status(out)
 
 # %% ../nbs/12b_grid.ipynb #9c9903bc
@@ -350,19 +404,19 @@ def start_here(
     out: Path,  # a grid's folder
     keys: Sequence[str],  # jobs to do
     workers: int,  # jobs at a time
+    processes: int,  # of each job
+    places: Sequence[tuple[str, str]],  # from `places_for`
     folder: str | None,  # the benchmark's rows
-    device: str,  # as in `load_backbone`
     options: dict,  # of submitit
 ) -> None:
     "Share this machine's threads and GPUs among the workers, and do the jobs."
     import torch
 
-    devices, threads = devices_for(device), max(1, torch.get_num_threads() // workers)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    threads = max(1, torch.get_num_threads() // (workers * processes))
 
     def submit(key: str, slot: int):
+        device, visible = places[slot % len(places)]
         executor = executor_for("local", out / "jobs" / key / "log", options)
-        here = (devices[slot % len(devices)], threads, visible)
-        return executor.submit(run_job, str(out), key, folder, *here)
+        return executor.submit(run_job, str(out), key, folder, device, threads, visible, processes)
 
     run_local(out, keys, workers, submit)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from jumplora.grid import (
     job_sequence,
     job_state,
     open_grid,
+    places_for,
     plan,
     read_job,
     run_grid,
@@ -53,6 +56,26 @@ def test_a_plan_has_every_combination_once_and_single_tasks_once():
     assert len(everything) == 15
     with pytest.raises(ValueError, match="did you mean 'ELLA'"):
         plan(["Ella"], ["order1"], [1], **SMALL)
+
+
+def test_a_protocol_knows_the_strengths_and_a_flag_overrides_them(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(grid, "run_grid", lambda jobs, out, **where: asked.update({out: jobs}))
+    monkeypatch.setattr(grid, "status", lambda out: pd.DataFrame(dict(state=["done"])))
+
+    def strengths(*words):
+        assert main(["grid", "--out", "here", "--seeds", "1", *words]) == 0
+        return {(job.method, job.sequence): job.strength for job in asked["here"]}
+
+    paper = strengths("--protocol", "paper", "--orders", "order1", "order4", "order5", "order6-hub")
+    expected = dict(order1=3e4, order4=[5e5] * 14 + [5e7], order5=[5e6] * 12 + [5e7] * 3)
+    expected |= {"order6-hub": 5e5}
+    assert {name: paper["ELLA", name] for name in expected} == expected
+    assert {name: paper["ELLA + JumpLoRA", name] for name in expected} == expected
+    assert paper["IncLoRA", "order1"] is None
+    words = ("--methods", "ELLA", "O-LoRA + JumpLoRA", "--strength", "ELLA=7", "--orders", "order2")
+    reduced = strengths(*words)
+    assert reduced == {("ELLA", "order2"): 7.0, ("O-LoRA + JumpLoRA", "order2"): 0.5}
 
 
 def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
@@ -178,21 +201,41 @@ def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(tmp_path):
         status(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("workers, each", [(1, 8), (3, 2), (16, 1)])
-def test_workers_share_the_threads_that_torch_was_given(workers, each, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers, processes, each", [(1, 1, 8), (3, 1, 2), (16, 1, 1), (1, 2, 4), (2, 4, 1)])
+def test_workers_share_the_threads_that_torch_was_given(workers, processes, each, tmp_path, monkeypatch):
     class Executor:
-        def submit(self, job, out, key, folder, device, threads, visible):
+        def submit(self, job, out, key, folder, device, threads, visible, processes):
             return device, threads
 
     given = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(grid, "executor_for", lambda *where: Executor())
     monkeypatch.setattr(grid, "run_local", lambda out, keys, workers, submit: given.append(submit("a", 0)))
-    grid.start_here(tmp_path, ["a"], workers, None, "cpu", {})
+    grid.start_here(tmp_path, ["a"], workers, processes, [("cpu", "all")], None, {})
     assert given == [("cpu", each)]
 
 
+def test_jobs_take_gpus_in_turn_and_those_of_several_processes_take_as_many_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert places_for("auto") == [(f"cuda:{i}", "all") for i in range(5)]
+    assert places_for("cuda:1") == [("cuda:1", "all")] and places_for("cpu", 3) == [("cpu", "all")]
+    assert places_for("auto", 2) == [("cuda", "0,1"), ("cuda", "2,3")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,2,3,4,GPU-9")
+    assert places_for("cuda", 2) == [("cuda", "7,2"), ("cuda", "3,4")]
+    with pytest.raises(ValueError, match="processes=6, and there are 5 GPUs here; use at most 5"):
+        places_for("auto", 6)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert places_for("auto", 2) == [("auto", "7,2,3,4,GPU-9")]
+
+
 # ---- real processes ---------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def worker_of(out, key):
@@ -246,6 +289,22 @@ def test_a_run_that_fails_says_its_last_line_and_the_others_are_done(tmp_path):
     assert main(["grid", "--status", "--out", str(tmp_path)]) == 1
 
 
+def test_a_job_of_two_processes_has_the_scores_of_one_and_writes_down_how_it_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    good = plan(["ELLA + JumpLoRA"], ["newsroom"], [1], **SMALL)
+    bad = plan(["IncLoRA"], ["newsroom"], [1], **SMALL | dict(backbone="no such model"))
+    table = run_grid([*good, *bad], tmp_path / "two", processes=2, device="cpu")
+    assert states(tmp_path / "two") == {good[0].key: "done", bad[0].key: "failed"}
+    assert "no such model" in table.loc[bad[0].key, "note"]
+    open_grid(tmp_path / "one", good)
+    run_job(str(tmp_path / "one"), good[0].key, device="cpu")
+    two, one = (Run.load(next((tmp_path / name).glob("newsroom*"))) for name in ("two", "one"))
+    assert two.extra["processes"]["reuters"]["processes"] == 2 and "processes" not in one.extra
+    assert two.name == one.name and np.array_equal(two.accuracy, one.accuracy, equal_nan=True)
+    for task, losses in one.extra["loss"].items():
+        assert np.allclose(two.extra["loss"][task], losses, atol=1e-5)
+
+
 def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, monkeypatch):
     tools, out = tmp_path / "bin", tmp_path / "grid"
     tools.mkdir()
@@ -257,10 +316,11 @@ def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, 
     open_grid(out, jobs)
     run_job(str(out), jobs[0].key)
     options = dict(slurm_partition="fast", gpus_per_node=1, timeout_min=90)
-    table = run_grid(jobs, out, workers=2, engine="slurm", **options)
+    table = run_grid(jobs, out, workers=2, engine="slurm", processes=4, **options)
     script = (tmp_path / "sbatch.sh").read_text()
     assert "#SBATCH --array=0-1%2" in script  # two of three, two at a time
     assert "#SBATCH --partition=fast" in script and "#SBATCH --time=90" in script
+    assert "#SBATCH --ntasks-per-node=4" in script
     assert sorted(table["state"]) == ["done", "waiting", "waiting"]
     with pytest.raises(ValueError, match="engine='lsf'"):
         run_grid(jobs, out, engine="lsf")
@@ -288,16 +348,18 @@ def test_a_setting_given_twice_is_swept():
     [
         (["--methods", "Ella"], "did you mean 'ELLA'"),
         (["--protocol", "big"], "protocol='big'"),
-        (["--strength", "ELLA"], "is no NAME=NUMBER"),
+        (["--strength", "ELLA"], "is not NAME=NUMBER"),
         (["--set", "rang=4"], "is no setting of training"),
         (["--orders", "order7"], "order7"),
         (["--workers", "0"], "workers=0"),
+        (["--processes", "0"], "processes=0"),
         (["--status"], "holds no grid"),
     ],
 )
 def test_wrong_words_are_answered_and_nothing_is_written(words, message, tmp_path, capsys):
     out = tmp_path / "grid"
-    words = ["grid", "--orders", "newsroom", "--backbone", "tiny-llama", "--out", str(out), *words]
+    orders = [] if "--orders" in words else ["--orders", "newsroom"]
+    words = ["grid", *orders, "--backbone", "tiny-llama", "--out", str(out), *words]
     assert main(words) == 2
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err and not out.exists()

@@ -268,7 +268,7 @@ def test_other_commands_are_refused_under_a_launcher(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["table", "nowhere"]) == 2
-    assert "only `jumplora compare` runs on several processes" in capsys.readouterr().err
+    assert "only `jumplora compare` runs under a launcher" in capsys.readouterr().err
 
 
 class Int8Linear(nn.Linear):
