@@ -281,21 +281,22 @@ def accuracy_figure(
 def first_task_line(
     ax: "Axes",  # where to draw
     group: Sequence[Run],  # runs of one method
+    place: int,  # of the method among the others, 0 or above: their intervals stand side by side
 ) -> float:  # percent: the first task's last measured score
-    "The first task's score as later tasks are learned, with its 95 % interval as a band."
+    "The first task's score as later tasks are learned, and the 95 % interval of the last."
     score = np.mean([run.accuracy[:, 0] for run in group], axis=0)  # (T,)
     at = np.flatnonzero(~np.isnan(score))
-    low, high = np.array([interval(score[i], group[0].test_rows[0]) for i in at]).T
+    low, high = interval(score[at[-1]], group[0].test_rows[0])
     style = method_style(group[0].method)
     ax.plot(at, score[at], label=group[0].method, **style)
-    ax.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    ax.vlines(at[-1] + 0.08 * (place + 1), low, high, color=style["color"])
     return float(score[at[-1]])
 
 # %% ../nbs/12_records.ipynb #e6ff6195
 def first_task_figure(
     runs: Sequence[Run],  # runs of one sequence and one backbone
 ) -> "Figure":  # one line per method
-    "Accuracy of the first task as later ones are learned; the bands are 95 % intervals of the test rows."
+    "Accuracy of the first task as later ones are learned; the bars are 95 % intervals of the test rows."
     runs = [run for run in runs if run.finished]
     if not runs:
         return not_run_figure()
@@ -303,10 +304,12 @@ def first_task_figure(
     with figure_style():
         figure = new_figure((7, 4.2))
         ax = figure.subplots()
-        ends = {name: first_task_line(ax, group) for name, group in by_method(runs).items()}
-        low, high = min(ends, key=ends.get), max(ends, key=ends.get)
-        claim = f"{tasks[0]} ends between {ends[low]:.0f} % ({low}) and {ends[high]:.0f} % ({high})"
-        ax.set_title(f"{claim}\n({title_of(runs)}; bands: 95 % of {runs[0].test_rows[0]} test rows)")
+        groups = by_method(runs)
+        ends = {name: first_task_line(ax, group, k) for k, (name, group) in enumerate(groups.items())}
+        named = {end: ", ".join(name for name in ends if ends[name] == end) for end in ends.values()}
+        low, high = (f"{end:.0f} % ({named[end]})" for end in (min(named), max(named)))
+        ax.set_title(f"{tasks[0]} ends between {low} and {high}\n"
+                     f"({title_of(runs)}; bars: 95 % of {runs[0].test_rows[0]} test rows)")  # fmt: skip
         ax.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
         ax.set(xlabel="after learning", ylabel=f"accuracy on {tasks[0]}, percent", ylim=(-2, 102))
         figure.legend(loc="outside lower center", ncols=3)

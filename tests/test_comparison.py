@@ -52,7 +52,8 @@ def make(method, order, seed, rng=None, split="test", **changes):
         scored_split=split,
     )
     content = dict(configuration=configuration, accuracy=matrix, seconds=dict(train=[60.0], evaluate=[30.0]))
-    return Run(method, "a model", order, seed, tasks, [50] * len(tasks), **content | changes)
+    backbone = changes.pop("backbone", "a model")
+    return Run(method, backbone, order, seed, tasks, [50] * len(tasks), **content | changes)
 
 
 METHODS = ("IncLoRA", "IncLoRA + JumpLoRA", "ELLA")
@@ -105,6 +106,7 @@ def test_forward_transfer_uses_the_same_task_on_the_same_rows_and_settings():
             for o in ALONE
         ]
         assert scratch_scores(run, other) is None
+    assert scratch_scores(run, [make("single task", o.tasks[0], o.seed, backbone="b") for o in ALONE]) is None
     assert summary_table(RUNS).loc["ELLA", "forward transfer"] == "not measured"
     faster = run.configuration | {"train": run.configuration["train"] | {"learning_rate": 1e-2}}
     other = make(run.method, run.sequence, 1, configuration=faster)
@@ -184,10 +186,16 @@ def test_a_win_is_clear_of_all_others_by_more_than_either_spread():
         low=["-9.0 ± 0.1", "-5.0 ± 0.1", "not run"],
         single=["60.0 ± 1.0", "63.0", "50.0 ± 1.0"],
         alone=["60.0 ± 1.0", "not run", "not run"],
+        edge=["60.0 ± 3.0", "63.0 ± 0.5", "50.0 ± 1.0"],
     )
     table = pd.DataFrame(cells, index=["A", "B", "C"])
-    won = wins(table, dict(clear=1, within=1, own=1, third=1, low=-1, single=1, alone=1))
+    won = wins(table, dict(clear=1, within=1, own=1, third=1, low=-1, single=1, alone=1, edge=1))
     assert won.to_numpy().nonzero()[0].tolist() == [0, 1] and won.loc["B", "clear"] and won.loc["A", "low"]
+
+
+def test_a_reference_is_never_a_win_and_takes_none_away():
+    table = pd.DataFrame({"x": ["60.0 ± 1.0", "50.0 ± 1.0", "90.0 ± 0.1"]}, index=["A", "B", "single task"])
+    assert wins(table, {"x": 1})["x"].tolist() == [True, False, False]
 
 
 def test_two_records_in_one_place_are_refused():
@@ -249,15 +257,28 @@ def test_every_sequence_has_a_table_also_beside_the_orders():
     assert list(both)[0] == "mine" and both["SC-summary"].equals(tables_of([*RUNS, *ALONE])["SC-summary"])
 
 
-@pytest.mark.parametrize("key", ["backbone", "dtype", "scored_split"])
+BUDGET = ["backbone", "dtype", "scored_split", "weights", "max_length", "epochs", "learning_rate"]
+
+
+@pytest.mark.parametrize("key", BUDGET)
 def test_runs_of_two_budgets_are_not_put_into_one_table(key):
-    other = make("ELLA", "order1", 4)
+    other = make("N-LoRA", "order1", 4)
     if key == "backbone":
         other.backbone = "another"
     else:
-        other.configuration[key] = "another"
-    with pytest.raises(ValueError, match=f"differs from other runs in {key}"):
+        about = other.configuration
+        (about["train"] if key in ("max_length", "epochs", "learning_rate") else about)[key] = "another"
+    said = {"epochs": "settings"}.get(key, key)  # a setting that only one of them has
+    with pytest.raises(ValueError, match=f"differs from other runs in {said}"):
         tables_of([*RUNS, other])
+
+
+def test_a_gate_and_the_rate_of_another_optimizer_are_no_other_budget():
+    gated, muon = make("N-LoRA + JumpLoRA", "order1", 4), make("IncLoRA (Muon)", "order1", 4)
+    gated.configuration["train"] |= dict(kept=0.05, threshold_scope="block", learn_threshold=False)
+    muon.configuration["train"]["learning_rate"] = 3e-3
+    muon.configuration["method"]["optimizer"] = "muon"
+    assert {"N-LoRA + JumpLoRA", "IncLoRA (Muon)"} <= set(grid_table([*RUNS, gated, muon]).index)
 
 
 def test_rows_of_one_name_that_are_not_the_same_are_noticed():
@@ -279,12 +300,49 @@ def test_the_command_prints_and_writes_the_tables_of_several_orders(tmp_path, ca
     assert main(["table", str(tmp_path / "nothing")]) == 2
 
 
+def test_lines_stand_in_pairs_and_the_title_says_what_the_gate_moves():
+    axes = sequence_figure(RUNS).axes
+    lines = {line.get_label(): line.get_ydata() for ax in axes for line in ax.lines}
+    assert {label.rpartition(" (")[0] for label in lines} == set(METHODS)
+    for ax in axes:  # a method with and without the gate share a panel
+        names = [line.get_label().rpartition(" (")[0] for line in ax.lines]
+        assert len({name.removesuffix(" + JumpLoRA") for name in names}) == 1 or "JumpLoRA" not in str(names)
+    finals = {m: np.mean([run.average_accuracy for run in RUNS if run.method == m]) for m in METHODS}
+    ends = {label.rpartition(" (")[0]: line[-1] for label, line in lines.items()}
+    assert ends == pytest.approx(finals)
+    moved = [finals[m] - finals[m.removesuffix(" + JumpLoRA")] for m in METHODS if "JumpLoRA" in m]
+    assert f"by {min(moved):+.1f} to {max(moved):+.1f} points" in axes[0].figure.get_suptitle()
+
+
+def test_lines_leave_out_a_seed_without_all_orders_as_the_table_does():
+    low = make("IncLoRA", "order1", 9, accuracy=np.tril(np.ones((4, 4))))
+    with_low, without = sequence_figure([*RUNS, low]), sequence_figure(RUNS)
+    assert with_low.get_suptitle() == without.get_suptitle()
+    ends = [figure.axes[0].lines[0].get_ydata()[-1] for figure in (with_low, without)]
+    mean = np.mean(order_values(measured(RUNS, "IncLoRA"), tuple(ORDERS)))
+    assert ends[0] == ends[1] == pytest.approx(mean)
+    fewer = [run for run in RUNS if (run.method, run.seed) != ("IncLoRA", 3)]  # pairs share their seeds
+    final = {(r.method, r.sequence, r.seed): r.average_accuracy for r in fewer}
+    pairs = [(o, s) for m, o, s in final if m == "IncLoRA"]
+    gain = np.mean([final["IncLoRA + JumpLoRA", o, s] - final["IncLoRA", o, s] for o, s in pairs])
+    assert f"by {gain:+.1f} to" in sequence_figure(fewer).get_suptitle()
+
+
+def test_forgetting_is_a_number_per_method_and_task():
+    ax = forgetting_figure(RUNS).axes[0]
+    rows, columns = [[label.get_text() for label in axis.get_ticklabels()] for axis in (ax.yaxis, ax.xaxis)]
+    shown = dict(zip(((r, c) for r in rows for c in columns), (t.get_text() for t in ax.texts), strict=True))
+    for method in METHODS:
+        for task, lost in forgotten_per_task([run for run in RUNS if run.method == method]).items():
+            assert shown[method, task] == f"{lost:.1f}"
+    worst = max(shown.values(), key=float)
+    assert f"by {float(worst):.0f} points" in ax.get_title("left")
+
+
 @pytest.mark.parametrize("figure", [sequence_figure, forgetting_figure])
-def test_figures_say_when_nothing_was_run_and_draw_a_line_or_bars_per_method(figure):
+def test_figures_say_when_nothing_was_run(figure):
     empty = figure([])
     assert "not run" in empty.axes[0].texts[0].get_text()
-    drawn = figure(RUNS).axes[0]
-    assert len(drawn.get_legend_handles_labels()[1]) == len(METHODS)
     joint = make("multi-task", "order1", 1, accuracy=[[None] * 4] * 3 + [[50.0] * 4])
     assert joint.complete
     figure([*RUNS, joint])  # a bound without a diagonal is left out, and breaks nothing
@@ -303,4 +361,5 @@ def test_a_tie_looks_like_a_tie_beside_reported_numbers():
     width, height = ax.get_window_extent().size
     per_point = width / np.ptp(ax.get_xlim()), height / np.ptp(ax.get_ylim())
     assert per_point[0] == pytest.approx(per_point[1])  # one point is as long on either axis
-    assert [line.get_ydata()[0] for line in ax.lines[::2]] == pytest.approx([58.5, 58.3])
+    assert [line.get_ydata()[0] for line in ax.lines] == pytest.approx([58.5, 58.3])
+    assert ax.get_title("left").startswith("0 of 1 pairs")  # reported the other way round

@@ -398,8 +398,8 @@ def test_tables_in_every_form_and_figures_say_that_rows_are_a_different_sample(t
         shown = [*figure.texts, *(text for ax in figure.axes for text in (ax.title, ax._left_title))]
         assert DIFFERENT_SAMPLE in " ".join([figure.get_suptitle(), *(text.get_text() for text in shown)])
     for draw in (sequence_figure, forgetting_figure):
-        ax = draw(RUNS, "SC-hub").axes[0]
-        assert DIFFERENT_SAMPLE in ax.get_title() + ax.get_title("left")
+        figure = draw(RUNS, "SC-hub")
+        assert DIFFERENT_SAMPLE in figure.get_suptitle() + figure.axes[0].get_title("left")
     assert f"agnews-hub: {DIFFERENT_SAMPLE}" in budget_text(RUNS)
     assert f"on order1-hub with a model ({DIFFERENT_SAMPLE}) (2 seeds)" in what_was_run(RUNS)
     for run in RUNS:
