@@ -79,12 +79,15 @@ def check_method(
     check_choice(method.training, ("sequential", "joint", "isolated"), "training")
     check_choice(method.optimizer, tuple(OPTIMIZERS), "optimizer")
     if type(method.rehearsal) not in (int, float) or not 0 <= method.rehearsal <= 1:
-        raise ValueError(f"rehearsal={method.rehearsal!r} is no share; use a number from 0 to 1")
+        raise ValueError(f"rehearsal={method.rehearsal!r} is not a share; use a number from 0 to 1")
     if method.gated and method.optimizer == "muon":
         raise ValueError(f"{method.name!r}: Muon moves matrices, and a gate has a threshold; use adamw")
     if method.regularizer.needs_kept_adapter and method.after_task != "keep":
         kind = type(method.regularizer).__name__
         raise ValueError(f"{method.name!r}: {kind} remembers one adapter; use after_task='keep'")
+    if method.regularizer.needs_fresh_adapter and method.after_task == "keep":
+        kind = type(method.regularizer).__name__
+        raise ValueError(f"{method.name!r}: {kind} remembers finished updates; use after_task='merge'")
 
 # %% ../nbs/09_continual.ipynb #0751f70c
 def describe_method(

@@ -55,7 +55,7 @@ def parse_strengths(
         except ValueError:
             values = []
         if not equals or not values:
-            raise ValueError(f"strength {pair!r} is no NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4")
+            raise ValueError(f"strength {pair!r} is not NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4")
         check_choice(name, able, "method with a strength")
         if len(values) > 1 and name != "ELLA":
             raise ValueError(f"strength {pair!r}: only ELLA takes one per task")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .conventions import set_seed
+from .gated_linear import gated_update
 from .regularizers import Regularizer, Update, check_strength, zero_penalty
 
 # %% ../nbs/05a_penalties.ipynb #3892c23f
@@ -53,6 +55,7 @@ def stack_rows(
 class RowMemory(Regularizer):
     "A regularizer that remembers the rows of A of every finished task."
 
+    needs_fresh_adapter = True
     past: dict[str, Tensor]  # layer name -> (t · r, in) fp32
 
     def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
@@ -143,9 +146,9 @@ def leak_figure(
 # %% ../nbs/05a_penalties.ipynb #ba237be7
 @dataclass(eq=False)
 class NLoRA(Regularizer):
-    "Pay for every entry of the dense update by its size (arXiv 2410.10179)."
+    "Pay for every entry of the update by its size (arXiv 2410.10179)."
 
-    strength: float = 1e-5  # λ ≥ 0, on the sum over all entries of all layers; not tuned
+    strength: float = 1e-5  # λ ≥ 0, on the sum over all entries of all layers; a start, not tuned
 
     def __post_init__(self):
         check_strength((self.strength,))
@@ -236,7 +239,7 @@ class SavedFactorMemory(FactorMemory):
 class EWC(SavedFactorMemory):
     "Pay for moving factors that finished tasks are sensitive to (arXiv 1612.00796, 1805.06370)."
 
-    strength: float = 1e3  # λ ≥ 0; not tuned
+    strength: float = 1e3  # λ ≥ 0; a start, not tuned
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # F by "layer.A"
     anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # θ* by the same names
 

@@ -63,7 +63,7 @@ class Regularizer:
 
     layer_penalty = None  # or a method (name, update): the price of one layer
     after_rows = None  # or a method (rows): the gradients of every training row, before `after_task`
-    needs_kept_adapter = False  # True: it remembers one adapter, which must go on from task to task
+    needs_kept_adapter = needs_fresh_adapter = False  # True: it works only with after_task="keep"; "merge"
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
         "Remember what the next tasks need."
@@ -143,6 +143,7 @@ def read_past(
 class PastUpdates(Regularizer):
     "A regularizer that remembers W_past, the sum of all finished updates."
 
+    needs_fresh_adapter = True
     past_dtype: str = field(default="float32", kw_only=True)  # of W_past; "bfloat16" takes half the memory
     past: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (out, in)
     tasks: int = field(default=0, init=False)  # how many finished tasks are in W_past
@@ -152,8 +153,7 @@ class PastUpdates(Regularizer):
 
     def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
         "Check that W_past speaks of the same layers, and move it to the device."
-        check_same_layers(shapes, self.past)
-        self.to(device)
+        check_same_layers(shapes, self.to(device).past)
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
         "Add the updates to W_past."

@@ -35,7 +35,7 @@ LEARNS = TrainConfig(
     batch_size=4, epochs=10, learning_rate=1e-2, max_length=200, target_modules=EVERYWHERE
 )
 SEQUENTIAL = [name for name in METHODS if METHODS[name].training == "sequential"]
-RESUMED = ("ELLA + JumpLoRA", "SeqLoRA", "EWC", Method("kept gate", gated=True, after_task="keep"))
+RESUMED = ("ELLA + JumpLoRA", "SeqLoRA", "EWC", "O-LoRA", Method("kept gate", gated=True, after_task="keep"))
 
 
 @dataclass
@@ -60,6 +60,7 @@ def look_inside(learner):
     for name, layer in adapter_layers(learner.adapted).items():
         A, B = as64(layer.lora_A["default"].weight), as64(layer.lora_B["default"].weight)
         seen[name] = dict(
+            A=A,
             dense=B @ A,
             scaling=layer.scaling["default"],
             threshold=gates[name].threshold.item() if name in gates else None,
@@ -398,6 +399,12 @@ def test_load_learned_computes_as_precisely_as_the_run_did(tmp_path):
     result = learn("IncLoRA", tmp_path, dtype="bfloat16")
     model, _, run = load_learned(result.folder, device="cpu")  # "auto" would choose float32
     assert next(model.parameters()).dtype == torch.bfloat16 and run.configuration["dtype"] == "bfloat16"
+
+
+def test_olora_remembers_the_rows_that_were_learned(runs):
+    first, second = runs["O-LoRA"].updates
+    for name, layer in second.items():
+        assert np.array_equal(as64(layer["past"]), first[name]["A"])
 
 
 # ---- resuming ---------------------------------------------------------------------------------------------

@@ -159,10 +159,23 @@ def test_ewc_needs_one_adapter_and_asks_nothing_during_the_first_task():
     assert penalty["weather"][0] == 0  # the second task begins at the anchor
 
 
+def test_ewc_measures_the_importance_of_each_task_on_its_own_rows(monkeypatch):
+    asked, real = [], continual.row_gradients
+    monkeypatch.setattr(continual, "row_gradients", lambda *given: asked.append(given) or real(*given))
+    learn(METHODS["EWC"])
+    assert [next(part for part in given if isinstance(part, Task)) for given in asked] == list(TASKS)
+
+
+@pytest.mark.parametrize("name", ["ELLA", "ELLA + JumpLoRA", "O-LoRA"])
+def test_a_penalty_on_finished_updates_needs_fresh_adapters(name):
+    with pytest.raises(ValueError, match="remembers finished updates; use after_task='merge'"):
+        replace(METHODS[name], after_task="keep")
+
+
 # ---- replay and bounds ------------------------------------------------------------------------------------
 
 
-def rows_learned(method):
+def rows_learned(method, sequence=SEQUENCE):
     "The (prompt, answer) rows that each task's training saw."
     seen, real = [], continual.train_task
 
@@ -172,7 +185,7 @@ def rows_learned(method):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continual, "train_task", watched)
-        run, model = learn(method)
+        run, model = learn(method, sequence)
     return seen, run, model
 
 
@@ -185,6 +198,10 @@ def test_replay_learns_a_few_rows_of_every_older_task_again():
     assert sorted(row.label for row in half[1][1]) == ["physics"] * 4 + ["sport"] * 4
     assert len(run.extra["loss"]["weather"]) == task_steps(TASKS[1], QUICK, [TASKS[0].limit(train=8)]) == 6
     assert rows_learned(METHODS["SeqLoRA"])[0] == [[TASKS[0].train], [TASKS[1].train]]
+    third = TaskSequence("three", [*TASKS, replace(TASKS[1], name="again")])
+    three, _, _ = rows_learned(replace(METHODS["Replay"], rehearsal=0.5), third)
+    assert [row.text for row in three[2][1]] == [row.text for row in half[1][1]]  # of the first task still
+    assert [len(rows) for rows in three[2]] == [16, 8, 8]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, True, "2 %", float("nan")])
@@ -236,6 +253,18 @@ def test_muon_steps_are_those_of_torch_on_every_factor():
     torch.optim.Muon(factors, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
     for mine, theirs in zip((p for p in model.parameters() if p.requires_grad), factors, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loop_takes_the_optimizer_of_the_method(monkeypatch):
+    taken, real = [], continual.train_task
+
+    def watched(*given, **options):
+        taken.append(options["optimizer"])
+        return real(*given, **options)
+
+    monkeypatch.setattr(continual, "train_task", watched)
+    learn(METHODS["IncLoRA (Muon)"])
+    assert taken == ["muon", "muon"]
 
 
 def test_muon_is_refused_where_there_is_a_gate_and_unknown_optimizers_everywhere():
