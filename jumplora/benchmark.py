@@ -356,7 +356,7 @@ class RandomLayers:
 
 def kth_threshold(
     layers: RandomLayers,  # the entries
-    kept: int,  # how many shall pass
+    kept: int,  # how many should pass
 ) -> float:  # the largest value that must fail
     "The same order statistic from all entries at once."
     flat = torch.cat([layer.flatten() for layer in layers])

@@ -112,7 +112,7 @@ def count_halves(
 def values_around(
     magnitudes: Iterable[Tensor],  # |BA| of each layer, any shapes; gone through again
     uppers: Tensor,  # (65536,) from `count_halves`
-    kept: int,  # P: how many entries shall pass
+    kept: int,  # P: how many entries should pass
 ) -> tuple[float, float]:  # the largest value that must fail (0 if none must), and the next above it
     "The two values between which the threshold goes, exact fp32 numbers."
     at_least = uppers.flip(0).cumsum(0).flip(0)  # entries in this bin or above
@@ -130,7 +130,7 @@ def values_around(
 # %% ../nbs/04_schedule.ipynb #73b8a4dc
 def initial_threshold(
     magnitudes: Iterable[Tensor],  # |BA| of each layer that shares the threshold; gone through twice
-    kept: int,  # P: how many entries shall pass, 0 to the number of entries
+    kept: int,  # P: how many entries should pass, 0 to the number of entries
 ) -> float:  # τ ≥ 0, an fp32 number
     "τ that exactly `kept` entries exceed; where equal entries forbid that, the largest count below it."
     if kept < 0:
@@ -150,7 +150,7 @@ def entries_to_keep(
     kept: int | float | None = None,  # None: their LoRA parameters; int: that many entries; float: a share
     adapter_name: str = "default",  # the adapter that is trained
 ) -> int:  # P, 1 to the number of entries of the group
-    "How many entries of a group shall pass; `ValueError` for more than it has, or none."
+    "How many entries of a group should pass; `ValueError` for more than it has, or none."
     A = [layer.lora_A[adapter_name].weight for layer in group.layers.values()]  # each (r, in)
     B = [layer.lora_B[adapter_name].weight for layer in group.layers.values()]  # each (out, r)
     entries = sum(b.shape[0] * a.shape[1] for a, b in zip(A, B, strict=True))

@@ -200,7 +200,7 @@ class UpdateArchive:
         return sparse_update(scaling.item() * (B @ A))  # (out, r) @ (r, in), as in `delta_weight`
 
     @property
-    def exact(self) -> bool:  # False after rounding, or where another processor multiplies the factors
+    def exact(self) -> bool:  # False after rounding, or where another CPU multiplies the factors
         "Whether this gives back the update that was merged, bit for bit."
         return update_checksum((n, self.update(n)) for n in self.header.layers) == self.header.update
 
@@ -212,7 +212,7 @@ class UpdateArchive:
 def read_archive(
     path: Path,  # a file that `write_archive` made
     checksum: str | None = None,  # of the record; None: only the file's own is checked
-) -> UpdateArchive:  # on the processor
+) -> UpdateArchive:  # on the CPU
     "Read and verify an archive; `DamagedArchive` if it cannot be trusted."
     if not Path(path).is_file():
         raise DamagedArchive(path, "the file is missing")

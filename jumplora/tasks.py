@@ -111,7 +111,7 @@ def orders_figure(
         legend = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         ax.legend(legend.values(), legend.keys(), loc="upper right", fontsize=8)
         ax.set(yticks=range(len(orders)), yticklabels=[f"order {n}" for n in orders], xticks=[])
-        ax.set(xlabel="learned first to last", title="In long orders, half of all neighbours are of one kind")
+        ax.set(xlabel="learned first to last", title="In long orders, a third of neighbours are of one kind")
         ax.invert_yaxis()
         ax.grid(False)
     plt.close(figure)

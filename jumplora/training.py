@@ -15,6 +15,7 @@ import inspect
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -292,11 +293,12 @@ def attach_adapter(
         target_modules=list(config.target_modules) if config.target_modules else None,
     )
     names = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
-    if not gated:
-        return get_peft_model(model, LoraConfig(**shared))
     gate = {name: getattr(config, name) for name in names}
-    adapted = get_peft_model(model, JumpLoraConfig(**shared, **gate))
-    for group in gate_groups(adapted).values():
+    peft_config = JumpLoraConfig(**shared, **gate) if gated else LoraConfig(**shared)
+    with warnings.catch_warnings():  # PEFT asks transformers by an old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = get_peft_model(model, peft_config)
+    for group in gate_groups(adapted).values() if gated else ():
         group.gate.theta.requires_grad_(config.learn_threshold)
     return adapted
 
