@@ -599,8 +599,7 @@ def main(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     try:
         build, command, _ = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
-        parser = build()
-        check_once(parser, argv[1:])
+        check_once(parser := build(), argv[1:])
         return together(command, parser.parse_args(argv[1:]))
     except SystemExit as stop:  # the parser has printed what is wrong
         return stop.code

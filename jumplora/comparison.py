@@ -6,8 +6,8 @@
 __all__ = ['MEASURES', 'GATE_SETTINGS', 'REFERENCES', 'ORDERS_OF', 'GATED_AND_BASE', 'scratch_scores', 'forward_transfer',
            'check_one_setting', 'check_one_budget', 'put_together', 'measured', 'in_part', 'order_values', 'grid_table',
            'wins', 'summary_table', 'range_text', 'budget_text', 'search_table', 'typical_interval',
-           'paired_difference', 'gate_table', 'seen_so_far', 'lines_so_far', 'sequence_figure', 'forgotten_per_task',
-           'forgetting_figure', 'beside_figure', 'write_tables', 'part_tables', 'tables_of']
+           'paired_difference', 'gate_table', 'seen_so_far', 'ends_apart', 'lines_so_far', 'sequence_figure',
+           'forgotten_per_task', 'forgetting_figure', 'beside_figure', 'write_tables', 'part_tables', 'tables_of']
 
 # %% ../nbs/12a_comparison.ipynb #e1c3d8b9
 import itertools
@@ -352,6 +352,15 @@ def seen_so_far(
     full = {seed: list(own.values()) for seed, own in found.items() if len(own) == len(orders)}
     return {seed: np.mean(own, axis=0) for seed, own in full.items()}
 
+
+def ends_apart(
+    base: dict[int, np.ndarray],  # from `seen_so_far`
+    gated: dict[int, np.ndarray],  # the same
+) -> list[float]:  # points, one number; none where they share no seed
+    "The last point with the gate minus that without, mean over the seeds that both have."
+    gaps = [gated[seed][-1] - base[seed][-1] for seed in base.keys() & gated.keys()]
+    return [float(np.mean(gaps))] if gaps else []
+
 # %% ../nbs/12a_comparison.ipynb #85389381
 def lines_so_far(
     ax: "Axes",  # where to draw
@@ -382,15 +391,15 @@ def sequence_figure(
     groups = {method: found for method, found in groups.items() if found}
     pairs = [(m, f"{m} + JumpLoRA") for m in groups if f"{m} + JumpLoRA" in groups]
     others = tuple(m for m in groups if not any(m in pair for pair in pairs))
-    panels = [panel for panel in (*pairs, others) if panel]
+    if not (panels := [panel for panel in (*pairs, others) if panel]):
+        return not_run_figure()
     with figure_style():
         figure = new_figure((2.6 + 2.2 * len(panels), 3.9))
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, panel in zip(axes, panels, strict=True):
             lines_so_far(ax, {method: groups[method] for method in panel})
         axes[0].set_ylabel("accuracy so far, percent")
-        both = [(groups[base], groups[gated]) for base, gated in pairs]
-        gaps = [np.mean([b[seed][-1] - a[seed][-1] for seed in a.keys() & b.keys()]) for a, b in both]
+        gaps = [gap for base, gated in pairs for gap in ends_apart(groups[base], groups[gated])]
         moved = f"by {min(gaps):+.1f} to {max(gaps):+.1f} points" if gaps else "nowhere: no pairs"
         title = f"The gate moves the end {moved} ({part}, {runs[0].backbone}; seeds in brackets)"
         figure.suptitle(labelled(title, runs), x=0.01, ha="left", fontsize=11)

@@ -38,7 +38,10 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
     "reduced": dict(
         rows=dict(train=120, dev=40, test=50),
         train={},
-        strengths={"ELLA": 3e6, "O-LoRA": 0.5, "N-LoRA": 1e-4, "EWC": 1e4},
+        strengths={
+            "ELLA": {f"order{n}": 3e6 for n in ORDERS} | {"newsroom": 3e5},
+            "O-LoRA": 0.5, "N-LoRA": 1e-4, "EWC": 1e4,
+        },
     ),
     "paper": dict(
         rows=dict(train=None, dev=None, test=None),

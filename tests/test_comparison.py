@@ -328,6 +328,13 @@ def test_lines_leave_out_a_seed_without_all_orders_as_the_table_does():
     assert f"by {gain:+.1f} to" in sequence_figure(fewer).get_suptitle()
 
 
+def test_lines_of_runs_that_share_no_order_or_seed_are_drawn_or_not_run():
+    apart = [make("IncLoRA", "order1", 1), make("IncLoRA", "order2", 2)]  # no seed has both orders
+    assert "not run" in sequence_figure(apart).axes[0].texts[0].get_text()
+    seeds = [make("ELLA", "order1", 1), make("ELLA + JumpLoRA", "order1", 2)]
+    assert "nowhere: no pairs" in sequence_figure(seeds).get_suptitle()
+
+
 def test_forgetting_is_a_number_per_method_and_task():
     ax = forgetting_figure(RUNS).axes[0]
     rows, columns = [[label.get_text() for label in axis.get_ticklabels()] for axis in (ax.yaxis, ax.xaxis)]

@@ -76,6 +76,8 @@ def test_a_protocol_knows_the_strengths_and_a_flag_overrides_them(monkeypatch, t
     words = ("--methods", "ELLA", "O-LoRA + JumpLoRA", "--strength", "ELLA=7", "--orders", "order2")
     reduced = strengths(*words)
     assert reduced == {("ELLA", "order2"): 7.0, ("O-LoRA + JumpLoRA", "order2"): 0.5}
+    chosen = strengths("--methods", "ELLA", "--orders", "order3", "newsroom", "newsroom20")
+    assert [chosen["ELLA", name] for name in ("order3", "newsroom", "newsroom20")] == [3e6, 3e5, None]
 
 
 def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
