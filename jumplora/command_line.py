@@ -129,8 +129,12 @@ def check_once(
     parser: ArgumentParser,  # of a command
     words: Sequence[str],  # of its command line
 ) -> None:
-    "Raise ValueError where a flag of several values comes twice: a parser keeps the last ones, silently."
+    "Raise ValueError for a shortened flag, and for one of several values that comes twice."
     flags = [word.partition("=")[0] for word in words]
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    for flag in (flag for flag in flags if flag.startswith("--") and flag not in known):
+        if whole := [name for name in known if name.startswith(flag)]:
+            raise ValueError(f"{flag} is not a flag; write it out: {' or '.join(whole)}")
     for flag in (flag for action in parser._actions if action.nargs == "+" for flag in action.option_strings):
         if flags.count(flag) > 1:
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
@@ -146,7 +150,7 @@ def chosen_methods(
 
     unique = dict.fromkeys(names)  # a name given twice is run once
     methods = [METHODS[check_choice(name, tuple(METHODS), "method")] for name in unique]
-    known = parse_strengths(strength)
+    known = parse_strengths(PRESETS["laptop"]["strength"]) | parse_strengths(strength)
     return [with_settings(m, strength=known.get(base_of(m.name)), **settings) for m in methods]
 
 # %% ../nbs/13_command_line.ipynb #d004722a
@@ -154,6 +158,7 @@ def chosen_settings(
     flags: Namespace,  # what the parser returned
 ) -> tuple:  # TaskSequence, list of Method, TrainConfig
     "Turn flags into objects; every mistake in them is found here, before anything is computed."
+    from jumplora.continual import check_method_fits
     from jumplora.paper_rows import load_sequence
     from jumplora.tracking import find_trackers
     from jumplora.training import TrainConfig
@@ -165,6 +170,8 @@ def chosen_settings(
     rows = dict(train=flags.train_rows, dev=flags.dev_rows, test=flags.test_rows)
     sequence = load_sequence(flags.sequence, flags.folder, **rows)
     methods = chosen_methods(flags.method, flags.strength, past_dtype=flags.past_dtype)
+    for method in methods:
+        check_method_fits(method, sequence)
     return sequence, methods, config
 
 # %% ../nbs/13_command_line.ipynb #e5c88e29
@@ -180,7 +187,7 @@ def compare(
 
     (sequence, methods, config), runs, known = chosen_settings(flags), [], True
     print(sequence.table().to_string(), flush=True)
-    todo = [(method, seed) for seed in flags.seed for method in methods]
+    todo = [(method, seed) for seed in dict.fromkeys(flags.seed) for method in methods]
     for method, seed in tqdm(todo, desc="runs", unit="run", disable=not flags.progress, **QUIET):
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
@@ -294,7 +301,9 @@ def predict(
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
     where, without = dict(device=flags.device, dtype=flags.dtype), (flags.without,) if flags.without else ()
     load = load_without if without else load_learned
-    model, tokenizer, run = load(existing(flags.run), *without, **where)
+    place = existing(flags.run)
+    place = place.parent if place.is_file() else place
+    model, tokenizer, run = load(place, *without, **where)
     prompts = run.extra["prompts"]
     instruction, options = prompts[check_choice(flags.task, tuple(prompts), "task")]
     task = Question(flags.task, instruction, tuple(options))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'FORMAT', 'Job', 'sequences_for', 'plan', 'job_method', 'job_sequence', 'check_jobs', 'learn_job',
-           'write_json', 'read_json', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process', 'noted',
-           'run_job', 'executor_for', 'run_local', 'check_start', 'places_for', 'run_grid', 'start_here']
+           'write_json', 'read_json', 'check_format', 'open_grid', 'read_job', 'job_state', 'status', 'prepare_process',
+           'noted', 'run_job', 'executor_for', 'run_local', 'check_start', 'places_for', 'run_grid', 'start_here']
 
 # %% ../nbs/12b_grid.ipynb #903f8de4
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .backbones import load_backbone
+from .backbones import load_backbone, pick_device, pick_dtype
 from .checkpoints import held_lock
 from .continual import Method, check_method_fits, learn_sequence
 from .conventions import check_choice, write_atomic
@@ -141,6 +141,8 @@ def check_jobs(
     "Find wrong methods, settings and sequences first. Raises ValueError or FileNotFoundError."
     loaded = {}
     for job, method in [(job, job_method(job)[0]) for job in jobs]:  # all words first, then the rows
+        check_choice(job.split, ("test", "dev"), "score")
+        pick_dtype(job.dtype, pick_device("cpu"))
         place = (job.sequence, str(job.rows), method.training)
         if place not in loaded:
             loaded[place] = job_sequence(job, folder)
@@ -183,15 +185,22 @@ def read_json(
 FORMAT = 1
 
 
+def check_format(
+    out: Path,  # a grid's folder, perhaps new
+) -> None:
+    "Raise ValueError where another version's files are."
+    found = read_json(out / "grid.json")
+    if (out / "grid.json").exists() and found.get("format") != FORMAT:
+        other = f"{found.get('format', 'unknown')}, and this version writes {FORMAT}"
+        raise ValueError(f"{out} is a grid of format {other}; use another folder")
+
+# %% ../nbs/12b_grid.ipynb #ea209c69
 def open_grid(
     out: Path,  # a grid's folder, perhaps new
     jobs: Sequence[Job],  # what is asked now
 ) -> None:
     "Write down what is asked. Raises ValueError where another version's files are, and leaves them alone."
-    found = read_json(out / "grid.json")
-    if (out / "grid.json").exists() and found.get("format") != FORMAT:
-        other = f"{found.get('format', 'unknown')}, and this version writes {FORMAT}"
-        raise ValueError(f"{out} is a grid of format {other}; use another folder")
+    check_format(out)
     write_json(out / "grid.json", dict(format=FORMAT))
     for job in jobs:
         write_json(out / "jobs" / job.key / "asked.json", asdict(job))
@@ -238,6 +247,7 @@ def status(
     "Every job of a grid and how far it is. Raises ValueError where there is no grid."
     if not (Path(out) / "grid.json").exists():
         raise ValueError(f"{out} holds no grid; `jumplora grid --out {out}` starts one")
+    check_format(Path(out))
     folders = sorted((Path(out) / "jobs").glob("*/asked.json"))
     rows = []
     for folder in (path.parent for path in folders):
@@ -389,7 +399,7 @@ def run_grid(
     "Do what is missing. On SLURM the jobs are handed over, and the call returns at once."
     check_start(engine, workers=workers, processes=processes)
     out, folder = Path(out), folder and str(Path(folder).resolve())
-    places = places_for(device, processes) if engine == "local" else []
+    places, workers = places_for(device, processes) if engine == "local" else [], min(workers, len(jobs))
     check_jobs(jobs, folder)
     open_grid(out, jobs)
     missing = [job.key for job in jobs if job_state(out / "jobs" / job.key)[0] not in ("done", "running")]

@@ -41,7 +41,7 @@ def base_of(
     "A method without its gate."
     return name.removesuffix(" + JumpLoRA")
 
-
+# %% ../nbs/09a_methods.ipynb #4cbd5bca
 def parse_strengths(
     pairs: Sequence[str],  # such as "ELLA=3e5" or "ELLA=0,3e4,3e4,3e4"
 ) -> dict[str, float | list[float]]:  # name of a method with a penalty -> λ, or λ per task
@@ -59,6 +59,8 @@ def parse_strengths(
         check_choice(name, able, "method with a strength")
         if len(values) > 1 and name != "ELLA":
             raise ValueError(f"strength {pair!r}: only ELLA takes one per task")
+        if name in found:
+            raise ValueError(f"strength {pair!r}: {name} has one already; give each method one")
         found[name] = values[0] if len(values) == 1 else values
     return found
 

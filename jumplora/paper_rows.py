@@ -134,7 +134,7 @@ def check_folder(
         try:
             lines += check_splits(read_task(folder, name, listed[name])) if name in listed else []
             lines += [] if name in listed else [empty | {"verdict": "missing"}]
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # also loops of links, locked folders
             lines.append(empty | {"verdict": str(error)})
     return pd.DataFrame(lines).set_index(["task", "split"])
 

@@ -84,7 +84,7 @@ def shared_settings(
     settings = {key: value for key, value in run.configuration.items() if key not in may_differ}
     return {key: str(value) for key, value in flatten(asked | settings).items()}
 
-
+# %% ../nbs/12_records.ipynb #d92fc957
 def by_method(
     runs: Sequence[Run],  # runs to compare
     methods: Iterable[str] | None = None,  # methods to list even if they were not run
@@ -101,6 +101,8 @@ def by_method(
     for name, group in groups.items():
         if len({run.seed for run in group}) < len(group):
             raise ValueError(f"{name} has two runs with one seed; keep one of {[run.name for run in group]}")
+        if len({str(run.configuration.get("method")) for run in group}) > 1:
+            raise ValueError(f"the runs of {name} differ in its settings; keep those like {group[0].name}")
     return groups
 
 # %% ../nbs/12_records.ipynb #909223cc

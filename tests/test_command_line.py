@@ -176,6 +176,8 @@ def test_the_installed_command_is_main(root):
         (["grid", "--set", "kept=0.1", "--set", "rank=4"], "--set comes twice; give it once"),
         (["compare", "--method", "ELLA", "--method", "SeqLoRA"], "--method comes twice; give it once"),
         (["compare", "--seed=1", "--seed=1"], "--seed comes twice; give it once"),
+        (["compare", "--method", "IncLoRA", "single task"], "'single task' learns one task"),
+        (["compare", "--method", "IncLoRA", "ELLA", "--strength", "ELLA=1,2,3"], "strength has 3 values"),
         (["predict", "run", "--text", "a", "--task", "b", "--text", "c"], "--text comes twice; give it once"),
         (["compare", "--method", "ELLA", "--past-dtype", "half"], "past_dtype='half'"),
         (["compare", "--train-rows", "0"], "train=0 is no number of rows"),

@@ -192,6 +192,8 @@ def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(tmp_path):
         with pytest.raises(ValueError, match="is a grid of format"):
             run_grid(jobs, tmp_path)
         assert (tmp_path / "grid.json").read_text() == content and not (tmp_path / "jobs").exists()
+        with pytest.raises(ValueError, match="is a grid of format"):
+            status(tmp_path)
     (tmp_path / "grid.json").unlink()
     open_grid(tmp_path, jobs)
     asked = tmp_path / "jobs" / jobs[0].key / "asked.json"
@@ -355,6 +357,10 @@ def test_a_setting_given_twice_is_swept():
         (["--orders", "order7"], "order7"),
         (["--workers", "0"], "workers=0"),
         (["--processes", "0"], "processes=0"),
+        (["--score", "foo"], "score='foo'"),
+        (["--dtype", "float23"], "dtype='float23'"),
+        (["--method", "ELLA"], "--method is not a flag; write it out: --methods"),
+        (["--strength", "ELLA=1", "ELLA=2"], "ELLA has one already"),
         (["--status"], "holds no grid"),
     ],
 )

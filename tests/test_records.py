@@ -309,6 +309,14 @@ def test_the_first_task_figure_draws_each_method_with_its_interval():
     assert 0 < low < high
 
 
+def test_runs_of_one_method_with_two_strengths_are_no_seeds_of_one_another():
+    weak, strong = make("ELLA"), make("ELLA", seed=1)
+    for run, strength in ((weak, 1.0), (strong, 1e9)):
+        run.configuration["method"] = dict(regularizer=dict(strength=strength))
+    with pytest.raises(ValueError, match="the runs of ELLA differ in its settings"):
+        comparison_table([weak, strong])
+
+
 def test_figures_of_several_seeds_show_their_mean():
     ax = first_task_figure([make(), make(seed=1, final=(50, 70))]).axes[0]
     assert ax.lines[0].get_ydata().tolist() == [80, 55]
