@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jumplora.command_line import COMMANDS, compare_parser, main
+from jumplora.command_line import COMMANDS, chosen_methods, compare_parser, main
 
 BALL = [("the ball", "sport"), ("an atom", "physics")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 4
@@ -485,6 +485,12 @@ def test_a_table_leaves_a_damaged_record_out_and_names_it(compared, run_folders,
     assert len(rows) == 1
 
 
+def test_a_strength_for_one_method_leaves_that_of_another_as_it_is():
+    chosen = chosen_methods(["ELLA", "O-LoRA"], ["O-LoRA=2"])
+    assert [method.regularizer.strength for method in chosen] == [3e5, 2.0]
+    assert chosen_methods(["ELLA + JumpLoRA"], ["ELLA=7"])[0].regularizer.strength == 7.0
+
+
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--task", "topics")
 
 
@@ -503,6 +509,8 @@ def test_predict_answers_texts_and_standard_input_alike(run_folders, jumplora, m
         assert option in ("sport", "physics") and 0.5 <= float(share) <= 1 and shown == text
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
     assert predicted(jumplora("predict", run_folders[0], *FLAGS), 3) == lines
+    record = run_folders[0] / "record.json"  # as for `show`
+    assert predicted(jumplora("predict", record, *FLAGS, "--text", *texts), 3) == lines
 
 
 def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):

@@ -319,3 +319,13 @@ def test_the_real_rows_were_drawn_by_the_recipe(name):
             fits = fits and drawn == [label for label in order for _ in range(cut[label])]
         fitting += [order] if fits else []
     assert len(fitting) == 1
+
+
+def test_a_task_that_cannot_be_read_is_one_line_of_the_table(tmp_path, monkeypatch):
+    def refuse(folder, name, place):
+        raise OSError(f"{name} is locked")
+
+    folder = public_copy(tmp_path)
+    monkeypatch.setattr(paper_rows, "read_task", refuse)
+    table = check_folder(folder)
+    assert len(table) == len(BENCHMARK) and table["verdict"].str.contains("is locked").any()
