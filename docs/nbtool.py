@@ -42,15 +42,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PROC, SRC, SITE = ROOT / "_proc", ROOT / "docs" / "_build" / "src", ROOT / "docs" / "_build" / "html"
 CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)\s*?$|`[^`\n]+`)", re.M | re.S)
 DIRECTIVES = re.compile(r"\A(?:#\|.*(?:\n|\Z))*")
-# The sidebar: under each caption the notebooks from this number on.
-PARTS = [("The method", "00"), ("Tasks and training", "05b"), ("Results", "10")]
+
+
+def contents() -> dict[str, list[str]]:
+    "The reading order, declared once, in the index: each row of its table is a chapter, each link a page."
+    cells = nbformat.read(get_config().nbs_path / get_config().readme_nb, as_version=4).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    rows = re.findall(r"^\| \*\*(.+?)\*\*(.*)\|$", text.partition("## Contents")[2], re.M)
+    return {caption: re.findall(r"\]\(([\w/]+)\.ipynb\)", links) for caption, links in rows}
 
 
 def notebooks() -> list[Path]:
-    "Every notebook, in reading order: sorted by file name, the index first."
+    "Every notebook in reading order, the index first."
     nbs = get_config().nbs_path
-    paths = (p for p in nbs.rglob("*.ipynb") if not any(o[0] in "._" for o in p.relative_to(nbs).parts))
-    return sorted(paths, key=lambda p: (p.name != get_config().readme_nb, str(p)))
+    pages = ["index", *(page for chapter in contents().values() for page in chapter)]
+    paths = {p for p in nbs.rglob("*.ipynb") if not any(o[0] in "._" for o in p.relative_to(nbs).parts)}
+    listed = [nbs / f"{page}.ipynb" for page in pages]
+    odd = [str(p.relative_to(nbs)) for p in sorted(paths ^ set(listed))]
+    assert not odd and len(set(listed)) == len(listed), f"index.ipynb must list each page once: {odd}"
+    return listed
 
 
 def directives(cell) -> dict:
@@ -199,7 +209,7 @@ def outside_code(f, text: str) -> str:
     return "".join(o if i % 2 else f(o) for i, o in enumerate(CODE.split(text)))
 
 
-def to_myst(text: str, pages: dict[str, str]) -> str:
+def to_myst(text: str) -> str:
     "Turn the little Quarto that nbdev uses into MyST."
     cfg = get_config()
     base = re.escape(f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/")
@@ -213,10 +223,7 @@ def to_myst(text: str, pages: dict[str, str]) -> str:
 
     text = outside_code(f, text)
     # nbdev turns `name` into a link to the published site: make it a link inside this one
-    text = re.sub(rf"\]\({base}([\w/-]+)\.html#([\w.]+)\)", r"](#\1.\2)", text)
-    return re.sub(
-        r"\]\(([\w./-]+\.ipynb)(#[\w.-]+)?\)", lambda m: f"]({pages.get(m[1], m[1])}{m[2] or ''})", text
-    )
+    return re.sub(rf"\]\({base}(?:[\w-]+/)?([\w-]+)\.html#([\w.]+)\)", r"](#\1.\2)", text)
 
 
 def options(cell) -> dict[str, str]:
@@ -308,16 +315,16 @@ def parameters(cell) -> list:
     return out
 
 
-def page(nb, pages: dict[str, str], stem: str, raw: Path):
-    "Turn one processed notebook into a MyST-NB page."
-    cells, seen = [], set()
+def page(nb, name: str, raw: Path):
+    "Turn one processed notebook into a MyST-NB page; `name` is its path without `.ipynb`."
+    cells, seen, stem = [], set(), raw.stem
     for c in nb.cells:
         if c.cell_type == "raw" and c.source.lstrip().startswith("---"):
             fm = yaml.safe_load(c.source.strip().strip("-"))
-            lead = f"\n\n{{.lead}}\n{to_myst(fm['description'], pages)}" if fm.get("description") else ""
-            cells.append(new_markdown_cell(f"# {fm['title']}{lead}\n\n{{.meta}}\n{meta(raw)}"))
+            lead = f"\n\n{{.lead}}\n{to_myst(fm['description'])}" if fm.get("description") else ""
+            cells.append(new_markdown_cell(f"# {fm['title']}{lead}\n\n{{.meta}}\n{meta(name, raw)}"))
         elif c.cell_type == "markdown":
-            c.source = to_myst(c.source, pages)
+            c.source = to_myst(c.source)
             cells.append(c)
         elif c.cell_type == "code":
             opt = options(c)
@@ -338,7 +345,7 @@ def page(nb, pages: dict[str, str], stem: str, raw: Path):
             if show:
                 c.metadata["mystnb"] = show
             for data in (o.data for o in c.outputs if "text/markdown" in o.get("data", {})):
-                data["text/markdown"] = to_myst("".join(data["text/markdown"]), pages)
+                data["text/markdown"] = to_myst("".join(data["text/markdown"]))
             cells.append(c)
             if "exported" in opt:
                 cells += parameters(c)
@@ -357,22 +364,22 @@ def module_of(raw: Path) -> str:
     return f"{get_config().lib_path.name}.{found[1]}" if found else ""
 
 
-def meta(raw: Path) -> str:
+def meta(name: str, raw: Path) -> str:
     "The line under a title: where the page comes from."
     module = module_of(raw)
     return (
         f"module `{module}` · " if module else ""
-    ) + f"notebook {{download}}`{raw.name} </notebooks/{raw.name}>`"
+    ) + f"notebook {{download}}`{raw.name} </notebooks/{name}.ipynb>`"
 
 
-def names_page(raws: dict[Path, str]) -> str:
+def names_page(raws: list[Path]) -> str:
     "A page with every public name of the package, by module."
     offered = __import__(get_config().lib_path.name).__all__
     out = [
         "# All names\n\n{.lead}\nEvery public name, by module, with a link to the cell that defines it.\n\n"
         "The bold ones can be imported from `jumplora` itself."
     ]
-    for raw, stem in raws.items():
+    for raw in raws:
         rows, seen = [], set()
         for c in nbformat.read(raw, 4).cells:
             if c.cell_type == "code" and directives(c).keys() & {"export", "exports"}:
@@ -382,7 +389,7 @@ def names_page(raws: dict[Path, str]) -> str:
                     seen.add(n)
                     doc = "" if isinstance(o, (ast.Assign, ast.AnnAssign)) else ast.get_docstring(o) or ""
                     line = doc.split("\n")[0].replace("|", r"\|")
-                    link = f"[`{n}`](#{label(stem, n, o)})"
+                    link = f"[`{n}`](#{label(raw.stem, n, o)})"
                     rows.append(f"| {f'**{link}**' if n in offered else link} | {line} |")
         if rows:
             rows = "\n".join(rows)
@@ -390,16 +397,13 @@ def names_page(raws: dict[Path, str]) -> str:
     return "\n\n".join(out) + "\n"
 
 
-def toctree(stems: dict[str, str]) -> str:
-    "The sidebar: captions of PARTS over the pages of the numbered notebooks, then the other pages."
-    groups = {caption: [] for caption, _ in PARTS} | {"More": []}
-    for name, stem in stems.items():
-        caption = [c for c, start in PARTS if name >= start][-1] if name[0].isdigit() else "More"
-        groups[caption].append(stem)
+def toctree(extra: list[str]) -> str:
+    "The sidebar: the chapters of the contents, and the pages that are no notebooks under the last of them."
+    groups = contents()
+    groups[list(groups)[-1]] += extra
     return "\n\n".join(
-        f"```{{toctree}}\n:hidden:\n:caption: {c}\n\n" + "\n".join(g) + "\n```"
-        for c, g in groups.items()
-        if g
+        f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(group) + "\n```"
+        for caption, group in groups.items()
     )
 
 
@@ -428,44 +432,34 @@ def process() -> None:
     nbdev.serve.proc_nbs(str(get_config().nbs_path), n_workers=0, force=True)
 
 
-def front(nb) -> dict:
-    return yaml.safe_load(nb.cells[0].source.strip().strip("-"))
-
-
 def stage() -> None:
     "Write the pages that Sphinx builds: one per notebook, docs/*.md, and the list of names."
     process()
     for folder in (SRC, SITE, SITE.with_name("doctrees")):  # nothing of a page that is gone stays
         shutil.rmtree(folder, ignore_errors=True)
-    (SRC / "notebooks").mkdir(parents=True)
-    raws = {p.relative_to(get_config().nbs_path): p for p in notebooks()}
-    nbs = {p: nbformat.read(PROC / p, as_version=4) for p in raws}
-    pages = {
-        str(p): str(p.with_name(front(nb)["output-file"]).with_suffix(".ipynb")) for p, nb in nbs.items()
-    }
-    stems = {str(p): v.removesuffix(".ipynb") for p, v in pages.items()}
-    index = get_config().readme_nb
-    extra = {p.name: p.stem for p in sorted((ROOT / "docs").glob("*.md"))}
-    for name, stem in extra.items():
-        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        (SRC / f"{stem}.md").write_text(to_myst(text.replace("](../nbs/", "]("), pages), encoding="utf-8")
-    (SRC / "names.md").write_text(names_page({raws[p]: stems[str(p)] for p in raws}), encoding="utf-8")
-    for p, nb in nbs.items():
-        nb = page(nb, pages, stems[str(p)], raws[p])
-        if str(p) == index:
-            toc = toctree({k: v for k, v in stems.items() if k != index} | {"names.md": "names"} | extra)
-            nb.cells.append(new_markdown_cell(toc))
-        out = SRC / pages[str(p)]
-        out.parent.mkdir(parents=True, exist_ok=True)
+    SRC.mkdir(parents=True)
+    nbs, raws = get_config().nbs_path, notebooks()
+    extra = sorted((ROOT / "docs").glob("*.md"))
+    for path in extra:
+        text = path.read_text(encoding="utf-8").replace("](../nbs/", "](")
+        (SRC / path.name).write_text(to_myst(text), encoding="utf-8")
+    (SRC / "names.md").write_text(names_page(raws), encoding="utf-8")
+    for raw in raws:
+        path = raw.relative_to(nbs)
+        nb = page(nbformat.read(PROC / path, as_version=4), path.with_suffix("").as_posix(), raw)
+        if path.name == get_config().readme_nb:
+            nb.cells.append(new_markdown_cell(toctree(["names", *(p.stem for p in extra)])))
         for c in nb.cells:
             c.setdefault("id", new_code_cell().id)
-        nbformat.write(nb, out)
-        shutil.copy(raws[p], SRC / "notebooks" / p.name)
+        for out in (SRC / path, SRC / "notebooks" / path):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, SRC / path)
+        shutil.copy(raw, SRC / "notebooks" / path)
     for p in PROC.rglob("*"):  # images that the Markdown uses
         if p.suffix in {".png", ".svg", ".jpg", ".gif"}:
             (SRC / p.relative_to(PROC)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(p, SRC / p.relative_to(PROC))
-    print(f"staged {len(nbs) + len(extra) + 1} pages in {SRC.relative_to(ROOT)}")
+    print(f"staged {len(raws) + len(extra) + 1} pages in {SRC.relative_to(ROOT)}")
 
 
 # ---------------------------------------------------------------- readme

@@ -1,40 +1,37 @@
 """Sparse low-rank adapters (JumpReLU-gated LoRA) and continual learning of language models with them.
 
 Names are loaded when they are first used: `import jumplora` itself imports neither torch nor transformers.
-A function whose module has the same name is imported from its module:
-`from jumplora.jumprelu import jumprelu` and `from jumplora.gated_linear import gated_linear`.
 """
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "conventions": "METHOD_COLORS figure_style set_seed",
-    "jumprelu": "Threshold threshold_gradient two_sided_jumprelu",
-    "gated_linear": "gated_update naive_gated_linear",
-    "adapter": "JumpLoraConfig JumpLoraLinear JumpLoraModel adapter_layers delta_weights gate_groups",
-    "schedule": "SparsityCallback SparsitySchedule initial_threshold interpolation_factor",
-    "regularizers": "ELLA IncLoRA Regularizer Update",
-    "penalties": "EWC NLoRA OLoRA",
-    "processes": "join_processes on_main split_batch",
-    "prompts": "Example Task TaskSequence prompt",
-    "tasks": "ORDERS",
-    "hub_rows": "hub_table hub_task",
-    "paper_rows": "check_folder load_sequence paper_split",
-    "backbones": "load_backbone",
-    "metrics": "average_accuracy backward_transfer forgetting forward_transfer just_learned",
-    "run_record": "DamagedRecord Run",
-    "training": "TrainConfig train_task",
-    "evaluation": "evaluate",
-    "sparse_updates": "SparseUpdate sparse_update",
-    "tracking": "Tracking find_trackers",
-    "continual": "Method learn_sequence load_learned",
-    "methods": "METHODS",
-    "sparsity": "overlap_report support_overlap",
-    "archives": "load_without rollback",
-    "formats": "save_sparse_adapter",
-    "export": "export_run push_to_hub",
-    "grid": "plan run_grid status",
-    "records": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
+    "method.jumprelu": "Gate threshold_gradient two_sided_jumprelu",
+    "method.gated_linear": "gated_update naive_gated_linear",
+    "method.adapter": "JumpLoraConfig JumpLoraLinear JumpLoraModel adapter_layers delta_weights gate_groups",
+    "method.schedule": "SparsityCallback SparsitySchedule initial_threshold interpolation_factor",
+    "method.regularizers": "ELLA IncLoRA NLoRA OLoRA Regularizer Update",
+    "running.processes": "join_processes on_main split_batch",
+    "learning.tasks": "Example Task TaskSequence prompt",
+    "data.rows": "ORDERS",
+    "data.hub_rows": "hub_table hub_task",
+    "data.paper_rows": "check_folder load_sequence paper_split",
+    "data.backbones": "load_backbone",
+    "learning.metrics": "average_accuracy backward_transfer forgetting forward_transfer just_learned",
+    "storage.record": "DamagedRecord Run",
+    "learning.training": "TrainConfig train_task",
+    "learning.evaluation": "evaluate",
+    "storage.updates": "SparseUpdate sparse_update",
+    "running.tracking": "Tracking find_trackers",
+    "learning.continual": "Method learn_sequence load_learned",
+    "learning.methods": "EWC METHODS",
+    "results.sparsity": "overlap_report support_overlap",
+    "storage.rollback": "load_without rollback",
+    "storage.formats": "save_sparse_adapter",
+    "storage.export": "export_run push_to_hub",
+    "running.grid": "plan run_grid status",
+    "results.run_tables": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }
 _NAMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

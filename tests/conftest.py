@@ -26,7 +26,7 @@ def site(tmp_path_factory) -> Path:
     "The built site: the one in docs/_build/html if it is newer than its sources, else built now."
     html = ROOT / "docs" / "_build" / "html"
     sources = [
-        *(ROOT / "nbs").glob("*.ipynb"),
+        *(ROOT / "nbs").rglob("*.ipynb"),
         *(ROOT / "docs").glob("*.*"),
         *(ROOT / "docs/_static").glob("*"),
     ]

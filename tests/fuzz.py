@@ -28,26 +28,28 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from test_bad_input import ANYTHING, BRACES, CONTROL, LONG
 
-from jumplora import evaluation
-from jumplora.adapter import JumpLoraConfig
-from jumplora.checkpoints import (
+from jumplora.command_line import chosen_methods, swept
+from jumplora.command_line import main as command
+from jumplora.conventions import write_atomic
+from jumplora.data.rows import read_folder
+from jumplora.learning import evaluation
+from jumplora.learning.continual import task_fingerprint
+from jumplora.learning.evaluation import evaluate
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig, describe_config
+from jumplora.method.adapter import JumpLoraConfig
+from jumplora.running.grid import Job, job_method, open_grid, plan, read_job, status
+from jumplora.storage.checkpoints import (
     STATE_FORMAT,
     Checkpoint,
     read_checkpoint,
     read_state,
     state_checksum,
 )
-from jumplora.command_line import chosen_methods, swept
-from jumplora.command_line import main as command
-from jumplora.continual import task_fingerprint
-from jumplora.conventions import write_atomic
-from jumplora.evaluation import evaluate
-from jumplora.grid import Job, job_method, open_grid, plan, read_job, status
-from jumplora.methods import METHODS
-from jumplora.prompts import Task, TaskSequence
-from jumplora.run_folder import load_state, save_state
-from jumplora.run_record import Run, digest, environment
-from jumplora.sparse_updates import (
+from jumplora.storage.record import Run, digest, environment
+from jumplora.storage.run_folder import load_state, save_state
+from jumplora.storage.updates import (
     ArchiveHeader,
     archive_path,
     checksum_of,
@@ -57,9 +59,7 @@ from jumplora.sparse_updates import (
     update_checksum,
     write_archive,
 )
-from jumplora.sparse_updates import canonical_json as header_text
-from jumplora.tasks import read_folder
-from jumplora.training import TrainConfig, describe_config
+from jumplora.storage.updates import canonical_json as header_text
 
 # ---- what is drawn ----------------------------------------------------------------------------------------
 

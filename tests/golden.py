@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 
-from jumplora.backbones import load_backbone
-from jumplora.continual import learn_sequence
-from jumplora.evaluation import answer
-from jumplora.methods import METHODS, with_settings
-from jumplora.prompts import Task, TaskSequence
-from jumplora.training import TrainConfig
+from jumplora.data.backbones import load_backbone
+from jumplora.learning.continual import learn_sequence
+from jumplora.learning.evaluation import answer
+from jumplora.learning.methods import METHODS, with_settings
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig
 
 STORED = Path(__file__).resolve().parent / "golden" / "runs.json"
 ADVICE = "Only a commit that means to alter numbers freezes them anew, with `python tests/golden.py`."

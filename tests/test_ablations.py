@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jumplora.ablations import (
+from jumplora.results.ablations import (
     all_but,
     by_age,
     density,
@@ -17,7 +17,7 @@ from jumplora.ablations import (
     variant_table,
     variants,
 )
-from jumplora.run_record import Run
+from jumplora.storage.record import Run
 
 TASKS = ["a", "b", "c"]
 

@@ -16,7 +16,32 @@ import jumplora
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jumplora"
-NBS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
+NBS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+# The order of imports, declared once: a module imports from the lines above its own, and from no other.
+# The order of reading is another one, and stands in the index.
+LAYERS = """
+conventions
+method.jumprelu
+method.gated_linear
+method.adapter method.regularizers
+method.schedule
+learning.tasks learning.metrics running.processes
+data.rows storage.record
+data.hub_rows data.backbones storage.checkpoints
+data.paper_rows storage.run_folder
+storage.updates
+learning.training
+learning.evaluation running.tracking
+learning.continual
+learning.methods
+results.sparsity results.run_tables storage.rollback storage.formats
+results.grid_tables results.ablations results.speed storage.export
+results.speed_of_runs running.grid
+command_line
+"""
+LAYER = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}
+MODULES = sorted(LAYER)
 
 
 def code_of(path: Path) -> str:
@@ -24,51 +49,50 @@ def code_of(path: Path) -> str:
     return "\n".join("".join(c["source"]) + "\n" for c in cells if c["cell_type"] == "code")
 
 
-def module_of(path: Path) -> str | None:
-    found = re.search(r"^#\|\s*default_exp\s+(\w+)", code_of(path), re.M)
-    return found and found[1]
+def file_of(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
-NOTEBOOK = {module_of(p): p.name for p in NBS if module_of(p)}
-MODULES = sorted(NOTEBOOK)
-
-
-def imported(source: str) -> set[str]:
-    "The modules of the package that a source imports, wherever in it."
+def imported(source: str, module: str = "") -> set[str]:
+    "The modules of the package that the source of a module, or of a page, imports, wherever in it."
     lines = [o for o in source.splitlines() if not o.lstrip().startswith(("%", "!"))]
-    names = set()
+    parts, names = ["jumplora", *module.split(".")], set()
     for o in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(o, ast.ImportFrom):
-            if o.level == 1 and o.module:  # nbdev turns `from jumplora.x` into `from .x`
-                names.add(o.module)
-            elif (
-                o.level == 1 or o.module == "jumplora"
-            ):  # a module, or a name that the package loads from one
-                names |= {jumplora._NAMES.get(a.name, a.name) for a in o.names}
-            elif (o.module or "").startswith("jumplora."):
-                names.add(o.module.split(".")[1])
+            base = ".".join([*(parts[: -o.level] if o.level else ()), *([o.module] if o.module else ())])
+            for alias in o.names:  # from a module, of a module, or a name that the package loads from one
+                owner = jumplora._NAMES.get(alias.name, "") if base == "jumplora" else ""
+                names |= {base, f"{base}.{alias.name}", f"jumplora.{owner}"}
         elif isinstance(o, ast.Import):
-            names |= {a.name.split(".")[1] for a in o.names if a.name.startswith("jumplora.")}
-    return names & set(MODULES)
-
-
-@pytest.mark.parametrize("path", [p for p in NBS if p.name[0].isdigit()], ids=lambda p: p.name)
-def test_a_notebook_imports_only_from_those_before_it(path):
-    own = module_of(path)
-    upward = {m: NOTEBOOK[m] for m in imported(code_of(path)) if m != own and NOTEBOOK[m] >= path.name}
-    assert not upward, f"{path.name} imports from {upward}"
+            names |= {a.name for a in o.names}
+    return {n.removeprefix("jumplora.") for n in names} & set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_notebooks_before_its_own(module):
-    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
-    upward = {m: NOTEBOOK[m] for m in imported(source) - {module} if NOTEBOOK[m] > NOTEBOOK[module]}
+def test_a_module_imports_only_from_layers_below_its_own(module):
+    found = imported(file_of(module).read_text(encoding="utf-8"), module) - {module}
+    upward = sorted(m for m in found if LAYER[m] >= LAYER[module])
     assert not upward, f"jumplora.{module} imports from {upward}"
 
 
-def test_the_order_is_the_order_of_file_names():
-    assert sorted(["07_metrics", "06c_backbones", "06_tasks"]) == ["06_tasks", "06c_backbones", "07_metrics"]
-    assert all(re.match(r"\d\d[a-z]?_[a-z_]+\.ipynb$|index\.ipynb$", p.name) for p in NBS)
+def test_imports_are_found_in_every_form():
+    forms = """
+from ..method.jumprelu import x
+from . import record
+def f():
+    from jumplora.results import speed
+    import jumplora.running.grid
+    from jumplora import learn_sequence
+"""
+    found = imported(forms, "storage.updates")
+    wanted = {"method.jumprelu", "storage.record", "results.speed", "running.grid", "learning.continual"}
+    assert found == wanted
+
+
+def test_every_page_has_a_name_of_its_own():
+    # links to names of the package, and downloads, know a page by its name alone
+    names = [p.stem for p in NBS]
+    assert len(names) == len(set(names))
 
 
 def in_fresh_python(code: str) -> str:
@@ -90,14 +114,17 @@ def test_the_package_needs_no_development_tools():
     assert in_fresh_python(f"{block}; {imports}; print('fine')").strip() == "fine"
 
 
-def test_the_exported_modules_are_those_of_the_notebooks():
-    files = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "_modidx"}
-    assert files == set(MODULES)
+def test_every_module_is_exported_by_the_page_of_its_name_and_has_its_layer():
+    files = [p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    exported = re.findall(r"^#\|\s*default_exp\s+([\w.]+)", "\n".join(map(code_of, NBS)), re.M)
+    assert {".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in files} == set(MODULES)
+    assert sorted(exported) == MODULES
+    assert {m.split(".")[-1] for m in MODULES} <= {p.stem for p in NBS}
 
 
 def test_a_public_name_is_never_the_name_of_a_module():
     # else `from jumplora import x` would give the function or the module, whichever was loaded first
-    assert not set(jumplora._NAMES) & set(MODULES)
+    assert not set(jumplora._NAMES) & {part for m in MODULES for part in m.split(".")[:1]}
 
 
 @pytest.mark.parametrize("name", jumplora._NAMES)
@@ -133,7 +160,7 @@ UNSAFE = {
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_unpickles_nothing_and_runs_no_foreign_code(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(file_of(module).read_text(encoding="utf-8"))
     for o in ast.walk(tree):
         if isinstance(o, (ast.Import, ast.ImportFrom)):
             names = {a.name for a in o.names} | {getattr(o, "module", None)}
@@ -155,7 +182,7 @@ def test_a_module_unpickles_nothing_and_runs_no_foreign_code(module):
 
 def public_functions(module: str):
     "The public functions, classes and their `__init__` of a module, with the lines that have a comment."
-    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    source = file_of(module).read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     commented = {t.start[0] for t in tokens if t.type == tokenize.COMMENT and len(t.string) > 3}
     for o in ast.parse(source).body:

@@ -15,9 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from jumplora import archives, continual, sparse_updates
-from jumplora.adapter import adapter_layers
-from jumplora.archives import (
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.continual import Method, learn_sequence, load_state, merge_adapter, weights_of
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig, attach_adapter
+from jumplora.method.adapter import adapter_layers
+from jumplora.storage import rollback as archives
+from jumplora.storage import updates as sparse_updates
+from jumplora.storage.record import DamagedRecord, Run
+from jumplora.storage.rollback import (
     add_archives,
     load_archives,
     load_without,
@@ -25,11 +32,7 @@ from jumplora.archives import (
     rollback_folder,
     without_task,
 )
-from jumplora.backbones import load_backbone
-from jumplora.continual import Method, learn_sequence, load_state, merge_adapter, weights_of
-from jumplora.prompts import Task, TaskSequence
-from jumplora.run_record import DamagedRecord, Run
-from jumplora.sparse_updates import (
+from jumplora.storage.updates import (
     ArchiveHeader,
     DamagedArchive,
     SparseUpdate,
@@ -42,7 +45,6 @@ from jumplora.sparse_updates import (
     update_checksum,
     write_archive,
 )
-from jumplora.training import TrainConfig, attach_adapter
 
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 4
@@ -397,7 +399,7 @@ def gated_by_hand():
     torch.manual_seed(0)
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
-        layer.lora_gate["default"].set_(0.006)
+        layer.lora_gate["default"].set_threshold(0.006)
         layer.lora_gate["default"].interpolation.fill_(1.0)
     return model
 
@@ -727,7 +729,7 @@ def test_a_damaged_result_is_not_loaded(gated):
 
 
 def test_tables_do_not_count_a_rollback_as_a_run(gated):
-    from jumplora.records import load_runs
+    from jumplora.results.run_tables import load_runs
 
     rollback(gated.folder, "topics")
     assert len(load_runs(gated.folder.parent)) == 1

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jumplora import backbones
-from jumplora.backbones import (
+from jumplora.data import backbones
+from jumplora.data.backbones import (
     BACKBONES,
     SMOLLM2_FILE,
     SMOLLM2_SHA256,
@@ -26,7 +26,7 @@ from jumplora.backbones import (
     pick_dtype,
     write_checksums,
 )
-from jumplora.tasks import demo_file
+from jumplora.data.rows import demo_file
 
 CPU = {"device": "cpu", "dtype": "float32"}
 TEXTS = [
@@ -60,7 +60,7 @@ def smollm2():
 
 HASH_OF_BOTH = """
 import hashlib
-from jumplora.backbones import load_backbone
+from jumplora.data.backbones import load_backbone
 marks = []
 for name in ("tiny-llama", "tiny-t5"):
     model, tokenizer = load_backbone(name, device="cpu", dtype="float32")

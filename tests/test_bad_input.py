@@ -12,17 +12,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from jumplora.adapter import JumpLoraConfig
-from jumplora.backbones import load_backbone
-from jumplora.continual import learn_sequence
 from jumplora.conventions import check_name
-from jumplora.evaluation import answer, evaluate
-from jumplora.methods import METHODS
-from jumplora.paper_rows import load_sequence
-from jumplora.prompts import Task, TaskSequence
-from jumplora.run_record import DamagedRecord, Run, set_aside
-from jumplora.tasks import DEMO_COMMAND, read_folder
-from jumplora.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
+from jumplora.data.backbones import load_backbone
+from jumplora.data.paper_rows import load_sequence
+from jumplora.data.rows import DEMO_COMMAND, read_folder
+from jumplora.learning.continual import learn_sequence
+from jumplora.learning.evaluation import answer, evaluate
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
+from jumplora.method.adapter import JumpLoraConfig
+from jumplora.storage.record import DamagedRecord, Run, set_aside
 
 ROWS = [("a ball", "sport"), ("an atom", "physics")]
 OPTIONS = ("sport", "physics")

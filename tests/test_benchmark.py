@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jumplora import benchmark, benchmark_runs
-from jumplora.backbones import load_backbone
-from jumplora.gated_linear import sum_is_safe
-from jumplora.regularizers import ELLA
+from jumplora.data.backbones import load_backbone
+from jumplora.method.gated_linear import sum_is_safe
+from jumplora.method.regularizers import ELLA
+from jumplora.results import speed as benchmark
+from jumplora.results import speed_of_runs as benchmark_runs
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def small(monkeypatch):
         return load_backbone("tiny-llama" if name == "smollm2-135m" else name, *args, **options)
 
     def few(name, **rows):
-        from jumplora.paper_rows import load_sequence
+        from jumplora.data.paper_rows import load_sequence
 
         return load_sequence(name, **dict(train=8, dev=4, test=4) | rows)
 
@@ -83,7 +84,7 @@ def test_the_naive_way_gives_the_same_numbers_and_is_gone_afterwards():
         gated.zero_grad(set_to_none=True)
     for fast, naive in zip(*results, strict=True):
         torch.testing.assert_close(fast, naive, rtol=1e-4, atol=1e-6)
-    from jumplora.gated_linear import gated_linear
+    from jumplora.method.gated_linear import gated_linear
 
     assert benchmark.adapter.gated_linear is gated_linear
     assert isinstance(ella, ELLA)

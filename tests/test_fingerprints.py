@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from real_rows import DATA, ROOT, needs_rows
 
-from jumplora.backbones import load_backbone
-from jumplora.continual import Method, run_configuration, task_fingerprint
-from jumplora.grid import PROTOCOLS, Job, job_sequence, plan
-from jumplora.methods import METHODS, with_settings
-from jumplora.paper_rows import load_sequence
-from jumplora.prompts import TaskSequence
-from jumplora.run_record import Run, plain
-from jumplora.tasks import ORDERS
-from jumplora.training import TrainConfig
+from jumplora.data.backbones import load_backbone
+from jumplora.data.paper_rows import load_sequence
+from jumplora.data.rows import ORDERS
+from jumplora.learning.continual import Method, run_configuration, task_fingerprint
+from jumplora.learning.methods import METHODS, with_settings
+from jumplora.learning.tasks import TaskSequence
+from jumplora.learning.training import TrainConfig
+from jumplora.running.grid import PROTOCOLS, Job, job_sequence, plan
+from jumplora.storage.record import Run, plain
 
 STORED = Path(__file__).resolve().parent / "golden" / "fingerprints.json"
 FROZEN = json.loads(STORED.read_text("utf-8")) if STORED.is_file() else {}

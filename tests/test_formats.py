@@ -15,10 +15,10 @@ from peft.tuners.shira import ShiraModel
 from peft.tuners.supertuning.layer import SupertuningLayer
 from safetensors.torch import load_file, save_file
 
-from jumplora import formats
-from jumplora.adapter import JumpLoraConfig, delta_weights, gate_groups
-from jumplora.backbones import load_backbone
-from jumplora.formats import (
+from jumplora.data.backbones import load_backbone
+from jumplora.method.adapter import JumpLoraConfig, delta_weights, gate_groups
+from jumplora.storage import formats
+from jumplora.storage.formats import (
     SPARSE,
     add_updates,
     entries_needed,
@@ -31,9 +31,9 @@ from jumplora.formats import (
     shira_state,
     supertuning_state,
 )
-from jumplora.sparse_updates import SparseUpdate, sparse_update
+from jumplora.storage.updates import SparseUpdate, sparse_update
 
-ADVICE = f"peft {peft.__version__} moved it: mend nbs/10b_formats.ipynb, or peft's range in settings.ini"
+ADVICE = f"peft {peft.__version__} moved it: mend nbs/5_inside/formats.ipynb, or peft's range in settings.ini"
 torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's SHiRA leaves it open, and torch warns
 
 
@@ -219,7 +219,7 @@ def gated_toy(scope="block"):
     for group in gate_groups(adapted).values():
         for layer in group.layers.values():
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-        group.gate.set_(0.02)
+        group.gate.set_threshold(0.02)
         group.gate.interpolation.fill_(1.0)
     return base, adapted
 

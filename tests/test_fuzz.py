@@ -19,16 +19,16 @@ from fuzz import (
     whole_run,
 )
 
-from jumplora.adapter import JumpLoraConfig
-from jumplora.checkpoints import Checkpoint, DamagedState, read_checkpoint, read_state
 from jumplora.command_line import main, parse_settings
-from jumplora.grid import job_state, open_grid, read_job, read_json
-from jumplora.prompts import Question
-from jumplora.run_folder import load_state
-from jumplora.run_record import DamagedRecord, Run
-from jumplora.sparse_updates import DamagedArchive, read_archive
-from jumplora.tasks import read_folder
-from jumplora.training import TrainConfig
+from jumplora.data.rows import read_folder
+from jumplora.learning.tasks import Question
+from jumplora.learning.training import TrainConfig
+from jumplora.method.adapter import JumpLoraConfig
+from jumplora.running.grid import job_state, open_grid, read_job, read_json
+from jumplora.storage.checkpoints import Checkpoint, DamagedState, read_checkpoint, read_state
+from jumplora.storage.record import DamagedRecord, Run
+from jumplora.storage.run_folder import load_state
+from jumplora.storage.updates import DamagedArchive, read_archive
 
 
 @pytest.mark.parametrize("test", CHECKS, ids=lambda test: test.__name__)

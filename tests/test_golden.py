@@ -11,7 +11,7 @@ import golden
 import pytest
 import torch
 
-from jumplora.methods import METHODS, base_of
+from jumplora.learning.methods import METHODS, base_of
 
 STORED = json.loads(golden.STORED.read_text("utf-8"))
 EXACT = STORED["machine"] == golden.machine()

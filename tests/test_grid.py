@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 import torch
 
-from jumplora import grid
 from jumplora.command_line import main, parse_settings, swept
-from jumplora.grid import (
+from jumplora.running import grid
+from jumplora.running.grid import (
     Job,
     held_lock,
     job_sequence,
@@ -31,7 +31,7 @@ from jumplora.grid import (
     run_job,
     status,
 )
-from jumplora.run_record import Run
+from jumplora.storage.record import Run
 
 SMALL = dict(backbone="tiny-llama", rows=dict(train=8, dev=0, test=4), train=dict(max_length=200))
 
@@ -115,8 +115,8 @@ def test_every_mistake_is_found_before_anything_is_written(tmp_path):
 
 
 def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
-    from jumplora import grid
-    from jumplora.tasks import newsroom
+    from jumplora.data.rows import newsroom
+    from jumplora.running import grid
 
     whole = newsroom().limit(train=4, dev=0, test=4)
     monkeypatch.setattr(grid, "load_sequence", lambda name, folder, **rows: whole)
@@ -151,7 +151,7 @@ def test_a_done_job_is_done_only_while_its_record_is_good(tmp_path):
 
 def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from jumplora.grid import held_lock\n"
+        "import sys, time; from pathlib import Path; from jumplora.running.grid import held_lock\n"
         "with held_lock(Path(sys.argv[1])) as ours: print(ours, flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -14,9 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from real_rows import DATA, ROOT, needs_rows
 
-from jumplora import hub_rows
 from jumplora.command_line import main
-from jumplora.comparison import (
+from jumplora.data import hub_rows
+from jumplora.data.hub_rows import DIFFERENT_SAMPLE, HUB_SEQUENCES, HUB_SOURCES, hub_task, sample_gap
+from jumplora.data.paper_rows import load_sequence
+from jumplora.data.rows import BENCHMARK, ORDERS
+from jumplora.learning.tasks import SPLITS
+from jumplora.results.grid_tables import (
     budget_text,
     forgetting_figure,
     gate_table,
@@ -27,11 +31,7 @@ from jumplora.comparison import (
     summary_table,
     tables_of,
 )
-from jumplora.grid import Job, job_sequence, sequences_for
-from jumplora.hub_rows import DIFFERENT_SAMPLE, HUB_SEQUENCES, HUB_SOURCES, hub_task, sample_gap
-from jumplora.paper_rows import load_sequence
-from jumplora.prompts import SPLITS
-from jumplora.records import (
+from jumplora.results.run_tables import (
     accuracy_figure,
     by_method,
     comparison_table,
@@ -40,8 +40,8 @@ from jumplora.records import (
     reported_table,
     what_was_run,
 )
-from jumplora.run_record import Run
-from jumplora.tasks import BENCHMARK, ORDERS
+from jumplora.running.grid import Job, job_sequence, sequences_for
+from jumplora.storage.record import Run
 
 # (dataset, configuration): text columns, other columns, the label's column, its names in order, splits
 GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"

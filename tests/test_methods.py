@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from jumplora import continual
-from jumplora.adapter import adapter_layers
-from jumplora.backbones import load_backbone
-from jumplora.continual import Method, learn_sequence
-from jumplora.methods import METHODS, parse_strengths, with_settings
-from jumplora.penalties import EWC, mean_squares
-from jumplora.prompts import Task, TaskSequence
-from jumplora.regularizers import ELLA, IncLoRA, Update
-from jumplora.run_record import Run
-from jumplora.training import (
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.continual import Method, learn_sequence
+from jumplora.learning.methods import EWC, METHODS, parse_strengths, with_settings
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import (
     TrainConfig,
     attach_adapter,
     collator_for,
@@ -27,6 +23,9 @@ from jumplora.training import (
     task_steps,
     train_task,
 )
+from jumplora.method.adapter import adapter_layers
+from jumplora.method.regularizers import ELLA, IncLoRA, Update
+from jumplora.storage.record import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 8
@@ -110,7 +109,7 @@ def test_ewc_remembers_through_a_state_and_refuses_others():
     with pytest.raises(ValueError, match="different layers"):
         ewc.penalty(updates(5, (("c", (3, 2)),)))
     with pytest.raises(ValueError, match="at least one training row"):
-        mean_squares([])
+        EWC().after_rows([])
 
 
 @pytest.mark.parametrize("backbone", ["tiny-llama", "tiny-t5"])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jumplora import metrics
-from jumplora.metrics import (
+from jumplora.learning import metrics
+from jumplora.learning.metrics import (
     as_matrix,
     average_accuracy,
     average_interval,

@@ -13,10 +13,9 @@ import pytest
 import torch
 from real_rows import DATA, needs_rows
 
-from jumplora import paper_rows
 from jumplora.command_line import main
-from jumplora.continual import new_run
-from jumplora.paper_rows import (
+from jumplora.data import paper_rows
+from jumplora.data.paper_rows import (
     OTHER_ROWS,
     PAPER_FILES,
     as_in_the_paper,
@@ -26,8 +25,9 @@ from jumplora.paper_rows import (
     on_answerable_rows,
     paper_split,
 )
-from jumplora.prompts import SPLITS, Example, Task, TaskSequence
-from jumplora.tasks import BENCHMARK, ORDERS, read_folder
+from jumplora.data.rows import BENCHMARK, ORDERS, read_folder
+from jumplora.learning.continual import new_run
+from jumplora.learning.tasks import SPLITS, Example, Task, TaskSequence
 
 
 def task(name="t", options=("yes", "no"), train=(), dev=(), test=(), **more) -> Task:

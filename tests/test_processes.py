@@ -16,17 +16,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from two_processes import EQUAL, QUICK, SEQUENCE, TASKS, all_answers, compare_words, learn, refused
 
-from jumplora import processes
-from jumplora.archives import load_without, rollback
-from jumplora.backbones import load_backbone, pick_device
-from jumplora.checkpoints import own_random_states, read_state
 from jumplora.command_line import main
-from jumplora.continual import learn_sequence
-from jumplora.methods import METHODS
-from jumplora.processes import check_mergeable, join_processes, own_device, quantised_weights, split_batch
-from jumplora.regularizers import IncLoRA
-from jumplora.run_record import Run
-from jumplora.training import attach_adapter, train_task
+from jumplora.data.backbones import load_backbone, pick_device
+from jumplora.learning.continual import learn_sequence
+from jumplora.learning.methods import METHODS
+from jumplora.learning.training import attach_adapter, train_task
+from jumplora.method.regularizers import IncLoRA
+from jumplora.running import processes
+from jumplora.running.processes import (
+    check_mergeable,
+    join_processes,
+    own_device,
+    quantised_weights,
+    split_batch,
+)
+from jumplora.storage.checkpoints import own_random_states, read_state
+from jumplora.storage.record import Run
+from jumplora.storage.rollback import load_without, rollback
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +232,7 @@ def test_a_split_is_the_same_rows_or_refused(processes, accumulation):
 def test_random_states_of_more_processes_than_there_were_are_those_of_the_main_one():
     tensors, values = {"cpu": torch.ones(1), "1.cpu": torch.zeros(1)}, dict(python=1, others=[dict(python=2)])
     for n, expected in ((0, 1), (1, 2), (2, 1)):
-        with patch("jumplora.checkpoints.process_index", lambda n=n: n):
+        with patch("jumplora.storage.checkpoints.process_index", lambda n=n: n):
             named, own = own_random_states(tensors, values)
         assert own["python"] == expected and named["cpu"].item() == (expected == 1)
 

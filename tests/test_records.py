@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jumplora import records
 from jumplora.conventions import METHOD_COLORS
-from jumplora.records import (
+from jumplora.results import run_tables as records
+from jumplora.results.run_tables import (
     COMPARED,
     accuracy_figure,
     best_cells,
@@ -29,7 +29,7 @@ from jumplora.records import (
     source_list,
     what_was_run,
 )
-from jumplora.run_record import Run
+from jumplora.storage.record import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTED = ROOT / "results" / "reported.json"
@@ -61,7 +61,7 @@ def test_a_folder_that_is_not_there_holds_no_runs(tmp_path):
 
 
 def test_a_record_that_was_set_aside_is_not_loaded(tmp_path):
-    from jumplora.run_record import set_aside
+    from jumplora.storage.record import set_aside
 
     set_aside(make().save(tmp_path))
     assert load_runs(tmp_path) == []

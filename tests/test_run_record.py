@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from jumplora import run_record
-from jumplora.run_record import (
+from jumplora.storage import record as run_record
+from jumplora.storage.record import (
     DamagedRecord,
     Run,
     canonical_json,

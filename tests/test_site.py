@@ -1,5 +1,7 @@
 "The built site, read in a headless browser: maths, search, dark mode, a phone, and no other host."
 
+import json
+import re
 from urllib.parse import urlsplit
 
 import pytest
@@ -135,21 +137,25 @@ def test_search_without_a_match_says_so(tab, address):
     tab.wait("/did not match/.test(document.body.innerText)")
 
 
-def test_the_sidebar_has_every_notebook_in_order(tab, address, root):
+def test_the_sidebar_has_every_notebook_in_the_order_of_the_contents(tab, address, root):
     tab.size(1440, 900)
     tab.go(f"{address}/index.html")
     links = tab.js(
         "[...document.querySelectorAll('.sidebar-tree a.reference')].map(a => a.getAttribute('href'))"
     )
-    numbered = sorted(p.stem for p in (root / "nbs").glob("[0-9]*.ipynb"))
-    assert links[: len(numbered)] == [name.partition("_")[2] + ".html" for name in numbered]
+    index = json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(c["source"]) for c in index["cells"]).partition("## Contents")[2]
+    listed = re.findall(r"\]\(([\w/]+)\.ipynb\)", text)
+    pages = {p.relative_to(root / "nbs").with_suffix("").as_posix() for p in (root / "nbs").rglob("*.ipynb")}
+    assert set(listed) | {"index"} == pages
+    assert links[: len(listed)] == [f"{name}.html" for name in listed]
 
 
 def test_pages_read_the_same_from_disk(tab, site):
     tab.size(1440, 900)
     tab.requests.clear()
     tab.complaints.clear()
-    tab.go((site / "jumprelu.html").as_uri())
+    tab.go((site / "1_method/jumprelu.html").as_uri())
     assert tab.js("document.querySelectorAll('mjx-container svg').length") > 0
     assert tab.js("getComputedStyle(document.querySelector('.lead')).fontSize") == "19.2px"
     assert not [u for u in tab.requests if urlsplit(u).netloc]

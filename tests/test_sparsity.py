@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jumplora import sparsity
-from jumplora.run_record import Run
-from jumplora.sparse_updates import ArchiveHeader, UpdateArchive, pack_sparse, sparse_update
-from jumplora.sparsity import (
+from jumplora.results import sparsity
+from jumplora.results.sparsity import (
     Overlap,
     chance_overlap,
     expected_overlap,
@@ -25,6 +23,8 @@ from jumplora.sparsity import (
     support_overlap,
     tasks_that_fit,
 )
+from jumplora.storage.record import Run
+from jumplora.storage.updates import ArchiveHeader, UpdateArchive, pack_sparse, sparse_update
 
 torch = pytest.importorskip("torch")
 SHAPES = {"a.q_proj": (12, 9), "b.v_proj": (7, 5)}

@@ -24,9 +24,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import Trainer
 
-from jumplora import checkpoints, continual
-from jumplora.backbones import load_backbone
-from jumplora.checkpoints import (
+from jumplora.command_line import main
+from jumplora.conventions import set_seed
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.continual import Method, learn_sequence
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import Progress, TrainConfig, attach_adapter, train_task
+from jumplora.method.regularizers import IncLoRA
+from jumplora.storage import checkpoints
+from jumplora.storage.checkpoints import (
     Checkpoint,
     DamagedState,
     Stopped,
@@ -36,15 +44,8 @@ from jumplora.checkpoints import (
     polite_stop,
     read_state,
 )
-from jumplora.command_line import main
-from jumplora.continual import Method, learn_sequence
-from jumplora.conventions import set_seed
-from jumplora.methods import METHODS
-from jumplora.prompts import Task, TaskSequence
-from jumplora.regularizers import IncLoRA
-from jumplora.run_folder import alone_in, state_path, step_path
-from jumplora.run_record import Run
-from jumplora.training import Progress, TrainConfig, attach_adapter, train_task
+from jumplora.storage.record import Run
+from jumplora.storage.run_folder import alone_in, state_path, step_path
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics"), ("two balls and a bat", "sport")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 6
@@ -55,7 +56,7 @@ TASKS = (
 SEQUENCE = TaskSequence("short", TASKS)
 QUICK = TrainConfig(batch_size=3, learning_rate=1e-2, max_length=120)  # four steps
 HARD = replace(QUICK, batch_size=2, gradient_accumulation=2, epochs=2.5, lora_dropout=0.2)
-ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/07b_checkpoints.ipynb"
+ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/5_inside/checkpoints.ipynb"
 
 
 def learn(method, out=None, config=QUICK, **options):
@@ -140,7 +141,7 @@ def test_a_checkpoint_costs_no_randomness_and_holds_no_pickle(tmp_path):
 def test_checkpoints_come_after_a_minute_and_take_little_of_the_time(tmp_path):
     checkpoint, clock = Checkpoint(tmp_path / "x", {}, every=60.0), [1000.0]
     checkpoint.written = clock[0]
-    with patch("jumplora.checkpoints.time.monotonic", lambda: clock[0]):
+    with patch("jumplora.storage.checkpoints.time.monotonic", lambda: clock[0]):
         assert not checkpoint.due()
         clock[0] += 60
         assert checkpoint.due()
@@ -508,7 +509,7 @@ def test_the_second_process_waits_and_finds_the_work_done(tmp_path):
     folder, said, seen = tmp_path / "out" / run.name, threading.Event(), []
 
     def second():
-        with patch("jumplora.run_folder.warnings.warn", lambda *words, **options: said.set()):
+        with patch("jumplora.storage.run_folder.warnings.warn", lambda *words, **options: said.set()):
             seen.append(learn("IncLoRA", tmp_path / "out")[0])
 
     with alone_in(folder):
@@ -537,7 +538,8 @@ def test_a_finished_run_in_a_read_only_place_is_only_read(whole, tmp_path):
     out = tmp_path / "out"
     (out / whole[0].name).mkdir(parents=True)
     whole[0].save(out)
-    with patch("jumplora.run_folder.held_lock", None), patch("jumplora.run_record.write_atomic", None):
+    lock, write = "jumplora.storage.run_folder.held_lock", "jumplora.storage.record.write_atomic"
+    with patch(lock, None), patch(write, None):
         assert content(learn("ELLA + JumpLoRA", out)[0]) == content(whole[0])
 
 

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jumplora import tasks
-from jumplora.prompts import ANSWER_CUE, Question, balanced, prompt_head
-from jumplora.tasks import (
+from jumplora.data import rows as tasks
+from jumplora.data.rows import (
     BENCHMARK,
     DEMO_COMMAND,
     NEWSROOM,
@@ -34,6 +33,7 @@ from jumplora.tasks import (
     read_hub,
     read_tab,
 )
+from jumplora.learning.tasks import ANSWER_CUE, Question, balanced, prompt_head
 
 YES_NO = ("yes", "no")
 ROWS = [("one", "yes"), ("two", "no")]

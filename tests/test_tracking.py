@@ -12,16 +12,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import WandbCallback
 
-from jumplora import continual, tracking
-from jumplora.adapter import adapter_layers, dense_update
-from jumplora.backbones import load_backbone
 from jumplora.command_line import main
-from jumplora.continual import learn_sequence
-from jumplora.jumprelu import threshold_gradient
-from jumplora.methods import METHODS
-from jumplora.prompts import Task, TaskSequence
-from jumplora.tracking import find_trackers, gate_counts, later, start_tracking
-from jumplora.training import TrainConfig, attach_adapter
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.continual import learn_sequence
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig, attach_adapter
+from jumplora.method.adapter import adapter_layers, dense_update
+from jumplora.method.jumprelu import threshold_gradient
+from jumplora.running import tracking
+from jumplora.running.tracking import find_trackers, gate_counts, later, start_tracking
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics")] * 10
 RAIN = [("rain", "yes"), ("sun", "no")] * 5
@@ -85,7 +86,7 @@ def test_entries_in_the_window_are_those_that_pull_at_the_threshold():
     for layer in adapter_layers(adapted).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
         gate, x = layer.lora_gate["default"], dense_update(layer).flatten()
-        gate.set_(0.004)  # below half the width: the windows around it and its negative overlap
+        gate.set_threshold(0.004)  # below half the width: the windows around it and its negative overlap
         alone = [threshold_gradient(one, gate.threshold, torch.ones(1), 0.02, "sum") for one in x.view(-1, 1)]
         pulling, total = pulling + sum(bool(value) for value in alone), total + len(x)
         below += int((x.abs() <= gate.threshold).sum())

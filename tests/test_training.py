@@ -26,11 +26,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from jumplora.adapter import adapter_layers, delta_weights, gate_groups
-from jumplora.backbones import byte_tokenizer
-from jumplora.prompts import Task
-from jumplora.regularizers import ELLA, IncLoRA, Regularizer, Update
-from jumplora.training import (
+from jumplora.data.backbones import byte_tokenizer
+from jumplora.learning.tasks import Task
+from jumplora.learning.training import (
     Collator,
     Diverged,
     Progress,
@@ -46,6 +44,8 @@ from jumplora.training import (
     task_steps,
     train_task,
 )
+from jumplora.method.adapter import adapter_layers, delta_weights, gate_groups
+from jumplora.method.regularizers import ELLA, IncLoRA, Regularizer, Update
 
 OPTIONS = ("no", "natural science", "a sport that is played with a ball")  # 1, a few and many tokens
 TEXTS = ("goal", "an atom", "x", "two teams met on the field", "ice", "a b c d e", "cells divide", "offside!")
@@ -419,7 +419,7 @@ def test_layer_by_layer_and_at_once_a_penalty_has_the_same_value_and_gradients(k
     model = randomize(attach_adapter(MODELS[kind]()[0], TrainConfig(rank=2), gated))
     for group in gate_groups(model).values():
         group.gate.interpolation.fill_(gamma)
-        group.gate.set_(0.05)
+        group.gate.set_threshold(0.05)
     ella = ELLA(strength=3.0)
     ella.after_task({n: Update(torch.randn_like(u.delta)) for n, u in named_updates(model).items()})
     factors = [p for n, p in model.named_parameters() if p.requires_grad and "lora_gate" not in n]
@@ -718,7 +718,7 @@ def test_the_trainer_still_shifts_labels_of_decoders_before_it_counts_them():
 
     source = inspect.getsource(Trainer)
     for name in ("compute_loss_func", "current_gradient_accumulation_steps", "num_items_in_batch"):
-        assert name in source, f"Trainer lost {name}; mend nbs/08_training.ipynb"
+        assert name in source, f"Trainer lost {name}; mend nbs/2_learning/training.ipynb"
     labels = Collator(0, encoder_decoder=False)(pairs(decoder_tokenizer()))["labels"]
     assert (labels != -100).sum() == (labels[..., 1:] != -100).sum()
     assert F.pad(labels[:, 1:], (1, 0), value=-100).equal(labels)

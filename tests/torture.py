@@ -36,15 +36,16 @@ from equal_runs import content
 from tqdm import tqdm
 from transformers.models.llama import modeling_llama  # noqa: F401 - here once, and not in every process
 
-from jumplora import checkpoints, continual, run_folder
-from jumplora.backbones import load_backbone
-from jumplora.continual import Method, learn_sequence
 from jumplora.conventions import write_atomic
-from jumplora.methods import METHODS
-from jumplora.prompts import Task, TaskSequence
-from jumplora.run_record import Run, environment
-from jumplora.tasks import file_sha256
-from jumplora.training import TrainConfig
+from jumplora.data.backbones import load_backbone
+from jumplora.data.rows import file_sha256
+from jumplora.learning import continual
+from jumplora.learning.continual import Method, learn_sequence
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig
+from jumplora.storage import checkpoints, run_folder
+from jumplora.storage.record import Run, environment
 
 WORDS = {"pets": ("cat", "dog"), "sky": ("sun", "moon"), "table": ("fork", "cup")}
 TASKS = [

@@ -22,16 +22,16 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
-from jumplora import continual, evaluation, training
-from jumplora.backbones import load_backbone
-from jumplora.checkpoints import Stopped, StopRequest
 from jumplora.command_line import main
-from jumplora.continual import learn_sequence, weights_fingerprint
-from jumplora.evaluation import evaluate
-from jumplora.methods import METHODS, with_settings
-from jumplora.processes import draw_apart, gathered, is_main, join_processes, on_main, process_index
-from jumplora.prompts import Task, TaskSequence
-from jumplora.training import Progress, TrainConfig
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual, evaluation, training
+from jumplora.learning.continual import learn_sequence, weights_fingerprint
+from jumplora.learning.evaluation import evaluate
+from jumplora.learning.methods import METHODS, with_settings
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import Progress, TrainConfig
+from jumplora.running.processes import draw_apart, gathered, is_main, join_processes, on_main, process_index
+from jumplora.storage.checkpoints import Stopped, StopRequest
 
 BALL = [("a ball" + " and a bat" * n, "sport") for n in range(8)]
 BALL += [("an atom" + " of words" * n, "physics") for n in range(8)] * 2

@@ -1,0 +1,1 @@
+"Where models and rows come from."

@@ -1,0 +1,1 @@
+"The gate, the layer, the schedule, the regularizers and the PEFT adapter."

@@ -1,0 +1,1 @@
+"Several processes, trackers and grids of runs."

@@ -1,0 +1,1 @@
+"Records, checkpoints, sparse updates and exports on disk."
