@@ -440,7 +440,6 @@ def restore(
     learner.run, parts = on_main(find_state, learner.run, learner.folder)
     device = next(learner.model.parameters()).device
     regularizer.load_state_dict(parts["regularizer"])
-    regularizer.to(device)
     if parts["adapter"]:
         learner.adapted = attach_adapter(learner.model, learner.config, learner.method.gated)
         set_peft_model_state_dict(learner.adapted, parts["adapter"])

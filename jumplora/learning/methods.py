@@ -30,6 +30,7 @@ from jumplora.method.regularizers import (
 class EWC(Regularizer):
     "λ/2 · Σ F (θ - θ*)²: moved factors that finished tasks are sensitive to (arXiv 1612.00796, 1805.06370)."
 
+    memory = ("importance", "anchor")
     needs_kept_adapter = True
     strength: float = 1e3  # λ ≥ 0; a start, not tuned
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # F by "layer.A"
@@ -40,8 +41,8 @@ class EWC(Regularizer):
 
     def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
         "Move the memory to the device. `ValueError` unless it holds the same layers."
+        super().before_task(shapes, device)
         check_layers(shapes, {key.rsplit(".", 1)[0]: factor for key, factor in self.anchor.items()})
-        self.to(device)
 
     def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar
         "The penalty of one layer; 0 during the first task."
@@ -51,11 +52,6 @@ class EWC(Regularizer):
                 moved = factor.float() - self.anchor[key]
                 total = total + (self.importance[key] * moved.square()).sum()
         return self.strength / 2 * total
-
-    def penalty(self, updates: dict[str, Update]) -> Tensor:  # scalar, the sum over layers
-        "The penalty of all layers. `ValueError` where the memory holds others."
-        check_layers(updates, {key.rsplit(".", 1)[0]: factor for key, factor in self.anchor.items()})
-        return super().penalty(updates)
 
     def after_rows(self, rows: Iterable[dict[str, Tensor]]) -> None:  # gradients by "layer.A", one row each
         "Add the mean squared gradient of a finished task to F. `ValueError` without rows."
@@ -76,30 +72,6 @@ class EWC(Regularizer):
             for name, update in updates.items()
             for part in "AB"
         }
-
-    def state_dict(self) -> dict[str, Tensor]:  # "importance.layer.A", "anchor.layer.A", ...
-        "The memory, ready for safetensors."
-        parts = {"importance": self.importance, "anchor": self.anchor}
-        return {f"{part}.{key}": value for part, named in parts.items() for key, value in named.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # from `state_dict`
-        "Restore the memory; `ValueError` for the state of another kind of regularizer."
-        parts = {"importance": {}, "anchor": {}}
-        for key, value in state.items():
-            part, _, name = key.partition(".")
-            if part not in parts:
-                raise ValueError(f"not the memory of EWC: it has {key!r}")
-            parts[part][name] = value.float().clone()
-        if parts["importance"].keys() != parts["anchor"].keys():
-            raise ValueError("the memory of EWC names other factors in its importance than in its anchor")
-        self.importance = parts["importance"]
-        self.anchor = parts["anchor"]
-
-    def to(self, device: torch.device | str) -> "EWC":  # itself
-        "Move the memory."
-        self.importance = {key: F.to(device) for key, F in self.importance.items()}
-        self.anchor = {key: factor.to(device) for key, factor in self.anchor.items()}
-        return self
 
 # %% ../../nbs/2_learning/methods.ipynb #9e26e1cc
 METHODS: dict[str, Method] = {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ramp_steps', 'interpolation_factor', 'initial_threshold', 'read_thresholds', 'SparsitySchedule', 'SparsityCallback']
 
-# %% ../../nbs/1_method/schedule.ipynb #3332448e
+# %% ../../nbs/1_method/schedule.ipynb #ec03c288
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .adapter import GateGroup, gate_groups
 
-# %% ../../nbs/1_method/schedule.ipynb #0e395dd2
+# %% ../../nbs/1_method/schedule.ipynb #55ea6025
 def ramp_steps(
     total_steps: int,  # K ≥ 1: optimizer steps of the task
     start: float = 0.2,  # share of the steps that stay dense, 0 to 1
-    stop: float = 0.8,  # share of the steps after which the gate is fully on, start to 1
+    stop: float = 0.8,  # share of the steps after which the update is fully gated, start to 1
 ) -> tuple[int, int]:  # f and l: the steps after which the ramp begins and ends
     "f = ⌊start·K⌋ and l = ⌊stop·K⌋ with 1 ≤ f < l ≤ K (f = l = 1 for K = 1); paper, section 3."
     if total_steps < 1:
@@ -31,16 +31,16 @@ def ramp_steps(
             "stop=0 gates the update before the first step: B is zero there, so no entry passes, "
             "no gradient comes back, and nothing is ever learned; use stop > 0, such as 0.8"
         )
-    last_start = max(1, total_steps - 1)  # leaves room for the ramp
-    first = min(max(1, int(start * total_steps + 1e-9)), last_start)  # 0.29 * 100 is 28.999999999999996
+    first = int(start * total_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    first = min(max(1, first), max(1, total_steps - 1))  # leaves room for the ramp
     return first, min(max(first + 1, int(stop * total_steps + 1e-9)), total_steps)
 
-# %% ../../nbs/1_method/schedule.ipynb #85ea90a6
+# %% ../../nbs/1_method/schedule.ipynb #58202d7b
 def interpolation_factor(
     step: int,  # k ≥ 0: optimizer steps done
     total_steps: int,  # K ≥ 1: optimizer steps of the task
     start: float = 0.2,  # share of the steps that stay dense, 0 to 1
-    stop: float = 0.8,  # share of the steps after which the gate is fully on, start to 1
+    stop: float = 0.8,  # share of the steps after which the update is fully gated, start to 1
 ) -> float:  # γ after step k, 0 (dense) to 1 (gated)
     "γ(k) = clip((k - f) / (l - f), 0, 1), with γ(0) = 0 and γ(K) = 1 for every K ≥ 1; paper, section 3."
     first, last = ramp_steps(total_steps, start, stop)
@@ -50,7 +50,7 @@ def interpolation_factor(
         return 1.0
     return (step - first) / (last - first) if step > first else 0.0
 
-# %% ../../nbs/1_method/schedule.ipynb #9ff166ab
+# %% ../../nbs/1_method/schedule.ipynb #e38bf7fe
 def initial_threshold(
     magnitudes: Iterable[Tensor],  # |BA| of each layer that shares the threshold; iterated twice
     kept: int,  # P: how many entries should pass, 0 to the number of entries
@@ -71,16 +71,17 @@ def initial_threshold(
     lowers = _count_halves(magnitudes, bins)
     keys = torch.cat([half.nonzero().flatten() + (up << 16) for up, half in zip(bins, lowers, strict=True)])
     values = keys.int().view(torch.float32)  # the magnitudes in these bins, ascending, each once
-    if at_least[0] == kept:  # all pass, zeros excepted
+    if at_least[0] == kept:  # all pass, except zeros
         lower, upper = 0.0, float(values[values > 0].min()) if values.any() else 0.0
     else:
         above = at_least[first] - lowers[lowers > 0].cumsum(0)  # entries larger than each value
         i = int((above > kept).sum())
-        lower, upper = float(values[i]), float(values[i + 1] if i + 1 < len(values) else 2 * values[i])
+        lower = float(values[i])
+        upper = float(values[i + 1]) if i + 1 < len(values) else 2 * lower  # kept = 0: nothing is larger
     middle = torch.tensor((lower + upper) / 2, dtype=torch.float32).item()
     return middle if lower <= middle < upper else lower  # where rounding would reach the upper value
 
-# %% ../../nbs/1_method/schedule.ipynb #d8981dce
+
 def _count_halves(magnitudes, bins=()):
     "How often each upper 16-bit half occurs among all entries, or each lower half in one or two bins."
     counts = torch.zeros(2**16 * max(1, len(bins)), dtype=torch.int64)
@@ -93,7 +94,7 @@ def _count_halves(magnitudes, bins=()):
         counts += torch.bincount(halves, minlength=len(counts)).cpu()
     return counts.view(-1, 2**16)
 
-# %% ../../nbs/1_method/schedule.ipynb #65a6c21e
+# %% ../../nbs/1_method/schedule.ipynb #0444d2e7
 @torch.no_grad()
 def read_thresholds(
     groups: dict[str, GateGroup],  # from `gate_groups`
@@ -102,7 +103,7 @@ def read_thresholds(
     values = torch.cat([group.gate.threshold for group in groups.values()]).tolist()
     return dict(zip(groups, values, strict=True))
 
-# %% ../../nbs/1_method/schedule.ipynb #5852bf4a
+# %% ../../nbs/1_method/schedule.ipynb #b0971312
 @dataclass(eq=False)
 class SparsitySchedule:
     "γ and τ of one task, step by step; `ValueError` for settings or gates that could never learn."
@@ -118,7 +119,7 @@ class SparsitySchedule:
     def __post_init__(self):
         self.first, self.last = ramp_steps(self.total_steps, self.start, self.stop)
         self.groups = gate_groups(self.model, self.adapter_name)
-        self.check_gates()
+        self.check_gates()  # before `set_step(0)`, which would hide a gate that was left at γ = 1
         self.kept_entries = {name: group.entries_to_keep(self.kept) for name, group in self.groups.items()}
         self.started: list[str] = []  # groups whose threshold is chosen
         self.history: list[dict] = []  # step, γ, and τ of each group
@@ -148,23 +149,23 @@ class SparsitySchedule:
             self.history.append({"step": step, "interpolation": self.interpolation, "threshold": thresholds})
 
     def resume_at(self, step: int) -> None:  # optimizer steps done
-        "Resume without a saved state: thresholds chosen by then stay, as they came with the adapter."
-        self.started = list(self.groups) if step >= self.first else []
+        "Resume without a saved state, once the adapter is loaded: a threshold chosen by then stays."
+        learned = [name for name, group in self.groups.items() if any(update.any() for update in group)]
+        self.started = learned if step >= self.first else []  # a zero update has no threshold yet
         self.set_step(step)
 
     def state_dict(self) -> dict:  # ready for JSON
         "What a resumed schedule needs; the thresholds themselves are saved with the adapter."
-        names = ("total_steps", "start", "stop", "kept_entries", "step", "started", "history")
-        return {name: getattr(self, name) for name in names}
+        names = ("total_steps", "start", "stop", "kept_entries", "step")
+        state = {name: getattr(self, name) for name in names}
+        return state | {"started": list(self.started), "history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:  # from `state_dict`
         "Resume where the state was taken; `ValueError` where it belongs to another schedule."
         for name in ("total_steps", "start", "stop", "kept_entries"):
             here = getattr(self, name)
             if state[name] != here:
-                raise ValueError(
-                    f"the saved schedule has {name}={state[name]}, this one {here}; use the same settings"
-                )
+                raise ValueError(f"saved schedule has {name}={state[name]}, this one {here}; use the same")
         self.started = list(state["started"])
         self.history = list(state["history"])
         self.set_step(state["step"])
@@ -172,9 +173,7 @@ class SparsitySchedule:
     def check_gates(self) -> None:
         "`ValueError` where there is no gate, or one with γ = 1 over an update that is zero everywhere."
         if not self.groups:
-            raise ValueError(
-                f"adapter {self.adapter_name!r} has no gate; a schedule needs a JumpLoraConfig adapter"
-            )
+            raise ValueError(f"adapter {self.adapter_name!r} has no gate; use a JumpLoraConfig adapter")
         for name, group in self.groups.items():
             zero = not any(layer.lora_B[self.adapter_name].weight.any() for layer in group.layers.values())
             if zero and float(group.gate.interpolation) >= 1:
@@ -184,14 +183,11 @@ class SparsitySchedule:
                     "gate.interpolation.fill_(0)"
                 )
 
-# %% ../../nbs/1_method/schedule.ipynb #28c723c5
+# %% ../../nbs/1_method/schedule.ipynb #d37e1159
 class SparsityCallback(TrainerCallback):
     "Lets transformers' `Trainer` drive a schedule; steps are optimizer steps, whatever the accumulation."
 
-    def __init__(
-        self,
-        schedule: SparsitySchedule,  # made for the same model and the Trainer's number of steps
-    ):
+    def __init__(self, schedule: SparsitySchedule):  # for the same model and number of steps
         self.schedule = schedule
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

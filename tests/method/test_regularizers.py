@@ -1,4 +1,4 @@
-"""The penalties, against float64 arithmetic written here, and what they remember."""
+"""The penalties against float64 arithmetic written here, what they remember, and in real training."""
 
 import copy
 import json
@@ -10,98 +10,126 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save
 from torch import nn
 
-from jumplora.method.regularizers import ELLA, IncLoRA, Regularizer, Update, overlap_energy
+from jumplora.data.backbones import load_backbone
+from jumplora.learning.continual import learn_sequence
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig, attach_adapter, named_updates, penalty_function
+from jumplora.method.regularizers import ELLA, IncLoRA, NLoRA, OLoRA, Regularizer, Update, overlap_energy
 
 SHAPES = {"a.q": (5, 3), "a.v": (2, 7), "b.q": (4, 4)}
 
 
-def random_updates(seed, scale=1.0, shapes=SHAPES, grad=False):
+def random_updates(seed, scale=1.0, grad=False, rank=2):
+    "Factors, their product, and the gradients of all three."
     generator = torch.Generator().manual_seed(seed)
-    deltas = {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name: Update(delta.requires_grad_(grad)) for name, delta in deltas.items()}
+    updates = {}
+    for name, (out, size) in SHAPES.items():
+        A = torch.randn(rank, size, generator=generator).mul_(scale).requires_grad_(grad)
+        B = torch.randn(out, rank, generator=generator).requires_grad_(grad)
+        updates[name] = Update(B @ A, A, B)
+        if grad:
+            updates[name].delta.retain_grad()
+    return updates
 
 
-def ella_by_hand(updates, past, reduction):
-    terms = [
-        np.sum((u.delta.detach().numpy().astype(np.float64) * np.asarray(past[name], np.float64)) ** 2)
-        for name, u in updates.items()
-    ]
-    return np.sum(terms) if reduction == "sum" else np.mean(terms)
+def double(tensor):
+    return tensor.detach().numpy().astype(np.float64)
+
+
+def after(regularizer, *seeds):
+    "A regularizer that has remembered some tasks."
+    for seed in seeds:
+        regularizer.after_task(random_updates(seed))
+    return regularizer
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("strength", [1.0, 3e4])
 def test_ella_equals_its_formula_in_float64_after_several_tasks(reduction, strength):
-    ella = ELLA(strength, reduction)
-    past = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    ella, past = ELLA(strength, reduction), dict.fromkeys(SHAPES, 0.0)
     for seed in range(3):
         done = random_updates(seed, scale=1e-2)
         ella.after_task(done)
-        past = {name: past[name] + done[name].delta.numpy().astype(np.float64) for name in past}
+        past = {name: past[name] + double(done[name].delta) for name in past}
     current = random_updates(9, scale=1e-2, grad=True)
-    penalty = ella.penalty(current)
-    expected = strength * ella_by_hand(current, past, reduction)
+    penalty, layers = ella.penalty(current), len(SHAPES) if reduction == "mean" else 1
+    energy = sum(np.sum((double(u.delta) * past[name]) ** 2) for name, u in current.items()) / layers
+    np.testing.assert_allclose(penalty.item(), strength * energy, rtol=1e-5)
+    np.testing.assert_allclose(overlap_energy(current, ella.past, reduction).item(), energy, rtol=1e-5)
+    penalty.backward()
+    for name, u in current.items():
+        gradient = 2 * strength / layers * double(u.delta) * past[name] ** 2
+        np.testing.assert_allclose(u.delta.grad.numpy(), gradient, rtol=1e-5, atol=1e-12)
+
+
+def test_o_lora_equals_its_formula_in_float64_after_several_tasks():
+    olora, current = after(OLoRA(0.5, 0.1), 0, 1, 2), random_updates(9, grad=True)
+    done = [random_updates(seed) for seed in range(3)]
+    past = {name: np.concatenate([double(task[name].A) for task in done]) for name in SHAPES}
+    expected = sum(
+        0.5 * np.abs(past[n] @ double(u.A).T).sum()
+        + 0.1 * (np.linalg.norm(double(u.A)) + np.linalg.norm(double(u.B)))
+        for n, u in current.items()
+    )
+    penalty = olora.penalty(current)
     np.testing.assert_allclose(penalty.item(), expected, rtol=1e-5)
     penalty.backward()
-    layers = len(SHAPES) if reduction == "mean" else 1
-    for name, update in current.items():
-        gradient = 2 * strength / layers * update.delta.detach().numpy().astype(np.float64) * past[name] ** 2
-        np.testing.assert_allclose(update.delta.grad.numpy(), gradient, rtol=1e-5, atol=1e-12)
+    for name, u in current.items():
+        A, B = double(u.A), double(u.B)
+        gradient = 0.5 * np.sign(A @ past[name].T) @ past[name] + 0.1 * A / np.linalg.norm(A)
+        np.testing.assert_allclose(u.A.grad.numpy(), gradient, rtol=1e-5)
+        np.testing.assert_allclose(u.B.grad.numpy(), 0.1 * B / np.linalg.norm(B), rtol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_price_of_all_layers_is_the_sum_of_their_prices(reduction):
-    ella, current = ELLA(2.0, reduction), random_updates(9)
-    assert all(ella.layer_penalty(name, update) == 0 for name, update in current.items())
-    ella.after_task(random_updates(0))
-    parts = [ella.layer_penalty(name, update) for name, update in current.items()]
-    torch.testing.assert_close(sum(parts), ella.penalty(current))
-
-
-def test_a_past_in_bfloat16_takes_half_and_prices_within_its_rounding():
-    exact, half = ELLA(1.0), ELLA(1.0, past_dtype="bfloat16")
-    for seed in range(15):
-        for ella in (exact, half):
-            ella.after_task(random_updates(seed))
-    assert all(2 * half.past[n].nbytes == exact.past[n].nbytes for n in SHAPES)
-    current = random_updates(99)
-    assert abs(half.penalty(current) / exact.penalty(current) - 1) < 0.02
-    again = ELLA(1.0, past_dtype="bfloat16")
-    again.load_state_dict(load(save(half.state_dict())))
-    assert again.penalty(current) == half.penalty(current) and again.describe()["past_dtype"] == "bfloat16"
-
-
-def test_an_unknown_dtype_of_the_past_is_refused():
-    with pytest.raises(ValueError, match="past_dtype='float16' is not known.*bfloat16"):
-        ELLA(past_dtype="float16")
+def test_n_lora_is_the_sum_of_all_entries_of_the_dense_update():
+    current = random_updates(0)
+    expected = 0.25 * sum(np.abs(double(u.B) @ double(u.A)).sum() for u in current.values())
+    np.testing.assert_allclose(NLoRA(0.25).penalty(current).item(), expected, rtol=1e-5)
+    wrong = 0.25 * sum(np.abs(double(u.A) @ double(u.A).T).sum() for u in current.values())  # r × r
+    assert abs(expected - wrong) > 1e-3 * expected
 
 
 def test_the_authors_mean_of_scaled_factors_is_s4_over_l_times_the_papers_sum():
     s, bare, old = 4.0, random_updates(0), random_updates(1)
-    paper = sum(
-        np.sum((bare[n].delta.numpy().astype(np.float64) * old[n].delta.numpy().astype(np.float64)) ** 2)
-        for n in SHAPES
-    )
+    paper = sum(np.sum((double(bare[n].delta) * double(old[n].delta)) ** 2) for n in SHAPES)
     ella = ELLA(1.0, "mean")
     ella.after_task({name: Update(s * u.delta) for name, u in old.items()})
     code = ella.penalty({name: Update(s * u.delta) for name, u in bare.items()}).item()
     np.testing.assert_allclose(code / paper, s**4 / len(SHAPES), rtol=1e-5)
 
 
+MAKE = {
+    "ELLA mean": lambda: ELLA(2.0),
+    "ELLA sum": lambda: ELLA(2.0, "sum"),
+    "O-LoRA": lambda: OLoRA(0.5, 0.1),
+    "N-LoRA": lambda: NLoRA(0.1),
+}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_the_penalty_of_all_layers_is_the_sum_of_their_penalties(make):
+    regularizer, current = make(), random_updates(9)
+    for _ in range(2):  # without a past, and with one
+        parts = [regularizer.layer_penalty(name, update) for name, update in current.items()]
+        torch.testing.assert_close(sum(parts), regularizer.penalty(current))
+        regularizer.after_task(random_updates(0))
+
+
+@pytest.mark.parametrize("make", [ELLA, OLoRA])
 @pytest.mark.parametrize("strength", [0.0, 1.0, 1e12])
-def test_the_first_task_costs_nothing_for_any_strength(strength):
-    penalty = ELLA(strength).penalty(random_updates(0, grad=True))
+def test_the_first_task_has_no_penalty_for_any_strength(make, strength):
+    penalty = make(strength).penalty(random_updates(0, grad=True))
     assert penalty.item() == 0 and penalty.shape == () and not penalty.requires_grad
 
 
-def test_strength_zero_costs_nothing_in_later_tasks():
-    ella = ELLA(0.0)
-    ella.after_task(random_updates(0))
-    assert ella.penalty(random_updates(0, grad=True)).item() == 0
-    assert ELLA(1.0).penalty({}).item() == 0
+@pytest.mark.parametrize("make", [ELLA, OLoRA, NLoRA])
+def test_strength_zero_is_no_penalty_in_later_tasks_and_so_are_no_layers(make):
+    assert after(make(0.0), 0).penalty(random_updates(0, grad=True)).item() == 0
+    assert make(1.0).penalty({}).item() == 0
 
 
-def test_disjoint_supports_cost_nothing_and_one_shared_entry_costs_its_product():
+def test_disjoint_supports_have_no_penalty_and_one_shared_entry_has_its_product():
     new, old = torch.zeros(4, 4), torch.zeros(4, 4)
     new[0], old[1] = 3.0, 5.0
     ella = ELLA(2.0)
@@ -111,65 +139,135 @@ def test_disjoint_supports_cost_nothing_and_one_shared_entry_costs_its_product()
     assert ella.penalty({"x": Update(new)}).item() == pytest.approx(2 * (0.5 * 5) ** 2)
 
 
-def test_the_past_is_float32_and_takes_no_part_in_later_changes_of_an_update():
-    delta = torch.full((2, 2), 1.0, dtype=torch.bfloat16)
-    ella = ELLA()
-    ella.after_task({"x": Update(delta)})
-    delta.add_(5)
-    assert ella.past["x"].dtype == torch.float32 and (ella.past["x"] == 1).all()
-    ella.after_task({"x": Update(torch.full((2, 2), 2.0**-12, dtype=torch.bfloat16))})
+def test_orthogonal_rows_have_no_penalty_and_a_shared_row_has_its_square():
+    olora, A = OLoRA(1e9), torch.eye(4)
+    olora.after_task({"x": Update(None, A[:2])})
+    assert olora.penalty({"x": Update(None, A[2:])}) == 0
+    assert olora.penalty({"x": Update(None, A[1:3])}) == 1e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [lambda: ELLA(1.0), lambda: ELLA(1.0, past_dtype="bfloat16"), OLoRA])
+def test_the_past_does_not_change_with_an_update_or_a_state_that_changes_in_place(make, dtype):
+    regularizer, value = make(), torch.full((2, 2), 0.5, dtype=dtype, requires_grad=True)
+    regularizer.after_task({"x": Update(value, value)})
+    with torch.no_grad():
+        value.add_(5)
+    memory = getattr(regularizer, regularizer.memory[0])["x"]
+    assert (memory == 0.5).all() and not memory.requires_grad
+    again, state = make(), {key: tensor.clone() for key, tensor in regularizer.state_dict().items()}
+    again.load_state_dict(state)
+    for tensor in state.values():
+        tensor.add_(5)
+    assert (getattr(again, again.memory[0])["x"] == 0.5).all()
+
+
+def test_updates_in_bfloat16_are_remembered_in_float32():
+    ella, olora = ELLA(), OLoRA()
+    for size in (1.0, 2.0**-12):
+        value = torch.full((2, 2), size, dtype=torch.bfloat16)
+        ella.after_task({"x": Update(value)})
+        olora.after_task({"x": Update(None, value)})
+    assert ella.past["x"].dtype == olora.rows["x"].dtype == torch.float32
     assert (ella.past["x"] == 1 + 2.0**-12).all()  # bfloat16 would have rounded this to 1
-    full = torch.rand(2, 2, requires_grad=True)
-    ella.after_task({"x": Update(full)})
-    assert not ella.past["x"].requires_grad
 
 
-def test_half_precision_updates_are_priced_in_float32():
-    delta = torch.full((2, 2), 1e-3, dtype=torch.float16, requires_grad=True)
-    ella = ELLA(1.0)
-    ella.after_task({"x": Update(torch.full((2, 2), 1e-3))})
-    penalty = ella.penalty({"x": Update(delta)})  # each product is 1e-6, its square 1e-12: 0 in float16
-    assert penalty.dtype == torch.float32 and penalty.item() == pytest.approx(4e-12, rel=1e-2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [ELLA, lambda: ELLA(past_dtype="bfloat16"), OLoRA, NLoRA])
+def test_half_precision_updates_are_penalised_in_float32(make, dtype):
+    value, regularizer = torch.tensor([[1e-3, 1.7e-3]], dtype=dtype), make()
+    regularizer.after_task({"x": Update(value, value)})
+    penalty = regularizer.penalty({"x": Update(value, value)})  # ELLA's squares are 1e-12: 0 in float16
+    wide = regularizer.penalty({"x": Update(value.float(), value.float())})
+    assert penalty.dtype == torch.float32 and penalty.item() > 0
+    torch.testing.assert_close(penalty, wide, rtol=1e-6, atol=0)
 
 
-def test_a_penalty_leaves_the_memory_unchanged():
-    ella = ELLA(1.0)
-    ella.after_task(random_updates(0))
-    before = copy.deepcopy(ella.state_dict())
-    ella.penalty(random_updates(1, grad=True)).backward()
-    assert all(torch.equal(before[k], v) for k, v in ella.state_dict().items())
+def test_a_past_in_bfloat16_takes_half_and_the_penalty_stays_within_its_rounding():
+    exact, half = after(ELLA(1.0), *range(15)), after(ELLA(1.0, past_dtype="bfloat16"), *range(15))
+    assert all(2 * half.past[n].nbytes == exact.past[n].nbytes for n in SHAPES)
+    current = random_updates(99)
+    assert abs(half.penalty(current) / exact.penalty(current) - 1) < 0.02
 
 
+STATEFUL = {
+    "ELLA": lambda: ELLA(3.0, "sum"),
+    "ELLA bfloat16": lambda: ELLA(3.0, past_dtype="bfloat16"),
+    "O-LoRA": lambda: OLoRA(),
+}
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_the_memory_survives_safetensors_and_continues_bit_for_bit(make):
+    one, again, current = after(make(), 0, 1), make(), random_updates(9)
+    again.load_state_dict(load(save(one.state_dict())))
+    assert getattr(again, "tasks", 2) == 2 and again.penalty(current) == one.penalty(current) > 0
+    after(one, 2), after(again, 2)
+    for key, tensor in one.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]) and tensor.dtype == again.state_dict()[key].dtype
+    assert again.penalty(current) == one.penalty(current)
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_a_penalty_and_a_copy_leave_the_memory_unchanged(make):
+    regularizer = after(make(), 0)
+    before, clone = copy.deepcopy(regularizer.state_dict()), copy.deepcopy(regularizer)
+    regularizer.penalty(random_updates(1, grad=True)).backward()
+    after(clone, 1)
+    assert before.keys() == regularizer.state_dict().keys() and not make().state_dict().keys() - {"tasks"}
+    assert all(torch.equal(before[key], value) for key, value in regularizer.state_dict().items())
+
+
+def test_the_state_of_another_regularizer_is_refused():
+    tasks = {"tasks": torch.tensor(1)}
+    one = torch.ones(1)
+    for state in ({}, {"past.x": one}, tasks | {"fisher.x": one}, {"tasks": torch.ones(2)}):
+        ella = after(ELLA(), 0)
+        with pytest.raises(ValueError, match=r"not the memory of ELLA, \['past', 'tasks'\]"):
+            ella.load_state_dict(state)
+        assert ella.tasks == 1 and set(ella.past) == set(SHAPES)
+    with pytest.raises(ValueError, match=r"not the memory of OLoRA, \['rows'\].*past.a"):
+        OLoRA().load_state_dict({"past.a": torch.ones(2)})
+    for without in (IncLoRA(), NLoRA()):
+        with pytest.raises(ValueError, match="not the memory of .*tasks"):
+            without.load_state_dict(tasks)
+        without.load_state_dict(without.state_dict())
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
 @pytest.mark.parametrize("names", [["module.a.q", "a.v", "b.q"], ["a.q", "a.v"], ["a.q", "a.v", "b.q", "c"]])
-def test_names_that_do_not_match_the_past_are_refused_and_listed(names):
-    ella = ELLA(1.0)
-    ella.after_task(random_updates(0))
-    current = {name: Update(torch.ones(5, 3)) for name in names}
-    odd = sorted(set(names) ^ set(SHAPES))
-    for call in (ella.penalty, ella.after_task):
+def test_names_that_do_not_match_the_past_are_refused_and_listed(make, names):
+    regularizer, one = after(make(), 0), torch.ones(5, 3)
+    before, current = regularizer.state_dict(), {name: Update(one, one) for name in names}
+    shapes = dict.fromkeys(names, (5, 3))
+    calls = (lambda: regularizer.penalty(current), lambda: regularizer.after_task(current))
+    for call in (*calls, lambda: regularizer.before_task(shapes, "cpu")):
         with pytest.raises(ValueError, match="different layers") as error:
-            call(current)
-        assert all(name in str(error.value) for name in odd)
-    assert ella.tasks == 1
+            call()
+        assert all(name in str(error.value) for name in set(names) ^ set(SHAPES))
+    assert all(torch.equal(before[key], value) for key, value in regularizer.state_dict().items())
 
 
-def test_a_shape_that_does_not_match_the_past_is_refused():
+@pytest.mark.parametrize("act", ["penalty", "after_task"])
+def test_a_shape_that_does_not_match_the_past_is_refused(act):
     ella = ELLA(1.0)
     ella.after_task({"x": Update(torch.ones(2, 3))})
-    with pytest.raises(ValueError, match=r"\(3, 2\).*\(2, 3\)"):
-        ella.penalty({"x": Update(torch.ones(3, 2))})  # would broadcast or fail without a name
+    for shape in ((3, 2), (1, 3)):  # the second would broadcast
+        with pytest.raises(ValueError, match=rf"\({shape[0]}, {shape[1]}\).*\(2, 3\)"):
+            getattr(ella, act)({"x": Update(torch.ones(shape))})
 
 
+@pytest.mark.parametrize("tasks", [0, 1])
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_an_update_with_a_bad_entry_is_not_remembered_at_all(bad):
-    ella = ELLA(1.0)
-    ella.after_task(random_updates(0))
-    before = {name: w.clone() for name, w in ella.past.items()}
-    broken = random_updates(1)
-    broken["b.q"].delta[0, 0] = bad
-    with pytest.raises(ValueError, match="b.q"):
-        ella.after_task(broken)
-    assert ella.tasks == 1 and all(torch.equal(before[n], ella.past[n]) for n in before)
+def test_an_update_with_a_bad_entry_is_not_remembered_at_all(make, bad, tasks):
+    regularizer, broken = after(make(), *range(tasks)), random_updates(1)
+    before = {key: value.clone() for key, value in regularizer.state_dict().items()}
+    broken["b.q"].delta[0, 0] = broken["b.q"].A[0, 0] = bad
+    with pytest.raises(ValueError, match=r"'b.q' \(1 of 3 layers\) holds NaN or infinity"):
+        regularizer.after_task(broken)
+    assert before.keys() == regularizer.state_dict().keys()
+    assert all(torch.equal(before[key], value) for key, value in regularizer.state_dict().items())
 
 
 def test_one_strength_per_task_is_used_in_order_and_runs_out_with_an_error():
@@ -183,89 +281,114 @@ def test_one_strength_per_task_is_used_in_order_and_runs_out_with_an_error():
         ella.penalty(update)
 
 
+@pytest.mark.parametrize("make", [ELLA, OLoRA, lambda s: OLoRA(norm_strength=s), NLoRA])
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf"), (1.0, -2.0), "3"])
-def test_a_strength_that_is_not_a_finite_positive_number_is_refused(strength):
+def test_a_strength_that_is_not_a_finite_positive_number_is_refused(make, strength):
     with pytest.raises(ValueError, match="strength="):
-        ELLA(strength)
+        make(strength)
 
 
-def test_an_unknown_reduction_is_refused_with_the_nearest_name():
+def test_unknown_choices_are_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="did you mean 'mean'"):
         ELLA(reduction="means")
     with pytest.raises(ValueError, match="reduction"):
         overlap_energy({}, {}, "max")
-
-
-def test_the_memory_survives_safetensors_and_goes_on_bit_for_bit():
-    ella = ELLA(3.0, "sum")
-    ella.after_task(random_updates(0))
-    ella.after_task(random_updates(1))
-    again = ELLA(3.0, "sum")
-    again.load_state_dict(load(save(ella.state_dict())))
-    assert again.tasks == 2
-    for regularizer in (ella, again):
-        regularizer.after_task(random_updates(2))
-    assert all(torch.equal(ella.past[name], again.past[name]) for name in SHAPES)
-    assert ella.penalty(random_updates(3)) == again.penalty(random_updates(3))
-
-
-def test_the_state_of_another_regularizer_is_refused():
-    with pytest.raises(ValueError, match="keeps no memory"):
-        IncLoRA().load_state_dict({"tasks": torch.tensor(1)})
-    for state in ({}, {"tasks": torch.tensor(1), "fisher.x": torch.ones(1)}):
-        with pytest.raises(ValueError, match="needs 'tasks'"):
-            ELLA().load_state_dict(state)
-    IncLoRA().load_state_dict(IncLoRA().state_dict())
+    with pytest.raises(ValueError, match="past_dtype='float16' is not known.*bfloat16"):
+        ELLA(past_dtype="float16")
 
 
 def test_settings_are_json_and_the_memory_is_not_among_them():
-    ella = ELLA([0.0, 3e4])
-    ella.after_task(random_updates(0))
-    described = json.loads(json.dumps(ella.describe()))
+    described = json.loads(json.dumps(after(ELLA([0.0, 3e4]), 0).describe()))
     settings = {"strength": [0.0, 3e4], "reduction": "mean", "past_dtype": "float32"}
-    assert described == {"name": "ELLA"} | settings
-    assert ELLA(**{k: v for k, v in described.items() if k != "name"}).strength == (0.0, 3e4)
+    assert described == {"name": "ELLA"} | settings and ELLA(**settings).strength == (0.0, 3e4)
+    olora = after(OLoRA(0.5), 0)
+    assert olora.describe() == {"name": "OLoRA", "strength": 0.5, "norm_strength": 0.0}
     assert IncLoRA().describe() == {"name": "IncLoRA"}
 
 
-def test_two_regularizers_share_no_memory():
-    first, second = ELLA(), ELLA()
-    first.after_task(random_updates(0))
-    assert second.past == {} and second.tasks == 0
-    clone = copy.deepcopy(first)
-    clone.after_task(random_updates(1))
-    assert first.tasks == 1 and not torch.equal(first.past["a.q"], clone.past["a.q"])
-
-
-def test_the_memory_moves_with_to_and_with_the_first_penalty():
-    ella = ELLA(1.0)
-    ella.after_task({"x": Update(torch.ones(2, 2))})
-    assert ella.to("meta") is ella and ella.past["x"].device.type == "meta"
+def test_the_memory_moves_before_a_task_and_with_a_penalty():
+    for make in STATEFUL.values():
+        regularizer = after(make(), 0)
+        regularizer.before_task(SHAPES, "meta")
+        assert getattr(regularizer, regularizer.memory[0])["a.q"].device.type == "meta"
     ella = ELLA(1.0)
     ella.after_task({"x": Update(torch.ones(2, 2))})
     ella.penalty({"x": Update(torch.ones(2, 2, device="meta"))})
     assert ella.past["x"].device.type == "meta"
-    assert IncLoRA().to("meta").penalty({}).item() == 0
 
 
-def test_ella_prices_a_stock_peft_lora_and_the_price_reaches_both_factors():
+def test_a_regularizer_of_ones_own_is_saved_by_naming_its_memory():
+    class Largest(Regularizer):
+        memory = ("largest", "seen")
+
+        def __init__(self):
+            self.largest, self.seen = {}, 0
+
+        def after_task(self, updates):
+            self.largest = {name: update.delta.detach().abs().max() for name, update in updates.items()}
+            self.seen += 1
+
+    state = load(save(after(Largest(), 0).state_dict()))
+    again = Largest()
+    again.load_state_dict(state)
+    assert again.seen == 1 and again.largest == after(Largest(), 0).largest
+
+
+def test_the_base_class_alone_is_a_regularizer_without_a_penalty():
+    for regularizer in (Regularizer(), IncLoRA()):
+        after(regularizer, 0).before_task(SHAPES, "cpu")
+        penalty = regularizer.penalty(random_updates(0, grad=True))
+        assert penalty.item() == 0 and not penalty.requires_grad
+        assert regularizer.state_dict() == {}
+    assert Regularizer().penalty({"x": Update(None, torch.ones(2, 2, device="meta"))}).device.type == "meta"
+
+
+def test_ella_penalises_a_stock_peft_lora_and_the_gradient_reaches_both_factors():
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
-    layer = model.get_submodule("base_model.model.0")
+    layer = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config).get_submodule("base_model.model.0")
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     ella = ELLA(7.0, "sum")
     ella.after_task({"0": Update(torch.ones(5, 6))})
     penalty = ella.penalty({"0": Update(layer.get_delta_weight("default"), A, B)})
-    dense = 4.0 * B.detach().numpy().astype(np.float64) @ A.detach().numpy().astype(np.float64)
+    dense = 4.0 * double(B) @ double(A)
     np.testing.assert_allclose(penalty.item(), 7 * np.sum(dense**2), rtol=1e-5)
     penalty.backward()
     gradient = 2 * 7 * dense  # of the penalty in the update; chain rule below
-    np.testing.assert_allclose(A.grad.numpy(), 4 * B.detach().numpy().T @ gradient, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(B.grad.numpy(), 4 * gradient @ A.detach().numpy().T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(A.grad.numpy(), 4 * double(B).T @ gradient, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(B.grad.numpy(), 4 * gradient @ double(A).T, rtol=1e-4, atol=1e-6)
 
 
-def test_the_base_class_alone_is_a_regularizer_that_asks_for_nothing():
-    regularizer, updates = Regularizer(), random_updates(0, grad=True)
-    assert regularizer.after_task(updates) is None and regularizer.state_dict() == {}
-    assert regularizer.penalty(updates).item() == 0 and regularizer.to("cpu") is regularizer
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-t5"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("make", [MAKE["O-LoRA"], MAKE["N-LoRA"]], ids=["O-LoRA", "N-LoRA"])
+def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
+    torch.manual_seed(0)
+    model, regularizer = attach_adapter(load_backbone(kind)[0], TrainConfig(rank=2), gated), make()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    regularizer.after_task(named_updates(model))
+    factors = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+    penalties = (regularizer.penalty(named_updates(model)), penalty_function(model, regularizer)())
+    whole, apart = (
+        torch.autograd.grad(penalty, factors, allow_unused=True, materialize_grads=True)
+        for penalty in penalties
+    )
+    for one, other in zip(whole, apart, strict=True):
+        torch.testing.assert_close(one, other)
+    assert any(gradient.any() for gradient in whole)
+
+
+@pytest.mark.parametrize("name", ["O-LoRA", "O-LoRA + JumpLoRA", "N-LoRA"])
+def test_a_run_learns_resumes_and_remembers(name, tmp_path):
+    rows = [(f"one {word} and {n} more", word) for n in range(8) for word in ("cat", "dog")]
+    tasks = [Task(f"task {i}", "Which?\n", ("cat", "dog"), rows, [], rows[:4]) for i in range(2)]
+    config, sequence, runs = TrainConfig(batch_size=4, max_length=200), TaskSequence("pair", tasks), []
+    for _ in range(2):  # the second finds the record of the first
+        model, tokenizer = load_backbone("tiny-llama")
+        options = {"config": config, "out": tmp_path, "zero_shot": False, "progress": False}
+        runs.append(learn_sequence(model, tokenizer, sequence, METHODS[name], **options))
+    assert runs[0].complete and np.array_equal(runs[0].accuracy, runs[1].accuracy, equal_nan=True)
+    assert runs[0].extra["penalty"]["task 1"][-1] > 0
+    assert (runs[0].mean_sparsity > 0) == ("JumpLoRA" in name)
