@@ -158,7 +158,8 @@ class JumpLoraModel(LoraModel):
         elif lora_config.threshold_scope == "block":
             block = self.BLOCK.match(current_key)
             group = block[0] if block else "outside blocks"
-        gates = self.__dict__.setdefault("_shared_gates", {})  # (adapter, group) -> gate
+        # (adapter, group) -> gate; made here, since PEFT's __init__ already calls this method
+        gates = self.__dict__.setdefault("_shared_gates", {})
         gate = gates.setdefault((adapter_name, group), layer.lora_gate[adapter_name])
         gate.group = group
         layer.lora_gate[adapter_name] = gate

@@ -22,7 +22,7 @@ from ..conventions import check_choice
 class Update:
     "The update of one layer, as a regularizer sees it."
 
-    delta: Tensor | None  # (out, in): ΔW, scaled and gated, as it is merged; None: not formed
+    delta: Tensor | None  # (out, in): ΔW_eff, scaled and gated, as it is merged; None: not formed
     A: Tensor | None = None  # (r, in): first factor, for methods that need it
     B: Tensor | None = None  # (out, r): second factor
 
@@ -107,7 +107,7 @@ class IncLoRA(Regularizer):
 
 # %% ../../nbs/1_method/regularizers.ipynb #2de7e2c6
 class _Overlap(torch.autograd.Function):
-    "||ΔW ⊙ W_past||_F² of two matrices (out, in), differentiable in ΔW."
+    "||ΔW_eff ⊙ W_past||_F² of two matrices (out, in), differentiable in ΔW_eff."
 
     @staticmethod
     def forward(ctx, update, past):
@@ -127,7 +127,7 @@ def overlap_energy(
     past: dict[str, Tensor],  # layer name -> (out, in): W_past
     reduction: str = "mean",  # over layers: "mean" (the authors' code) or "sum" (the paper's formula)
 ) -> Tensor:  # scalar fp32, 0 or above
-    "Mean or sum over layers of ||ΔW ⊙ W_past||_F² (ELLA, arXiv 2601.02232)."
+    "Mean or sum over layers of ||ΔW_eff ⊙ W_past||_F² (ELLA, arXiv 2601.02232)."
     check_choice(reduction, ("mean", "sum"), "reduction")
     total = zero_penalty(updates)
     for name, update in updates.items():
@@ -138,7 +138,7 @@ def overlap_energy(
 # %% ../../nbs/1_method/regularizers.ipynb #bf613e89
 @dataclass(eq=False)
 class ELLA(Regularizer):
-    "λ · ||ΔW ⊙ W_past||²: entries that are large in the new update and in past ones (arXiv 2601.02232)."
+    "λ · ||ΔW_eff ⊙ W_past||²: entries that are large in the new update and in past ones (arXiv 2601.02232)."
 
     memory = ("past", "tasks")
     needs_fresh_adapter = True
@@ -164,7 +164,7 @@ class ELLA(Regularizer):
                     f"{tuple(past.shape)} there; use the same backbone for every task, or a new regularizer"
                 )
 
-    def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar λ · ||ΔW ⊙ W_past||² (/ L)
+    def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar λ · ||ΔW_eff ⊙ W_past||² (/ L)
         "The penalty of one layer; 0 during the first task, whatever λ is."
         strength = self.strength
         if isinstance(strength, tuple):
@@ -180,7 +180,7 @@ class ELLA(Regularizer):
         return share * overlap_energy({name: update}, self.past, "sum")
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
-        "W_past + ΔW, summed in fp32. `ValueError` for NaN or infinity, and then nothing is added."
+        "W_past + ΔW_eff, summed in fp32. `ValueError` for NaN or infinity, and then nothing is added."
         deltas = _finite({name: update.delta for name, update in updates.items()})
         if self.past:
             shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
@@ -265,7 +265,7 @@ class OLoRA(Regularizer):
 # %% ../../nbs/1_method/regularizers.ipynb #359eb24c
 @dataclass(eq=False)
 class NLoRA(Regularizer):
-    "λ · Σ |ΔW|: every entry of the update by its size (arXiv 2410.10179)."
+    "λ · Σ |ΔW_eff|: every entry of the update by its size (arXiv 2410.10179)."
 
     strength: float = 1e-5  # λ ≥ 0, on the sum over all entries of all layers; a start, not tuned
 
