@@ -248,6 +248,15 @@ def defined(source: str) -> dict[str, ast.AST]:
     return names
 
 
+def only_imports(source: str) -> bool:
+    "Whether a cell imports and does nothing else: a page folds it."
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    body = ast.parse("\n".join(lines)).body
+    for_types = [isinstance(o, ast.If) and ast.unparse(o.test) == "TYPE_CHECKING" for o in body]
+    imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in body]
+    return any(imports) and all(map(max, imports, for_types))
+
+
 def public(names: dict[str, ast.AST]) -> list[str]:
     return [n for n in names if "." not in n and not n.startswith("_")]
 
@@ -335,7 +344,7 @@ def page(nb, name: str, raw: Path):
             if "exported" in opt:
                 c.metadata["tags"].append("exported")
                 cells += heading(c, stem, seen)
-            if opt.get("code-fold"):
+            if opt.get("code-fold") or only_imports(c.source):
                 c.metadata["tags"].append("hide-input")
             show = {}
             if "fig-alt" in opt:
