@@ -55,7 +55,8 @@ def as64(tensor):
 def look_inside(learner):
     "Everything that the merge reads, copied: the factors, the gate, the weight and W_past of each layer."
     gates = {name: group.gate for group in gate_groups(learner.adapted).values() for name in group.layers}
-    past = getattr(learner.method.regularizer, "past", {})
+    regularizer = learner.method.regularizer
+    past = getattr(regularizer, "past", getattr(regularizer, "rows", {}))  # of ELLA, or of O-LoRA
     deltas, seen = delta_weights(learner.adapted), {}
     for name, layer in adapter_layers(learner.adapted).items():
         A, B = as64(layer.lora_A["default"].weight), as64(layer.lora_B["default"].weight)
