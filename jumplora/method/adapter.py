@@ -65,8 +65,7 @@ class JumpLoraVariant(LoraVariant):
     @staticmethod
     def forward(module, active_adapter, x, result, **kwargs):
         x = module.lora_dropout[active_adapter](x)
-        update = gated_linear(x, None, **module.gate_arguments(active_adapter))  # the update branch alone
-        return result + update.to(result.dtype)
+        return result + module.gated_output(active_adapter, x).to(result.dtype)
 
     @staticmethod
     def merge_safe(module, active_adapter, orig_weight):
@@ -100,21 +99,38 @@ class JumpLoraLinear(LoraLinear):
     def lora_variants(self):
         return {("use_jumplora",): JumpLoraVariant}
 
-    def gate_arguments(self, adapter_name: str) -> dict:  # A, B, threshold, interpolation, scaling, ...
-        "The arguments of `gated_update` and `gated_linear` for an adapter."
+    def gated_update(self, adapter_name: str, detach_threshold: bool = False) -> Tensor:  # (out, in), fp32
+        "ΔW_eff of an adapter, differentiable; without a gradient to τ where the threshold is detached."
         gate = self.lora_gate[adapter_name]
-        return dict(
+        return gated_update(
             A=self.lora_A[adapter_name].weight,  # (r, in)
             B=self.lora_B[adapter_name].weight,  # (out, r)
-            threshold=gate.threshold,  # (1,)
+            threshold=gate.threshold.detach() if detach_threshold else gate.threshold,  # (1,)
             interpolation=gate.interpolation,  # (1,)
             scaling=self.scaling[adapter_name],
-            **self.gate_options[adapter_name],
+            bandwidth=self.gate_options[adapter_name]["bandwidth"],
+            reduction=self.gate_options[adapter_name]["reduction"],
+        )
+
+    def gated_output(self, adapter_name: str, x: Tensor, weight=None, bias=None) -> Tensor:  # (..., out)
+        "x times weight plus update, or the update branch alone."
+        gate = self.lora_gate[adapter_name]
+        return gated_linear(
+            x,  # (..., in)
+            weight,  # (out, in) or None
+            A=self.lora_A[adapter_name].weight,
+            B=self.lora_B[adapter_name].weight,
+            threshold=gate.threshold,
+            interpolation=gate.interpolation,
+            bias=bias,
+            scaling=self.scaling[adapter_name],
+            bandwidth=self.gate_options[adapter_name]["bandwidth"],
+            reduction=self.gate_options[adapter_name]["reduction"],
         )
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        return gated_update(**self.gate_arguments(adapter))
+        return self.gated_update(adapter)
 
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:  # (out, in), dtype of the weight
         "The weight with the update added in fp32; the entries that it changes are stored for `unmerge`."
@@ -139,8 +155,7 @@ class JumpLoraLinear(LoraLinear):
         adapter = None if args or kwargs else self.fused_adapter()
         if adapter is None or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        return gated_linear(x, base.weight, bias=base.bias, **self.gate_arguments(adapter))
+        return self.gated_output(adapter, x, self.base_layer.weight, self.base_layer.bias)
 
 # %% ../../nbs/1_method/adapter.ipynb #d6236dc2
 class JumpLoraModel(LoraModel):
@@ -235,10 +250,7 @@ def delta_weight(
     if adapter_name not in getattr(layer, "lora_gate", ()):
         product = dense_product(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
         return layer.scaling[adapter_name] * product
-    arguments = layer.gate_arguments(adapter_name)
-    if detach_threshold:
-        arguments["threshold"] = arguments["threshold"].detach()
-    return gated_update(**arguments)
+    return layer.gated_update(adapter_name, detach_threshold)
 
 
 def delta_weights(
