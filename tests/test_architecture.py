@@ -26,13 +26,14 @@ method.jumprelu
 method.gated_linear
 method.adapter method.regularizers
 method.schedule
-learning.tasks learning.metrics running.processes
-data.rows storage.record
-data.hub_rows data.backbones storage.checkpoints
-data.paper_rows storage.run_folder
+learning.tasks running.processes learning.metrics
+data.rows learning.evaluation
+data.hub_rows data.backbones storage.record
+data.paper_rows storage.checkpoints
+storage.run_folder
 storage.updates
 learning.training
-learning.evaluation running.tracking
+running.tracking
 learning.continual
 learning.methods
 results.sparsity results.run_tables storage.rollback storage.formats

@@ -19,8 +19,8 @@ from jumplora.data.rows import DEMO_COMMAND, read_folder
 from jumplora.learning.continual import learn_sequence
 from jumplora.learning.evaluation import answer, evaluate
 from jumplora.learning.methods import METHODS
-from jumplora.learning.tasks import Task, TaskSequence
-from jumplora.learning.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
+from jumplora.learning.tasks import Task, TaskSequence, encode_answer, encode_prompt
+from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import JumpLoraConfig
 from jumplora.storage.record import DamagedRecord, Run, set_aside
 

@@ -21,8 +21,8 @@ from transformers import (
 import jumplora.learning.evaluation as evaluation
 from jumplora.data.backbones import byte_tokenizer
 from jumplora.learning.evaluation import answer, by_length, evaluate, normalize
-from jumplora.learning.tasks import Example, Task
-from jumplora.learning.training import TrainConfig, attach_adapter, encode_answer, encode_prompt
+from jumplora.learning.tasks import Example, Task, encode_answer, encode_prompt
+from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import adapter_layers, gate_groups
 
 OPTIONS = ("no", "natural science", "a sport that is played with a ball")  # 1, a few and many tokens

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from jumplora.data.backbones import byte_tokenizer
-from jumplora.learning.tasks import Task
+from jumplora.learning.tasks import Task, encode_answer, encode_prompt
 from jumplora.learning.training import (
     Collator,
     Diverged,
@@ -36,8 +36,6 @@ from jumplora.learning.training import (
     attach_adapter,
     build_trainer,
     describe_config,
-    encode_answer,
-    encode_prompt,
     label_loss,
     named_updates,
     penalty_function,

@@ -21,10 +21,16 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..conventions import check_choice
-from ..data.backbones import is_encoder_decoder
 from .metrics import standard_error
-from .tasks import Example, Question, Task
-from .training import encode_answer, encode_prompt, pad
+from jumplora.learning.tasks import (
+    Example,
+    Question,
+    Task,
+    encode_answer,
+    encode_prompt,
+    is_encoder_decoder,
+    pad,
+)
 from ..running.processes import gathered, process_index, world_size
 
 # %% ../../nbs/2_learning/evaluation.ipynb #849cc407

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANSWER_CUE', 'SPLITS', 'prompt_head', 'prompt', 'check_options', 'Question', 'Example', 'as_example', 'check_labels',
            'balanced', 'limit_task', 'Task', 'check_rows', 'count_labels', 'find_task', 'limit_sequence', 'count_table',
-           'TaskSequence', 'balance_figure']
+           'TaskSequence', 'encode_prompt', 'encode_answer', 'pad', 'is_encoder_decoder', 'balance_figure']
 
 # %% ../../nbs/2_learning/tasks.ipynb #7a761fda
 import difflib
@@ -16,11 +16,15 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 from ..conventions import check_choice, check_name, figure_style
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/2_learning/tasks.ipynb #df6b7728
 ANSWER_CUE = "\nAnswer:"  # the last words of every prompt: no space after them
@@ -277,6 +281,59 @@ class TaskSequence(Sequence):
         return len(self.tasks)
 
     __getitem__, limit, table = find_task, limit_sequence, count_table
+
+# %% ../../nbs/2_learning/tasks.ipynb #049f0b00
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",  # fast tokenizer of the backbone
+    task: Question,  # instruction and options; a `Task` is one
+    text: str,  # the row's text
+    max_length: int,  # longest prompt, in tokens
+    truncation: str = "field",  # "field": shorten the text; "reference": cut the prompt from the right
+) -> list[int]:  # token ids of the prompt
+    "The prompt as tokens. Raises ValueError when instruction and options alone exceed `max_length`."
+    check_choice(truncation, ("field", "reference"), "truncation")
+    if truncation == "reference":
+        return tokenizer(task.prompt(text), truncation=True, max_length=max_length).input_ids
+    ids = tokenizer(task.prompt(text), verbose=False).input_ids
+    if len(ids) <= max_length:
+        return ids
+    quiet = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = tokenizer(text, **quiet).offset_mapping
+    room = len(offsets) - (len(ids) - max_length)
+    while room > 0:  # tokens at the seams can merge otherwise: shrink until it fits
+        ids = tokenizer(task.prompt(text[: offsets[room - 1][1]]), verbose=False).input_ids
+        if len(ids) <= max_length:
+            return ids
+        room -= max(1, len(ids) - max_length)
+    raise ValueError(f"max_length={max_length} leaves no room for the text of task {task.name!r}; raise it")
+
+# %% ../../nbs/2_learning/tasks.ipynb #3892fa5b
+def encode_answer(
+    tokenizer: "PreTrainedTokenizerBase",  # tokenizer of the backbone
+    label: str,  # the row's label, or an option
+    encoder_decoder: bool,  # True: the label is a text of its own; False: it continues the prompt
+) -> list[int]:  # token ids, the end-of-sequence token last
+    "The label as the tokens a model has to produce."
+    text = label if encoder_decoder else " " + label
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+# %% ../../nbs/2_learning/tasks.ipynb #3c7c2e97
+def pad(
+    rows: list[list[int]],  # token ids of each row
+    value: int,  # what to fill with
+    left: bool,  # fill on the left (decoders) or on the right
+) -> Tensor:  # (rows, longest row), int64
+    "Rows of different length as one tensor."
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([f + row if left else row + f for f, row in zip(fill, rows, strict=True)])
+
+# %% ../../nbs/2_learning/tasks.ipynb #f4c02db7
+def is_encoder_decoder(
+    model: nn.Module,  # any transformers model, wrapped by PEFT or not
+) -> bool:  # True for T5 and its kind, False for decoders
+    "Read the kind of a model from its config."
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 # %% ../../nbs/2_learning/tasks.ipynb #f92dcbe3
 def balance_figure(

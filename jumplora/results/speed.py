@@ -28,8 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ..conventions import check_choice, set_seed, write_atomic
-from ..data.backbones import is_encoder_decoder, load_backbone
+from ..data.backbones import load_backbone
 from ..learning import training
+from ..learning.tasks import is_encoder_decoder
 from ..method import adapter
 from ..method.adapter import JumpLoraConfig
 from ..method.gated_linear import naive_gated_linear, naive_gated_update, sum_is_safe

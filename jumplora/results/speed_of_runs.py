@@ -25,7 +25,7 @@ from ..data.backbones import load_backbone
 from ..data.paper_rows import load_sequence
 from ..learning import continual, evaluation, training
 from ..learning.methods import METHODS
-from ..learning.tasks import Example, Question, Task, TaskSequence
+from ..learning.tasks import Example, Question, Task, TaskSequence, encode_answer, encode_prompt
 from ..learning.training import TrainConfig
 from ..method.regularizers import IncLoRA
 from . import speed as benchmark
@@ -47,12 +47,12 @@ def naive_answer(
     share: bool = False,  # as in `answer`; there is one process here
 ) -> tuple[list[str], Tensor]:  # answers; option scores (rows, options)
     "What `answer` gives for a decoder, in file order and without any sharing."
-    cut = partial(training.encode_prompt, tokenizer, task, max_length=max_length, truncation=truncation)
+    cut = partial(encode_prompt, tokenizer, task, max_length=max_length, truncation=truncation)
     prompts, answers = [cut(text) for text in texts], []
     for start in range(0, len(prompts), batch_size):
         answers += naive_generate(model, tokenizer, prompts[start : start + batch_size], max_new_tokens)
         advance(len(answers) - start)
-    ids = [training.encode_answer(tokenizer, option, False) for option in task.options] if options else []
+    ids = [encode_answer(tokenizer, option, False) for option in task.options] if options else []
     scores = [naive_option_scores(model, tokenizer, prompts, option, batch_size) for option in ids]
     return answers, torch.stack(scores, 1) if scores else torch.zeros(len(texts), 0)
 

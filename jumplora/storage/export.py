@@ -29,9 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 # %% ../../nbs/5_inside/export.ipynb #adfa6ec3
 from ..conventions import check_choice
-from ..data.backbones import BACKBONES, is_encoder_decoder
+from ..data.backbones import BACKBONES
 from ..learning.continual import load_start
-from ..learning.tasks import prompt
+from ..learning.tasks import is_encoder_decoder, prompt
 from ..learning.training import TrainConfig, attach_adapter
 from . import run_folder
 from jumplora.storage.formats import (
