@@ -18,10 +18,10 @@ _MODULES = {
     "data.hub_rows": "hub_table hub_task",
     "data.paper_rows": "check_folder load_sequence paper_split",
     "data.backbones": "load_backbone",
-    "learning.metrics": "average_accuracy backward_transfer forgetting forward_transfer just_learned",
     "storage.record": "DamagedRecord Run",
     "learning.training": "TrainConfig train_task",
-    "learning.evaluation": "evaluate",
+    "learning.evaluation": "evaluate average_accuracy backward_transfer forgetting forward_transfer "
+    "just_learned",
     "storage.updates": "SparseUpdate sparse_update",
     "running.tracking": "Tracking find_trackers",
     "learning.continual": "Method learn_sequence load_learned",

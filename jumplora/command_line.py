@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COMPARE_HELP', 'COMMANDS', 'field_comments', 'PlainHelp', 'add_train_flags', 'add_model_flags',
-           'compare_parser', 'check_once', 'chosen_methods', 'chosen_settings', 'compare', 'report', 'existing',
-           'together', 'show', 'table', 'predict', 'show_parser', 'table_parser', 'predict_parser', 'sparsity',
-           'rollback', 'sparsity_parser', 'rollback_parser', 'benchmark', 'benchmark_parser', 'data', 'data_parser',
-           'parse_settings', 'swept', 'grid', 'grid_parser', 'export', 'export_parser', 'overview', 'main']
+           'compare_parser', 'check_once', 'parse_strengths', 'chosen_methods', 'chosen_settings', 'import_callbacks',
+           'compare', 'report', 'existing', 'together', 'show', 'table', 'predict', 'show_parser', 'table_parser',
+           'predict_parser', 'sparsity', 'rollback', 'sparsity_parser', 'rollback_parser', 'benchmark',
+           'benchmark_parser', 'data', 'data_parser', 'parse_settings', 'swept', 'grid', 'grid_parser', 'export',
+           'export_parser', 'overview', 'main']
 
 # %% ../nbs/command_line.ipynb #2a5a5492
+import importlib
 import inspect
 import itertools
 import json
@@ -94,9 +96,10 @@ def add_train_flags(
     group = parser.add_argument_group("how each task is learned")
     for item in fields(TrainConfig):
         flag, kind = "--" + item.name.replace("_", "-"), dict(type=item.type)
-        if item.name == "target_modules":
+        if item.name in ("target_modules", "training_arguments"):
             kind = dict(type=str, nargs="+")
-        group.add_argument(flag, default=item.default, help=comments[item.name], **kind)
+        default = [] if item.name == "training_arguments" else item.default
+        group.add_argument(flag, default=default, help=comments[item.name], **kind)
 
 
 def add_model_flags(
@@ -119,6 +122,8 @@ def compare_parser() -> ArgumentParser:  # flags of `jumplora compare`
         many = dict(nargs="+", type=type(preset[name][0])) if isinstance(preset[name], list) else {}
         kind = many or dict(type=str if preset[name] is None else type(preset[name]))
         parser.add_argument("--" + name.replace("_", "-"), default=preset[name], help=help, **kind)
+    about = "a class of transformers callbacks to import, MODULE.CLASS; called without arguments"
+    parser.add_argument("--callbacks", type=str, nargs="+", default=[], help=about)
     parser.add_argument("--progress", type=bool, default=True, help="show progress bars: true or false")
     add_model_flags(parser, dtype="float32")
     add_train_flags(parser)
@@ -140,13 +145,38 @@ def check_once(
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
 
 
+def parse_strengths(
+    pairs: Sequence[str],  # such as "ELLA=3e5" or "ELLA=0,3e4,3e4,3e4"
+) -> dict[str, float | list[float]]:  # name of a method with a penalty -> λ, or λ per task
+    "Strengths as words. Raises ValueError for a method without one, or what is no number."
+    from jumplora.learning.methods import METHODS, base_of
+
+    priced = (name for name, method in METHODS.items() if hasattr(method.regularizer, "strength"))
+    able, found = tuple(name for name in priced if base_of(name) == name), {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        try:
+            values = [float(value) for value in text.split(",")]
+        except ValueError:
+            values = []
+        if not equals or not values:
+            raise ValueError(f"strength {pair!r} is not NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4")
+        check_choice(name, able, "method with a strength")
+        if len(values) > 1 and name != "ELLA":
+            raise ValueError(f"strength {pair!r}: only ELLA takes one per task")
+        if name in found:
+            raise ValueError(f"strength {pair!r}: {name} has one already; give each method one")
+        found[name] = values[0] if len(values) == 1 else values
+    return found
+
+
 def chosen_methods(
     names: Sequence[str],  # names of methods
     strength: Sequence[str],  # such as "ELLA=3e5"
     **settings: str,  # of their penalties: past_dtype
 ) -> list:  # of Method
     "The methods to compare. Raises ValueError naming the nearest one for an unknown name."
-    from jumplora.learning.methods import METHODS, base_of, parse_strengths, with_settings
+    from jumplora.learning.methods import METHODS, base_of, with_settings
 
     unique = dict.fromkeys(names)  # a name given twice is run once
     methods = [METHODS[check_choice(name, tuple(METHODS), "method")] for name in unique]
@@ -159,22 +189,38 @@ def chosen_settings(
 ) -> tuple:  # TaskSequence, list of Method, TrainConfig
     "Turn flags into objects; every mistake in them is found here, before anything is computed."
     from jumplora.data.paper_rows import load_sequence
-    from jumplora.learning.continual import check_method_fits
     from jumplora.learning.training import TrainConfig
     from jumplora.running.tracking import find_trackers
 
     check_choice(flags.preset, tuple(PRESETS), "preset")
     check_choice(flags.score, ("test", "dev"), "score")
     find_trackers(flags.report_to)
-    config = TrainConfig(**{item.name: getattr(flags, item.name) for item in fields(TrainConfig)})
+    settings = {item.name: getattr(flags, item.name) for item in fields(TrainConfig)}
+    config = TrainConfig(**settings | dict(training_arguments=parse_settings(flags.training_arguments)))
     rows = dict(train=flags.train_rows, dev=flags.dev_rows, test=flags.test_rows)
     sequence = load_sequence(flags.sequence, flags.folder, **rows)
     methods = chosen_methods(flags.method, flags.strength, past_dtype=flags.past_dtype)
     for method in methods:
-        check_method_fits(method, sequence)
+        method.check_fits(sequence)
     return sequence, methods, config
 
 # %% ../nbs/command_line.ipynb #e5c88e29
+def import_callbacks(
+    names: Sequence[str],  # such as "my_module.MyCallback"; the folder of the command is searched first
+) -> list:  # of transformers.TrainerCallback, one of each, made without arguments
+    "The callbacks of these names. Raises ValueError for what cannot be imported."
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    callbacks = []
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        try:
+            callbacks.append(getattr(importlib.import_module(module), kind)())
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"callback {name!r}: {error}; give MODULE.CLASS, without arguments") from None
+    return callbacks
+
+
 def compare(
     flags: Namespace,  # from `compare_parser`
 ) -> int:  # exit code
@@ -192,6 +238,7 @@ def compare(
         model, tokenizer = load_backbone(flags.backbone, device=flags.device, dtype=flags.dtype)
         options = dict(seed=seed, out=flags.out, backbone=flags.backbone, split=flags.score, zero_shot=known)
         options |= {name: getattr(flags, name) for name in ("archive", "checkpoint_every", "report_to")}
+        options["callbacks"] = import_callbacks(flags.callbacks)
         run = learn_sequence(model, tokenizer, sequence, method, config, progress=flags.progress, **options)
         known = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
@@ -496,7 +543,6 @@ def grid(
     flags: Namespace,  # from `grid_parser`
 ) -> int:  # exit code: 1 where a run failed
     "Do what is missing of a grid, and print how far it is."
-    from jumplora.learning.methods import parse_strengths
     from jumplora.running.grid import PROTOCOLS, plan, run_grid, status
 
     if not flags.status:

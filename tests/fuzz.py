@@ -33,11 +33,10 @@ from jumplora.command_line import main as command
 from jumplora.conventions import write_atomic
 from jumplora.data.rows import read_folder
 from jumplora.learning import evaluation
-from jumplora.learning.continual import task_fingerprint
 from jumplora.learning.evaluation import evaluate
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
-from jumplora.learning.training import TrainConfig, describe_config
+from jumplora.learning.training import TrainConfig
 from jumplora.method.adapter import JumpLoraConfig
 from jumplora.running.grid import Job, job_method, open_grid, plan, read_job, status
 from jumplora.storage.checkpoints import (
@@ -202,7 +201,7 @@ TRAIN = [item.name for item in fields(TrainConfig)]
 def settings_of_a_training(given_values):
     with taken_or_refused(*given_values, "start="):
         config = TrainConfig(**given_values)
-    described = describe_config(config)
+    described = config.describe()
     assert digest(described) and json.loads(json.dumps(described, allow_nan=False))
     for name in ("rank", "batch_size", "gradient_accumulation", "max_length"):
         assert type(getattr(config, name)) is int and 1 <= getattr(config, name) < 2**63
@@ -291,7 +290,7 @@ OPTIONS = st.just(("a", "a b", "ab")) | st.lists(LABELS | TEXTS, max_size=4) | J
 def tasks_made_of_anything(name, instruction, options, rows, test, note):
     with taken_or_refused("task", "Task"):
         made = Task(name, instruction, options, rows, rows, test, note)
-    assert len(made.train) == len(rows) and len(made.test) == len(test) and task_fingerprint(made)
+    assert len(made.train) == len(rows) and len(made.test) == len(test) and made.fingerprint()
     assert made.outside_options == sum(row.label not in made.options for row in made.test)
     assert all(row.label in made.options for row in made.train)
     for row in made.train:

@@ -26,7 +26,7 @@ method.jumprelu
 method.gated_linear
 method.adapter method.regularizers
 method.schedule
-learning.tasks running.processes learning.metrics
+learning.tasks running.processes
 data.rows learning.evaluation
 data.hub_rows data.backbones storage.record
 data.paper_rows storage.checkpoints

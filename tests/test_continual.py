@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def as64(tensor):
 def look_inside(learner):
     "Everything that the merge reads, copied: the factors, the gate, the weight and W_past of each layer."
     gates = {name: group.gate for group in gate_groups(learner.adapted).values() for name in group.layers}
-    regularizer = learner.method.regularizer
+    regularizer = learner.regularizer
     past = getattr(regularizer, "past", getattr(regularizer, "rows", {}))  # of ELLA, or of O-LoRA
     deltas, seen = delta_weights(learner.adapted), {}
     for name, layer in adapter_layers(learner.adapted).items():
@@ -75,13 +76,13 @@ def look_inside(learner):
 
 def learn(method, out=None, backbone="tiny-llama", config=QUICK, sequence=SEQUENCE, **options):
     "One run on a fresh backbone, watched at the end of every task."
-    updates, real, dtype = [], continual.finish_task, options.pop("dtype", "float32")
+    updates, real, dtype = [], continual.Learner.finish, options.pop("dtype", "float32")
 
-    def watched(learner, i):
+    def watched(learner, i, log):
         seen = look_inside(learner)
-        real(learner, i)
+        real(learner, i, log)
         after = weights_of(learner.adapted) if learner.adapted is not None else learner.weights
-        past = getattr(learner.method.regularizer, "past", {})
+        past = getattr(learner.regularizer, "past", {})
         for name, layer in seen.items():
             layer["after"] = after[name].detach().clone()
             layer["past after"] = past[name].clone() if name in past else None
@@ -91,7 +92,7 @@ def learn(method, out=None, backbone="tiny-llama", config=QUICK, sequence=SEQUEN
     method = METHODS[method] if isinstance(method, str) else method
     options = dict(seed=1, out=out, backbone=backbone, progress=False) | options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continual, "finish_task", watched)
+        patch.setattr(continual.Learner, "finish", watched)
         run = learn_sequence(model, tokenizer, sequence, method, config, **options)
     return Result(run, model, Path(out) / run.name if out is not None else None, updates)
 
@@ -168,7 +169,10 @@ def no_training(monkeypatch):
 @pytest.fixture
 def no_learning(monkeypatch):
     "`learn_sequence` returns the record it would go on with."
-    monkeypatch.setattr(continual, "learn_rest", lambda learner, *rest: learner.run)
+    learner = continual.Learner
+    monkeypatch.setattr(learner, "running", lambda learner: nullcontext())
+    monkeypatch.setattr(learner, "remaining", lambda learner: ())
+    monkeypatch.setattr(learner, "score", lambda learner: None)
 
 
 def states(folder):
@@ -500,6 +504,7 @@ def other_seed(run):
 
 def other_order(run):
     run.tasks = run.tasks[::-1]
+    run.right = {}
 
 
 @pytest.mark.parametrize("change", [other_learning_rate, other_seed, other_order])

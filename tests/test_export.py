@@ -69,13 +69,18 @@ def place(tmp_path_factory):
     return place
 
 
+def score_of(*percents):
+    "A score of four rows, of which so many percent are right."
+    return Score(("",) * 4, *(tuple(25 * row < percent for row in range(4)) for percent in percents))
+
+
 def learn(place, method=GATED, base="base", dtype="float32", config=QUICK, tasks=TASKS, **options):
     "One quick run with invented scores; its folder, and the model that it ended with."
     model, tokenizer = load_backbone(str(place / base), device="cpu", dtype=dtype)
     options = dict(seed=1, out=place / "runs", progress=False, zero_shot=False) | options
     sequence, scores = TaskSequence("short", tasks), iter([(75.0, 50.0), (25.0, 100.0), (50.0, 75.0)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continual, "evaluate", lambda *args, **options: Score(*next(scores), 4, ()))
+        patch.setattr(continual, "evaluate", lambda *args, **options: score_of(*next(scores)))
         about = dict(backbone=str(place / base)) | options
         run = learn_sequence(model, tokenizer, sequence, method, config, **about)
     return place / "runs" / run.name, model
@@ -469,7 +474,7 @@ def test_a_run_that_was_stopped_is_exported_as_far_as_it_got(place, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         learn(place, out=tmp_path / "none", seed=3)
     fresh = copy.deepcopy(Run.load(folder))
-    fresh.accuracy[:] = math.nan
+    fresh.accuracy[:], fresh.right = math.nan, {}
     del fresh.extra["state_tasks"]
     with pytest.raises(ValueError, match="has finished no task yet"):
         load_finished(fresh.save(tmp_path / "none").parent)

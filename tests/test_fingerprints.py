@@ -15,7 +15,7 @@ from real_rows import DATA, ROOT, needs_rows
 from jumplora.data.backbones import load_backbone
 from jumplora.data.paper_rows import load_sequence
 from jumplora.data.rows import ORDERS
-from jumplora.learning.continual import Method, run_configuration, task_fingerprint
+from jumplora.learning.continual import Method, run_configuration
 from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import TaskSequence
 from jumplora.learning.training import TrainConfig
@@ -47,7 +47,7 @@ def reduced(name: str) -> TaskSequence:
 
 
 def fingerprints(tasks) -> dict[str, str]:
-    return {task.name: task_fingerprint(task) for task in tasks}
+    return {task.name: task.fingerprint() for task in tasks}
 
 
 def of_sequence(name: str) -> dict:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from jumplora.command_line import parse_strengths
 from jumplora.data.backbones import load_backbone
 from jumplora.learning import continual
 from jumplora.learning.continual import Method, learn_sequence
-from jumplora.learning.methods import EWC, METHODS, parse_strengths, with_settings
+from jumplora.learning.methods import EWC, METHODS, with_settings
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import (
+    Collator,
     TrainConfig,
     attach_adapter,
-    collator_for,
     encode_rows,
     label_loss,
     row_gradients,
@@ -117,7 +118,7 @@ def test_the_gradients_of_rows_are_those_of_each_row_alone(backbone):
     model, tokenizer = adapted_model(backbone)
     found = list(row_gradients(model, tokenizer, TASKS[0], QUICK))
     assert len(found) == 16
-    collator = collator_for(model, tokenizer)
+    collator = Collator.for_model(model, tokenizer)
     weights = {f"{n}.{p}": getattr(layer, f"lora_{p}")["default"].weight
                for n, layer in adapter_layers(model).items() for p in "AB"}  # fmt: skip
     assert found[0].keys() == weights.keys()
@@ -134,15 +135,15 @@ def test_a_strong_ewc_keeps_important_factors_where_they_were():
     for strength in (0.0, 1e9):
         method = Method("EWC", regularizer=EWC(strength), after_task="keep")
         seen = {}
-        real = continual.finish_task
+        real = continual.Learner.finish
 
-        def watched(learner, i, real=real, seen=seen):
-            real(learner, i)
-            memory = learner.method.regularizer
+        def watched(learner, i, log, real=real, seen=seen):
+            real(learner, i, log)
+            memory = learner.regularizer
             seen[i] = ({k: w.clone() for k, w in memory.importance.items()}, dict(memory.anchor))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(continual, "finish_task", watched)
+            patch.setattr(continual.Learner, "finish", watched)
             learn(method)
         (importance, before), (_, after) = seen[0], seen[1]
         ways[strength] = sum((importance[k] * (after[k] - before[k]).square()).sum().item() for k in before)
@@ -244,7 +245,7 @@ def test_muon_steps_are_those_of_torch_on_every_factor():
     other, _ = adapted_model()
     config = replace(QUICK, batch_size=16, max_grad_norm=1e9)
     train_task(model, tokenizer, TASKS[0], config, IncLoRA(), optimizer="muon", seed=3)
-    collator = collator_for(other, tokenizer)
+    collator = Collator.for_model(other, tokenizer)
     batch = collator(encode_rows(tokenizer, [TASKS[0]], config, False))
     labels = batch.pop("labels")
     label_loss(other(**batch), labels).backward()

@@ -310,7 +310,7 @@ def test_what_the_refusal_advises_works(tmp_path):
     layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
     weights = [layer.weight.clone() for layer in layers]
     adapted = attach_adapter(model, QUICK, gated=True)
-    log = train_task(adapted, tokenizer, TASKS[0], QUICK, IncLoRA(), gated=True)
+    log = train_task(adapted, tokenizer, TASKS[0], QUICK, IncLoRA())
     assert log.loss[-1] < log.loss[0]
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, weights, strict=True))
     assert "int8 are quantised; merge into the full-precision checkpoint" in refused(adapted.merge_and_unload)
@@ -331,7 +331,7 @@ def test_a_task_is_learned_beside_a_base_of_bitsandbytes(bits, tmp_path):
     model = load(device_map={"": "cpu"})
     assert "are quantised" in refused(learn_sequence, model, tokenizer, SEQUENCE, METHODS["ELLA"], QUICK)
     adapted = attach_adapter(model, QUICK, gated=True)
-    log = train_task(adapted, tokenizer, TASKS[0], QUICK, IncLoRA(), gated=True)
+    log = train_task(adapted, tokenizer, TASKS[0], QUICK, IncLoRA())
     assert log.loss[-1] < log.loss[0]
     assert "are quantised; merge into the full-precision checkpoint" in refused(adapted.merge_and_unload)
     adapted.save_pretrained(tmp_path / "adapter")

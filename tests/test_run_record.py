@@ -290,7 +290,7 @@ def test_the_environment_names_versions_and_nothing_private():
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_record.metrics, "__file__", str(tmp_path / "jumplora" / "metrics.py"))
+    monkeypatch.setattr(run_record.evaluation, "__file__", str(tmp_path / "jumplora" / "evaluation.py"))
     assert run_record.project_commit() is None
 
 
@@ -303,7 +303,7 @@ def test_a_changed_checkout_says_so(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", "settings.ini")
     git("commit", "-qm", "first")
-    monkeypatch.setattr(run_record.metrics, "__file__", str(tmp_path / "jumplora" / "metrics.py"))
+    monkeypatch.setattr(run_record.evaluation, "__file__", str(tmp_path / "jumplora" / "evaluation.py"))
     clean = run_record.project_commit()
     assert len(clean) == 40
     (tmp_path / "settings.ini").write_text("y")

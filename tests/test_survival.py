@@ -33,7 +33,7 @@ from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig, attach_adapter, train_task
 from jumplora.method.regularizers import IncLoRA
-from jumplora.storage import checkpoints
+from jumplora.storage import checkpoints, run_folder
 from jumplora.storage.checkpoints import (
     Checkpoint,
     DamagedState,
@@ -99,7 +99,7 @@ def train(path=None, copies=None, config=HARD, gated=False, optimizer="adamw", a
     model = attach_adapter(model, config, gated)
     checkpoint = Checkpoint(path, {"task": 0}, every=float("inf")) if path else None
     settings = (TASKS[0], config, IncLoRA())
-    options = dict(gated=gated, also=also, optimizer=optimizer, seed=3, checkpoint=checkpoint)
+    options = dict(also=also, optimizer=optimizer, seed=3, checkpoint=checkpoint)
     real = Checkpoint.write
 
     def write(self, parts, about):
@@ -275,11 +275,11 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(whole, tmp
 
 
 def test_a_signal_while_scoring_stops_after_the_score(tmp_path):
-    def score(*args, real=continual.score_task, **options):
+    def score(*args, real=continual.evaluate, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **options)
 
-    with patch.object(continual, "score_task", score), pytest.raises(Stopped):
+    with patch.object(continual, "evaluate", score), pytest.raises(Stopped):
         learn("IncLoRA", tmp_path)
     run = Run.load(next(tmp_path.glob("*/record.json")))
     assert len(run.zero_shot) == 1 and learn("IncLoRA", tmp_path)[0].complete
@@ -457,7 +457,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_task_starts_again(folder, who
 
 
 def test_a_damaged_state_is_set_aside_and_the_run_goes_on_from_the_one_before(folder, whole):
-    with patch.object(continual, "score_seen", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
+    with patch.object(continual, "evaluate", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
         learn("ELLA + JumpLoRA", folder.parent)  # after the second task, before it is scored
     assert [state_path(folder, n).exists() for n in (1, 2)] == [True, True]
     spoil(state_path(folder, 2))
@@ -578,8 +578,12 @@ def test_other_methods_go_on_from_a_step_too(method, tmp_path):
 
 
 def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(whole, tmp_path):
-    lost = patch.object(continual, "keep_states", side_effect=RuntimeError("lost"))
-    with lost, pytest.raises(RuntimeError):
+    def lose(folder, kept, step=True, real=run_folder.keep_states):
+        if not step:
+            raise RuntimeError("lost")
+        real(folder, kept)
+
+    with patch.object(run_folder, "keep_states", lose), pytest.raises(RuntimeError):
         learn("ELLA + JumpLoRA", tmp_path)
     folder = tmp_path / whole[0].name
     assert Run.load(folder).complete and state_path(folder, 1).exists()

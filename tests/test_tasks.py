@@ -28,12 +28,10 @@ from jumplora.data.rows import (
     fingerprint,
     newsroom,
     newsroom20,
-    prompt,
     read_folder,
-    read_hub,
     read_tab,
 )
-from jumplora.learning.tasks import ANSWER_CUE, Question, balanced, prompt_head
+from jumplora.learning.tasks import Question, prompt
 
 YES_NO = ("yes", "no")
 ROWS = [("one", "yes"), ("two", "no")]

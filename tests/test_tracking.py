@@ -21,8 +21,7 @@ from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import adapter_layers, dense_update
 from jumplora.method.jumprelu import threshold_gradient
-from jumplora.running import tracking
-from jumplora.running.tracking import find_trackers, gate_counts, later, start_tracking
+from jumplora.running.tracking import find_trackers, gate_counts, later
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics")] * 10
 RAIN = [("rain", "yes"), ("sun", "no")] * 5
@@ -152,10 +151,10 @@ def test_a_run_that_crashed_goes_on_in_the_same_curve(whole, tmp_path):
 
 
 def test_scores_that_were_interrupted_are_drawn_once(whole, tmp_path):
-    def fail(*args):
+    def fail(*args, **options):
         raise MemoryError("no room")
 
-    with patch.object(continual, "keep_scores", fail), pytest.raises(MemoryError):
+    with patch.object(continual, "evaluate", fail), pytest.raises(MemoryError):
         learn(tmp_path)
     assert "eval/topics" not in curves(tmp_path)
     learn(tmp_path)
@@ -209,12 +208,17 @@ def test_the_command_reports_and_refuses_before_it_loads_anything(tmp_path, caps
     assert len(curves(tmp_path)["eval/average"][0]) == 4
 
 
-def test_only_the_main_process_has_trackers(whole, tmp_path):
-    run, model, _ = whole
-    about = run, tmp_path, QUICK, next(model.parameters()).device
-    assert start_tracking(find_trackers("tensorboard"), *about).trackers
-    with patch.object(tracking, "is_main", lambda: False):
-        assert not start_tracking(find_trackers("tensorboard"), *about).trackers
+def test_only_the_main_process_has_trackers(tmp_path):
+    def trackers():
+        model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+        learner = continual.Learner(
+            model, tokenizer, SEQUENCE, METHODS["IncLoRA"], QUICK, out=tmp_path, report_to="tensorboard"
+        )
+        return learner.tracking.trackers
+
+    assert trackers()
+    with patch.object(continual, "is_main", lambda: False):
+        assert not trackers()
 
 
 def test_the_trainers_own_state_is_left_alone():

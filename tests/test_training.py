@@ -34,8 +34,6 @@ from jumplora.learning.training import (
     Progress,
     TrainConfig,
     attach_adapter,
-    build_trainer,
-    describe_config,
     label_loss,
     named_updates,
     penalty_function,
@@ -498,8 +496,8 @@ def test_the_order_is_the_papers_unless_asked():
 
 def test_a_whole_number_is_described_as_the_same_number_with_a_point():
     whole, point = (TrainConfig(lora_alpha=one(32), epochs=one(2), kept=3) for one in (int, float))
-    assert json.dumps(describe_config(whole)) == json.dumps(describe_config(point))
-    assert json.dumps(describe_config(whole)["kept"]) == "3"
+    assert json.dumps(whole.describe()) == json.dumps(point.describe())
+    assert json.dumps(whole.describe()["kept"]) == "3"
 
 
 # ---- training a task --------------------------------------------------------------------------------------
@@ -512,7 +510,7 @@ def trained(kind="llama", gated=False, seed=42, dtype=torch.float32, regularizer
     model = attach_adapter(model, config, gated)
     done = []
     log = train_task(model, tokenizer, task, config, regularizer or IncLoRA(),
-                     gated=gated, seed=seed, callbacks=[Progress(done.append)])  # fmt: skip
+                     seed=seed, callbacks=[Progress(done.append)])  # fmt: skip
     assert sum(done) == log.steps
     return model, log
 
@@ -605,7 +603,7 @@ def test_a_backbone_with_nan_weights_stops_at_the_first_step():
     config = TrainConfig(rank=2, batch_size=4)
     model = attach_adapter(model, config, True)
     with pytest.raises(Diverged, match=r"task 'topics'.*nan at step 1\b"):
-        train_task(model, tokenizer, TASK, config, IncLoRA(), gated=True)
+        train_task(model, tokenizer, TASK, config, IncLoRA())
     assert all(not layer.lora_B["default"].weight.any() for layer in adapter_layers(model).values())
 
 
@@ -694,15 +692,15 @@ def test_a_threshold_that_does_not_learn_stays_where_it_was_chosen(learns):
     model, tokenizer = llama()
     changes = dict(kept=0.5, threshold_reduction="sum", bandwidth=0.01, epochs=6.0, batch_size=4)
     config = TrainConfig(rank=2, learn_threshold=learns, **changes)
-    log = train_task(attach_adapter(model, config, True), tokenizer, TASK, config, IncLoRA(), gated=True)
+    log = train_task(attach_adapter(model, config, True), tokenizer, TASK, config, IncLoRA())
     way = [point["threshold"]["model"] for point in log.gate if point["interpolation"] > 0]
     assert len(way) > 3 and (len(set(way)) > 1) == learns
 
 
 def test_a_setting_younger_than_old_records_is_written_only_where_it_is_set():
-    asked = describe_config(TrainConfig())
+    asked = TrainConfig().describe()
     assert "threshold_parametrization" not in asked and asked["threshold_reduction"] == "mean"
-    changed = describe_config(TrainConfig(threshold_parametrization="raw"))
+    changed = TrainConfig(threshold_parametrization="raw").describe()
     assert changed == asked | dict(threshold_parametrization="raw")
     assert TrainConfig(**changed).threshold_parametrization == "raw"
 

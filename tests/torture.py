@@ -72,13 +72,13 @@ CASES = {  # name -> method, settings, seconds between checkpoints
 }
 PATIENCE = 3600  # seconds for a run that nobody kills from outside
 PHASES = {  # what is watched: where it is looked up, its name, and what it is called here
-    "restoring": (continual, "restore"),
+    "restoring": (continual.Learner, "_restore"),
     "training": (continual, "train_task"),
     "checkpoint": (checkpoints.Checkpoint, "write"),
-    "merging": (continual, "finish_task"),
+    "merging": (continual.Learner, "finish"),
     "state": (run_folder, "save_state"),
     "record": (Run, "save"),
-    "scoring": (continual, "score_task"),
+    "scoring": (continual, "evaluate"),
 }
 
 

@@ -8,6 +8,7 @@ import copy
 import gc
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -123,13 +124,22 @@ def refused(call, *arguments, **options):
 
 def cases(folder):
     "Learn every case; count the files that this process puts in place, and the batches that it answers."
-    found, written, batches, real = {}, count_files(), [], evaluation.own_batches
+    found, written, batches, real = {}, count_files(), [], evaluation.answer
 
-    def own_batches(every, share):
-        batches.append([len(real(every, share)), len(every)])
-        return real(every, share)
+    def answer(model, tokenizer, task, texts, **settings):
+        batches.append([0, math.ceil(len(texts) / settings["batch_size"])])
+        return real(model, tokenizer, task, texts, **settings)
 
-    patch.object(evaluation, "own_batches", own_batches).start()
+    def counted(read):
+        def count(*args):
+            batches[-1][0] += 1
+            return read(*args)
+
+        return count
+
+    for name in ("_read_decoder", "_read_encoder_decoder"):
+        patch.object(evaluation, name, counted(getattr(evaluation, name))).start()
+    patch.object(evaluation, "answer", answer).start()
     for case in EQUAL:
         run, model, tokenizer = learn(case, folder / case, zero_shot=case == "llama")
         found[case] = dict(run=run.to_dict(), weights=weights_fingerprint(model))

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..conventions import check_choice, figure_style, write_atomic
-from .rows import BENCHMARK, NEWSROOM, demo_file, file_sha256, prompt
-from ..learning.tasks import is_encoder_decoder
+from .rows import BENCHMARK, NEWSROOM, demo_file, file_sha256
+from ..learning.tasks import is_encoder_decoder, prompt
 from ..running.processes import own_device
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..conventions import check_choice, figure_style
-from .rows import BENCHMARK, ORDERS, label_name, shuffled
-from ..learning.tasks import SPLITS, Example, Task, TaskSequence
+from .rows import BENCHMARK, ORDERS, shuffled
+from ..learning.tasks import SPLITS, Example, Task, TaskSequence, label_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -158,9 +158,9 @@ def row_answers(
     values, names = data[source.label][:], getattr(data.features[source.label], "names", None)
     options = {}
     for value in dict.fromkeys(values):
-        name = label_name(value, names)
-        if name not in (None, "-"):
-            known = check_choice(str(name), list(source.labels), f"{source.repo_id}: label")
+        name = "-" if value is None else label_text(value, f"{source.repo_id}: the label", names)
+        if name != "-":
+            known = check_choice(name, list(source.labels), f"{source.repo_id}: label")
             options[value] = source.labels[known]
     return [options.get(value) for value in values]
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from ..conventions import check_choice
 from .hub_rows import HUB, HUB_SEQUENCES, hub_sequence
-from .rows import BENCHMARK, ORDERS, list_folder, newsroom, newsroom20, read_folder, read_task
-from ..learning.tasks import SPLITS, Example, Task, TaskSequence
+from .rows import BENCHMARK, ORDERS, newsroom, newsroom20, read_folder
+from ..learning.tasks import SPLITS, Example, Task, TaskSequence, find_tasks
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -125,17 +125,17 @@ def check_folder(
     "What a folder holds of the benchmark. Raises `FileNotFoundError` or `ValueError` for no folder of tasks."
     import pandas as pd
 
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the folder {folder} does not exist; give a folder that holds tasks")
-    listed, lines = list_folder(folder), []
+    listed = find_tasks(folder)
+    lines = []
     for name in BENCHMARK:
-        empty = dict(task=name, split="all", rows=0, paper=sum(BENCHMARK[name].rows))
-        try:
-            lines += check_splits(read_task(folder, name, listed[name])) if name in listed else []
-            lines += [] if name in listed else [empty | {"verdict": "missing"}]
-        except (ValueError, OSError, RuntimeError) as error:  # also loops of links, locked folders
-            lines.append(empty | {"verdict": str(error)})
+        verdict = "missing"
+        if name in listed:
+            try:
+                lines += check_splits(read_folder(folder, [name])[name])
+                continue
+            except (ValueError, OSError, RuntimeError) as error:  # also loops of links, locked folders
+                verdict = str(error)
+        lines.append(dict(task=name, split="all", rows=0, paper=sum(BENCHMARK[name].rows), verdict=verdict))
     return pd.DataFrame(lines).set_index(["task", "split"])
 
 # %% ../../nbs/5_inside/paper_rows.ipynb #26aa12b4

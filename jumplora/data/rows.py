@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['BENCHMARK', 'ORDERS', 'DEMO_COMMAND', 'NEWSROOM_FILES', 'NEWSROOM', 'NEWSROOM_ROWS', 'TWENTY', 'BenchmarkTask',
            'orders_figure', 'demo_places', 'demo_file', 'file_sha256', 'read_tab', 'clean', 'fingerprint', 'Source',
-           'read_source', 'shuffled', 'dealt', 'newsroom_task', 'newsroom', 'newsroom20', 'read_rows', 'list_folder',
-           'read_split', 'describe', 'is_entry', 'read_task', 'read_folder', 'label_name', 'read_hub']
+           'read_source', 'shuffled', 'dealt', 'newsroom_task', 'newsroom', 'newsroom20', 'read_folder']
 
 # %% ../../nbs/5_inside/rows.ipynb #d71e38cb
 import csv
 import hashlib
-import json
 import os
 import random
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..conventions import check_choice, figure_style
-from ..learning.tasks import ANSWER_CUE, SPLITS, Example, Task, TaskSequence, prompt, prompt_head
+from ..conventions import figure_style
+from ..learning.tasks import SPLITS, Example, Task, TaskSequence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -369,164 +366,11 @@ def newsroom20(
     return TaskSequence("newsroom20", [tasks[place] for place in sorted(tasks)])
 
 # %% ../../nbs/5_inside/rows.ipynb #55a39f01
-def read_rows(
-    path: Path,  # a Parquet file, or a JSON file that holds a list
-    where: str,  # whose rows, for the message
-) -> list:  # rows as they are in the file
-    "`FileNotFoundError` or `ValueError` that names the file."
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: the file {path} is missing")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            with open(path, "rb") as file:
-                return pq.read_table(file).to_pylist()
-        rows = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: {path} cannot be read ({error}); copy it again") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{where}: {path} holds a {type(rows).__name__}; it must hold a list")
-    return rows
-
-# %% ../../nbs/5_inside/rows.ipynb #dd2c9589
-def list_folder(
-    folder: Path,  # a folder in one of the two layouts
-) -> dict[str, dict]:  # task name in small letters -> what is known of it, at least "files"
-    "Find the tasks of a folder; no row is read yet. `ValueError` for two tasks of one name."
-    if (folder / "tasks.json").is_file():
-        entries = read_rows(folder / "tasks.json", "the list of tasks")
-        for entry in entries:
-            if not is_entry(entry):
-                raise ValueError(f"{folder / 'tasks.json'}: every entry needs 'name' and 'files'")
-        pairs = [(str(entry["name"]).lower(), entry) for entry in entries]
-    else:
-        patterns = ("*/*/train.json", "*/train.json", "*/train.parquet")
-        paths = [path for pattern in patterns for path in folder.glob(pattern)]
-        files = [{s: str(p.with_stem(s).relative_to(folder)) for s in SPLITS} for p in sorted(paths)]
-        pairs = [(Path(f["train"]).parent.name.lower(), {"files": f}) for f in files]
-    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-    if twice or not pairs:
-        what = f"two tasks named {twice[0]!r}" if twice else "no tasks.json and no CATEGORY/NAME/train.json"
-        raise ValueError(f"the folder {folder} holds {what}")
-    return dict(pairs)
-
-# %% ../../nbs/5_inside/rows.ipynb #49cc022d
-def read_split(
-    folder: Path,  # the data folder
-    name: str,  # the task's name
-    entry: dict,  # what `list_folder` found
-    split: str,  # "train", "dev" or "test"
-) -> list:  # rows as they are in the file
-    "Read the file that `use` names for a split; a path out of the folder or a wrong checksum is refused."
-    where, key = f"task {name!r}, {split}", entry.get("use", {}).get(split, split)
-    if key not in entry["files"]:
-        raise ValueError(f"{where}: there is no file {key!r}, only {', '.join(entry['files'])}")
-    path = folder / entry["files"][key]
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: {entry['files'][key]!r} leads out of the folder, which is not allowed")
-    rows = read_rows(path, where)
-    expected = entry.get("sha256", {}).get(key)
-    if expected and file_sha256(path) != expected:
-        raise ValueError(f"{where}: {path} is not the file that tasks.json lists; copy it again")
-    return rows
-
-# %% ../../nbs/5_inside/rows.ipynb #c860274f
-def describe(
-    name: str,  # the task's name
-    entry: dict,  # what `list_folder` found
-    labels: Sequence[str] | None,  # the content of labels.json, where there is one
-    train: list,  # train rows
-) -> tuple[str, Sequence[str], str]:  # instruction, options, note
-    "From tasks.json; else from what is known of the benchmark; else the labels, and a general question."
-    if {"instruction", "options"} <= entry.keys():
-        return entry["instruction"], entry["options"], entry.get("note") or ""
-    if not all(isinstance(label, str) for label in labels or ()):
-        raise ValueError(f"task {name!r}: labels.json must hold text alone")
-    known = BENCHMARK.get(name)
-    if known and set(labels or known.options) == set(known.options):
-        return known.instruction, known.options, ""
-    if labels is None:
-        labels = sorted({str(row.get("label")) for row in train if isinstance(row, dict)})
-    return "What fits the following text?" + _CHOOSE, labels, "with a general instruction"
-
-# %% ../../nbs/5_inside/rows.ipynb #4cc73444
-def is_entry(
-    entry: object,  # an entry of tasks.json
-) -> bool:  # True where it has a name, named files, and lists where lists belong
-    "Whether an entry of tasks.json has the form that the rest relies on."
-    if not isinstance(entry, dict) or "name" not in entry:
-        return False
-    files, use, sums = (entry.get(key, {}) for key in ("files", "use", "sha256"))
-    kinds = all(isinstance(named, dict) for named in (files, use, sums))
-    kinds = kinds and isinstance(entry.get("options", []), list)
-    kinds = kinds and isinstance(entry.get("note") or "", str)
-    words = [*files.values(), *use.values()] if kinds else []
-    return bool(words) and all(isinstance(word, str) and word.isprintable() for word in words)
-
-
-def read_task(
-    folder: Path,  # the data folder
-    name: str,  # the task's name, in small letters
-    entry: dict,  # what `list_folder` found
-) -> Task:  # the task with its rows
-    "Read the three splits of one task, and say so where dev is the same as test."
-    rows = {split: read_split(folder, name, entry, split) for split in SPLITS}
-    listed = (folder / next(iter(entry["files"].values()))).with_name("labels.json")
-    labels = read_rows(listed, f"task {name!r}") if listed.is_file() else None
-    instruction, options, note = describe(name, entry, labels, rows["train"])
-    if rows["dev"] == rows["test"]:
-        note = "; ".join(filter(None, [note, "dev equals test: choose nothing on dev"]))
-    return Task(name, instruction, options, **rows, note=note)
-
-# %% ../../nbs/5_inside/rows.ipynb #c1600eaa
 def read_folder(
-    folder: str | os.PathLike,  # a folder in one of the two layouts
+    folder: str | os.PathLike,  # as for `TaskSequence.load`
     names: Sequence[str] | None = None,  # which tasks, in which order (capitals do not count); None for all
     sequence: str | None = None,  # the sequence's name; None for the folder's
 ) -> TaskSequence:  # the tasks with their rows
-    "`FileNotFoundError` or `ValueError` says which task, which split and which file."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the folder {folder} does not exist; give a folder that holds tasks")
-    found = list_folder(folder)
-    wanted = list(found) if names is None else [name.lower() for name in names]
-    for name in wanted:
-        check_choice(name, sorted(found), f"the folder {folder} lacks a task; task")
-    tasks = [read_task(folder, name, found[name]) for name in wanted]
-    return TaskSequence(sequence or folder.resolve().name, tasks)
-
-# %% ../../nbs/5_inside/rows.ipynb #f9183400
-def label_name(
-    value: object,  # a label as the dataset holds it
-    names: Sequence[str] | None,  # names of numbered labels, where there are any
-) -> object:  # the label's name
-    'A numbered label\'s name; "-" for -1, which means "no label" on the Hub.'
-    if names is None or isinstance(value, str) or value is None:
-        return value
-    return names[value] if value >= 0 else "-"
-
-# %% ../../nbs/5_inside/rows.ipynb #b0e04db0
-def read_hub(
-    repo_id: str,  # a dataset of the Hub, or a local folder of Parquet files
-    name: str,  # the task's name
-    instruction: str,  # the question
-    options: Sequence[str] | None = None,  # 𝒪; None: the labels' names, or the labels that train holds
-    *,
-    text: str = "text",  # the column to read
-    label: str = "label",  # the column of answers
-    splits: Sequence[str] = ("train", "validation", "test"),  # the dataset's names of train, dev and test
-    **kwargs,  # for `datasets.load_dataset`: name of a configuration, revision, cache_dir, …
-) -> Task:  # the task with its rows
-    "Read a task through `datasets`; `ValueError` for a missing split or column."
-    import datasets
-
-    loaded, rows = datasets.load_dataset(repo_id, **kwargs), {}
-    for split, theirs in zip(SPLITS, splits, strict=True):
-        data = loaded[check_choice(theirs, list(loaded), f"{repo_id}: split")]
-        for column in (text, label):
-            check_choice(column, data.column_names, f"{repo_id}: column")
-        names = getattr(data.features[label], "names", None)
-        rows[split] = [(row[text], label_name(row[label], names)) for row in data]
-    options = options or names or sorted({str(label) for _, label in rows["train"]})
-    return Task(name, instruction, options, **rows)
+    "`TaskSequence.load`, with the benchmark's questions. Raises `FileNotFoundError` or `ValueError`."
+    questions = {name: (known.instruction, known.options) for name, known in BENCHMARK.items()}
+    return TaskSequence.load(folder, names, sequence, questions)

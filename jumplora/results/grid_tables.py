@@ -22,7 +22,7 @@ import pandas as pd
 
 from ..conventions import check_choice, figure_style, method_style, write_atomic
 from ..data.hub_rows import HUB
-from ..learning import metrics
+from ..learning import evaluation
 from jumplora.results.run_tables import (
     PARTS,
     comparison_table,
@@ -66,7 +66,7 @@ def forward_transfer(
 ) -> float:  # points; nan where a task was never learned alone
     "Final scores minus those of the tasks learned alone, on average."
     scratch = scratch_scores(run, runs)
-    return metrics.forward_transfer(run.accuracy, scratch) if scratch and run.complete else math.nan
+    return evaluation.forward_transfer(run.accuracy, scratch) if scratch and run.complete else math.nan
 
 
 # heading: how a run gives the number, and which end is good (1 high, -1 low, 0 neither)

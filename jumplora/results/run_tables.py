@@ -25,7 +25,7 @@ import pandas as pd
 
 from ..conventions import METHOD_COLORS, check_choice, figure_style, method_style
 from ..data.hub_rows import DIFFERENT_SAMPLE
-from ..learning.metrics import average_interval, interval
+from ..learning.evaluation import average_interval, interval
 from ..storage.record import DamagedRecord, Run, flatten
 
 if TYPE_CHECKING:

@@ -215,11 +215,10 @@ def growth_part(
     tasks = [Task(f"task {i}", *content) for i in range(10 if quick else 50)]
     rows, config = [], TrainConfig(batch_size=8)
     many, method = TaskSequence("many", tasks), METHODS["ELLA + JumpLoRA"]
-    learner = continual.start_learner(model, tokenizer, many, method, config)
+    learner = continual.Learner(model, tokenizer, many, method, config)
     for i in range(len(tasks)):
-        continual.learn_task(learner, i)
-        continual.finish_task(learner, i)
-        continual.score_seen(learner, i)
+        learner.finish(i, learner.train(i))
+        learner.score(i)
         taken = {name: values[-1] for name, values in learner.run.seconds.items()}
         held = psutil.Process().memory_info().rss / 1e6
         rows.append(dict(task=i + 1, step_milliseconds=1e3 * taken["train"] / 8, megabytes=held, **taken))

@@ -25,7 +25,7 @@ from ..data.backbones import load_backbone, pick_device, pick_dtype
 from ..data.hub_rows import HUB_SEQUENCES
 from ..data.paper_rows import load_sequence
 from ..data.rows import ORDERS
-from ..learning.continual import Method, check_method_fits, learn_sequence
+from ..learning.continual import Method, learn_sequence
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
 from ..learning.training import TrainConfig
@@ -146,7 +146,7 @@ def check_jobs(
         place = (job.sequence, str(job.rows), method.training)
         if place not in loaded:
             loaded[place] = job_sequence(job, folder)
-        check_method_fits(method, loaded[place])
+        method.check_fits(loaded[place])
 
 
 def learn_job(

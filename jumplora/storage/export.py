@@ -72,7 +72,7 @@ def task_updates(
     task: str,  # one of its finished tasks
 ) -> dict[str, tuple[SparseUpdate, ...]]:  # layer's name -> the one update of that task
     "What a single task has added. `ValueError` for an unknown task, or where its archive is not there."
-    check_choice(task, run.tasks[: run_folder.learned(run)], "task")
+    check_choice(task, run.tasks[: run.tasks_learned], "task")
     written = run.extra.get("archives", {}).get(task)
     if written is None:
         raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
@@ -88,13 +88,13 @@ def load_finished(
     "Read a run. `ValueError` where nothing is finished, or the task, the state or the base is not there."
     folder = Path(folder)
     run = Run.load(folder)
-    if not run_folder.learned(run):
+    if not run.tasks_learned:
         raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
     if task is not None:
         updates = task_updates(folder, run, task)
         return Finished(*load_base(run), updates, run, task)
     base, tokenizer = load_base(run)
-    parts = run_folder.load_state(folder, run_folder.learned(run), run.extra.get("state_sha256", ""))
+    parts = run_folder.load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
     pairs = [(n, w, base.get_submodule(n).weight.detach()) for n, w in sorted(parts["weight"].items())]
     updates = {name: exact_updates(merged, weight) for name, merged, weight in pairs}
     return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])

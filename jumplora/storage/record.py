@@ -9,6 +9,7 @@ __all__ = ['plain', 'canonical_json', 'digest', 'project_commit', 'environment',
 
 # %% ../../nbs/5_inside/record.ipynb #90bf2646
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,10 +27,12 @@ import numpy as np
 import torch
 
 from ..conventions import check_name, figure_style, write_atomic
-from ..learning import metrics
+from ..learning import evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from jumplora.learning.evaluation import Score
 
 # %% ../../nbs/5_inside/record.ipynb #a120f90d
 def plain(
@@ -70,7 +73,7 @@ def digest(
 # %% ../../nbs/5_inside/record.ipynb #ca5e944c
 def project_commit() -> str | None:  # the commit, with "+changes" if files differ from it; None if unknown
     "The git commit of this package, if it is run from a checkout of the project."
-    root = Path(metrics.__file__).resolve().parents[1]
+    root = Path(evaluation.__file__).resolve().parents[1]
     if not (root / ".git").exists() or not (root / "settings.ini").exists():
         return None
 
@@ -109,7 +112,7 @@ def environment(
 
 # %% ../../nbs/5_inside/record.ipynb #edd56c9e
 def or_nan(
-    compute: Callable[..., float],  # a function of `jumplora.learning.metrics`
+    compute: Callable[..., float],  # a function of `jumplora.learning.evaluation`
     *arguments: object,  # what it takes
 ) -> float:  # its value, or nan
     "A metric's value, or nan where the matrix does not have what the metric needs."
@@ -122,12 +125,12 @@ def or_nan(
 class RunScores:
     "What a `Run` computes from its matrix; nan until the scores that it needs are there."
 
-    average_accuracy = property(lambda run: or_nan(metrics.average_accuracy, run.accuracy))
-    average_option_accuracy = property(lambda run: or_nan(metrics.average_accuracy, run.option_accuracy))
-    micro_average = property(lambda run: or_nan(metrics.micro_average, run.accuracy, run.test_rows))
-    just_learned = property(lambda run: or_nan(metrics.just_learned, run.accuracy))
-    backward_transfer = property(lambda run: or_nan(metrics.backward_transfer, run.accuracy))
-    forgetting = property(lambda run: or_nan(metrics.forgetting, run.accuracy))
+    average_accuracy = property(lambda run: or_nan(evaluation.average_accuracy, run.accuracy))
+    average_option_accuracy = property(lambda run: or_nan(evaluation.average_accuracy, run.option_accuracy))
+    micro_average = property(lambda run: or_nan(evaluation.micro_average, run.accuracy, run.test_rows))
+    just_learned = property(lambda run: or_nan(evaluation.just_learned, run.accuracy))
+    backward_transfer = property(lambda run: or_nan(evaluation.backward_transfer, run.accuracy))
+    forgetting = property(lambda run: or_nan(evaluation.forgetting, run.accuracy))
 
     @property
     def mean_sparsity(self) -> float:  # percent of zero entries in the merged updates
@@ -152,6 +155,11 @@ class RunProgress(RunScores):
         if known[-1].all() and not any(row.any() for row in known[:-1]):
             return len(known)  # all tasks were learned at once, and scored once
         return next((i for i, row in enumerate(known) if not row.all()), len(known))
+
+    @property
+    def tasks_learned(self) -> int:  # 0 to T
+        "Tasks in the saved state; the last one may not be scored yet."
+        return self.extra.get("state_tasks", self.finished)
 
     @property
     def complete(self) -> bool:  # True when every task is finished
@@ -183,6 +191,40 @@ class RunContent(RunProgress):
             setattr(self, key, np.full(size, np.nan) if given is None else np.array(given, dtype=np.float64))
         check_run(self)
 
+    def add_score(self, i: int | None, j: int, score: "Score") -> None:
+        "Store how task j does after learning task i (None: before the first). `ValueError` for other rows."
+        if score.rows != self.test_rows[j]:
+            raise ValueError(f"{score.rows} rows of {self.tasks[j]!r} were scored, not {self.test_rows[j]}")
+        if i is not None:
+            self.accuracy[i, j] = score.exact_match
+            self.option_accuracy[i, j] = score.option_accuracy
+        else:
+            scores = self.zero_shot or []
+            if j != len(scores):
+                raise ValueError(f"j={j}, but {len(scores)} tasks were scored before learning; add them in order")
+            self.zero_shot = [*scores, score.exact_match]
+            self.zero_shot_options = [*(self.zero_shot_options or []), score.option_accuracy]
+        kept = self.right.setdefault("" if i is None else self.tasks[i], {})
+        bits = dict(exact_match=_pack(score.right), option_accuracy=_pack(score.likeliest))
+        kept[self.tasks[j]] = bits
+
+    def rows_right(self, i: int | None, j: int, option: bool = False) -> np.ndarray:  # (rows,) bool
+        "Which rows of task j were right after learning task i (None: before any). `ValueError` if unknown."
+        after = "" if i is None else self.tasks[i]
+        task = self.tasks[j]
+        text = self.right.get(after, {}).get(task, {}).get("option_accuracy" if option else "exact_match")
+        if not isinstance(text, str):
+            when = f"after learning {after!r}" if after else "before anything was learned"
+            raise ValueError(
+                f"{self.name} does not hold which rows of {task!r} were right {when}: the task was not "
+                "scored there, or the record is older than this field; run it again in a fresh results folder"
+            )
+        bits = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+        right = np.unpackbits(bits, count=self.test_rows[j]).astype(bool)
+        if _pack(right) != text:
+            raise ValueError(f"right[{after!r}][{task!r}]={text!r:.40} is not {self.test_rows[j]} rows")
+        return right
+
     def __repr__(self) -> str:
         "The run in one line; `to_dict` has the rest."
         score = f", average accuracy {self.average_accuracy:.1f} %" if self.complete else ""
@@ -194,6 +236,8 @@ class RunContent(RunProgress):
         computed = ("average_accuracy", "average_option_accuracy", "micro_average", "just_learned",
                     "backward_transfer", "forgetting", "mean_sparsity", "minutes")  # fmt: skip
         record = {item.name: getattr(self, item.name) for item in fields(self)}
+        if not self.right:
+            del record["right"]  # as in records made before rows were kept
         return plain(record | {"metrics": {key: getattr(self, key) for key in computed}})
 
 # %% ../../nbs/5_inside/record.ipynb #1f181fc1
@@ -204,7 +248,7 @@ def check_run(
     for key in ("method", "backbone", "sequence"):
         if not isinstance(getattr(run, key), str) or not getattr(run, key).strip():
             raise ValueError(f"{key}={getattr(run, key)!r} must be text")
-    for key in ("configuration", "sparsity", "thresholds", "seconds", "environment", "extra"):
+    for key in ("configuration", "sparsity", "thresholds", "seconds", "environment", "extra", "right"):
         if not isinstance(getattr(run, key), Mapping):
             raise ValueError(f"{key}={getattr(run, key)!r:.80} must be a dict")
     if type(run.seed) is not int or not isinstance(run.extra.get("notes", {}), Mapping):
@@ -216,11 +260,34 @@ def check_run(
     if len(run.test_rows) != len(run.tasks) or min(run.test_rows) < 1:
         raise ValueError(f"test_rows={run.test_rows} must hold {len(run.tasks)} counts above 0, one per task")
     for key in ("accuracy", "option_accuracy"):
-        if metrics.as_matrix(getattr(run, key)).shape[0] != len(run.tasks):
+        if evaluation.as_matrix(getattr(run, key)).shape[0] != len(run.tasks):
             raise ValueError(f"{key} has {len(getattr(run, key))} rows for {len(run.tasks)} tasks")
     shares = [share for layers in run.sparsity.values() for share in layers.values()]
     if not all(0 <= share <= 1 for share in shares):
         raise ValueError("sparsity must be the share of zeros in each layer, 0 to 1")
+    _check_right(run)
+
+
+# %% ../../nbs/5_inside/record.ipynb #b1706901
+def _pack(right):
+    "Bits as hexadecimal text, the first row first."
+    return np.packbits(np.array(right, dtype=bool)).tobytes().hex()
+
+
+def _check_right(run):
+    "`ValueError` unless the rows that were right give the scores beside them."
+    for after, kept in run.right.items():
+        i = run.tasks.index(after) if after else None
+        for task, option in itertools.product(kept, (False, True)):
+            j = run.tasks.index(task)
+            if i is None:
+                percents = (run.zero_shot_options if option else run.zero_shot) or []
+            else:
+                percents = (run.option_accuracy if option else run.accuracy)[i]
+            percent = percents[j] if j < len(percents) else math.nan
+            share = 100 * run.rows_right(i, j, option).mean()
+            if not abs(share - percent) <= 1e-9:
+                raise ValueError(f"right[{after!r}][{task!r}] has {share} % of the rows, score {percent}")
 
 # %% ../../nbs/5_inside/record.ipynb #831fa27f
 class DamagedRecord(ValueError):
@@ -313,6 +380,7 @@ class Run(RunFile):
     seconds: dict = field(default_factory=dict)  # {"train" | "evaluate" | "merge": seconds of each task}
     peak_memory: int | None = None  # bytes
     environment: dict = field(default_factory=dict)  # see `environment`
+    right: dict = field(default_factory=dict)  # {learned last or "": {task: {score: bits}}}; see `rows_right`
     extra: dict = field(default_factory=dict)  # anything else worth keeping
     format: int = 1  # of the record
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 # %% ../../nbs/5_inside/rollback.ipynb #5c1e77aa
 from ..conventions import check_choice, write_atomic
 from ..data.paper_rows import load_sequence
-from ..learning.continual import load_start, load_state, task_fingerprint
+from ..learning.continual import load_start, load_state
 from ..learning.evaluation import evaluate
 from ..learning.tasks import TaskSequence
 from .record import Run, digest, plain, read_record
@@ -241,7 +241,7 @@ def check_rows(
     "`ValueError` where the rows are not those that the run learned and was scored on."
     for task in merged_tasks(run):
         rows = run.configuration["rows"][task]
-        if task not in sequence.names or task_fingerprint(sequence[task]) != rows:
+        if task not in sequence.names or sequence[task].fingerprint() != rows:
             counts = dict(zip(("train", "dev", "test"), run.configuration["counts"][task], strict=True))
             raise ValueError(f"the rows of {task!r} are not those of {run.name}, which had {counts}")
 

@@ -6,7 +6,8 @@
 __all__ = ['VALUES', 'SparseUpdate', 'sparse_update', 'neutral_zeros', 'pack_sparse', 'pack_factors', 'ArchiveHeader',
            'checksum_of', 'update_checksum', 'archive_path', 'merged_tasks', 'write_archive', 'DamagedArchive',
            'is_support', 'UpdateArchive', 'read_archive', 'layer_fits', 'whole_archive', 'is_gated', 'pack_adapter',
-           'archive_adapter', 'shared_with_last', 'count_shared', 'grow_support', 'support_so_far', 'size_figure']
+           'archive_adapter', 'shared_with_last', 'count_shared', 'grow_support', 'support_so_far', 'archive_task',
+           'size_figure']
 
 # %% ../../nbs/5_inside/updates.ipynb #f3767af0
 import hashlib
@@ -24,9 +25,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..conventions import check_choice, check_name, write_atomic
-from ..method.adapter import adapter_layers, delta_weight
+from ..method.adapter import adapter_layers, delta_weight, gate_groups
+from ..running.processes import on_main
 from .record import Run, canonical_json, digest
-from .run_folder import learned
 
 # %% ../../nbs/5_inside/updates.ipynb #ec4280ef
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,7 @@ def merged_tasks(
     run: Run,  # a record, complete or not
 ) -> list[str]:  # names, in the order learned
     "The tasks in a run's merged weights; where the record says so, the last may not be scored yet."
-    return run.tasks[: learned(run)]
+    return run.tasks[: run.tasks_learned]
 
 # %% ../../nbs/5_inside/updates.ipynb #b53d2f4f
 def write_archive(
@@ -359,6 +360,25 @@ def support_so_far(
         warnings.warn(f"the entries that tasks share are no longer counted: {error}", stacklevel=2)
         return None
     return grow_support(support, archives)
+
+# %% ../../nbs/5_inside/updates.ipynb #archivetask
+def archive_task(
+    folder: Path,  # a run's folder
+    run: Run,  # the record so far; gets the file's size, and what the tasks share
+    position: int,  # of the task that was just learned, 0 for the first
+    adapted: nn.Module,  # with its adapter, "default", not yet merged
+    weights: dict[str, Tensor],  # layer's name -> merged weight so far, (out, in), float32
+) -> None:
+    "Keep the update of a task as a file. Raises OSError."
+    task = run.tasks[position]
+    written = on_main(
+        archive_adapter, archive_path(folder, position, task), adapted, weights,
+        task=task, position=position, method=run.method, model=run.backbone, base=run.configuration["weights"],
+    )  # fmt: skip
+    run.extra["archives"] = run.extra.get("archives", {}) | {task: written}
+    if gate_groups(adapted):
+        known = run.extra.get("support")
+        run.extra["support"] = on_main(support_so_far, folder, run.tasks[: position + 1], known)
 
 # %% ../../nbs/5_inside/updates.ipynb #cf24b4a9
 def size_figure(
