@@ -22,7 +22,7 @@ NBS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" 
 # The order of reading is another one, and stands in the index.
 LAYERS = """
 conventions
-method.jumprelu
+method.jumprelu data.files
 method.gated_linear
 method.adapter method.regularizers
 method.schedule

@@ -168,13 +168,6 @@ def test_target_modules_have_to_be_a_list_with_something_in_it(targets):
         TrainConfig(target_modules=targets)
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True, "two"])
-def test_a_number_of_rows_that_is_none_is_refused(count):
-    with pytest.raises((ValueError, TypeError)):
-        task().limit(train=count)
-    assert len(task().limit(train=1).train) == 1
-
-
 # ---- tasks ------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +179,8 @@ def test_a_number_of_rows_that_is_none_is_refused(count):
         (dict(options=()), "task 'topics': the options hold none; give at least one"),
         (dict(options="sport"), r"task 'topics': options='sport' is one string; give a list"),
         (dict(options=("sport", "Sport", "physics")), "the options hold 'sport' twice"),
-        (dict(options=("sport", "physics", "")), "the option '' must be text"),
-        (dict(options=("sport", "physics", None)), "the option None must be text"),
+        (dict(options=("sport", "physics", "")), "the option is ''; give text that is not empty"),
+        (dict(options=("sport", "physics", None)), "the option is None; give text"),
         (dict(options=("sport", "physics", "a|b")), "the option 'a.b' must be text without '[|]'"),
         (dict(options=("sport", "physics", "a\nb")), "must be text without '[|]' and spare white space"),
         (dict(instruction=None), "instruction=None is not a string; '' means none"),
@@ -195,10 +188,10 @@ def test_a_number_of_rows_that_is_none_is_refused(count):
         (dict(dev=[("a goal", "Sport")]), "dev row 0: label 'Sport' is not in sport, physics.*'sport'"),
         (dict(train=[*ROWS, ("", "sport")]), "train row 2: the text is ''; give a string that is not empty"),
         (dict(train=[*ROWS, ("  \n", "sport")]), "train row 2: the text is .*; give a string that is"),
-        (dict(test=[(None, "sport")]), "test row 0: the text is None; give a string"),
-        (dict(test=[(3.5, "sport")]), "test row 0: the text is 3.5; give a string"),
-        (dict(test=[("a goal", None)]), "test row 0: the label is None; give a string"),
-        (dict(train=[("a goal", 1)]), "train row 0: the label is 1; give a string"),
+        (dict(test=[(None, "sport")]), "test row 0: the text is None of type NoneType; give a string"),
+        (dict(test=[(3.5, "sport")]), "test row 0: the text is 3.5 of type float; give a string"),
+        (dict(test=[("a goal", None)]), "test row 0: the label is None; give text"),
+        (dict(train=[("a goal", 1)]), "train row 0: label '1' is not in sport, physics"),
         (dict(train=["a goal"]), "train row 0: 'a goal' is not a row; give a .text, label. pair"),
         (dict(train=[("a", "b", "c")]), "train row 0: .* is not a row"),
         (dict(train=[{"sentence": "a goal"}]), "train row 0: no column 'label' in .'sentence'."),
@@ -247,7 +240,7 @@ GOOD = [{"sentence": text, "label": label} for text, label in ROWS]
     "damage, message",
     [
         (dict(train_json="[{"), r"task 'topics', train.*train\.json cannot be read .*copy it again"),
-        (dict(test_json='{"a": 1}'), r"task 'topics', test.*holds a dict; it must hold a list"),
+        (dict(test_json='{"a": 1}'), r"task 'topics', test row 0: no column 'text' in .'a'."),
         (dict(test_json="[]"), "task 'topics' has no test rows"),
         (dict(dev_json='[{"label": "sport"}]'), "task 'topics', dev row 0: no column 'text'"),
         (dict(test_json='[{"sentence": null, "label": "sport"}]'), "test row 0: the text is None"),
@@ -267,7 +260,7 @@ def test_a_damaged_data_file_is_named(damage, message, tmp_path):
 def test_a_missing_split_is_named(tmp_path):
     write(tmp_path, "topics", GOOD)
     (tmp_path / "TC/topics/test.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"task 'topics', test: the file .*test\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"task 'topics', test: no file test\.\* in .*topics; use"):
         read_folder(tmp_path)
 
 
@@ -305,7 +298,7 @@ def test_a_list_of_tasks_cannot_lead_out_of_its_folder_or_crash(entry, tmp_path)
 
 
 def test_a_folder_without_tasks_or_of_nowhere_says_so(tmp_path):
-    with pytest.raises(ValueError, match="holds no tasks.json and no CATEGORY/NAME/train.json"):
+    with pytest.raises(ValueError, match="holds no tasks.json and no .CATEGORY/.NAME/train"):
         load_sequence(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a folder"):
         load_sequence("order1", tmp_path / "nowhere")

@@ -1,11 +1,14 @@
-"""Answers and option scores against one row at a time, without cache, mask or padding."""
+"""Answers and option scores against one row at a time; the metrics against sums written out here."""
 
+import math
 from functools import cache
 from os.path import commonprefix
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import (
     GPT2Config,
@@ -20,7 +23,21 @@ from transformers import (
 
 import jumplora.learning.evaluation as evaluation
 from jumplora.data.backbones import byte_tokenizer
-from jumplora.learning.evaluation import answer, by_length, evaluate, normalize
+from jumplora.learning.evaluation import (
+    answer,
+    as_matrix,
+    average_accuracy,
+    average_interval,
+    backward_transfer,
+    evaluate,
+    forgetting,
+    forward_transfer,
+    interval,
+    just_learned,
+    micro_average,
+    normalize,
+    standard_error,
+)
 from jumplora.learning.tasks import Example, Task, encode_answer, encode_prompt
 from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import adapter_layers, gate_groups
@@ -123,7 +140,7 @@ def test_answers_of_a_batch_are_those_of_one_row_at_a_time(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_stop_at_the_end_token_and_other_rows_go_on(kind):
+def test_answers_stop_at_the_end_token_and_other_rows_continue(kind):
     model, tokenizer = load(kind)
     said, _ = answer(model, tokenizer, TASK, TEXTS)
     first = {next_logits(model, prompt, [])[-1].argmax().item() for prompt in prompts(tokenizer)}
@@ -150,7 +167,7 @@ def test_answers_stop_at_the_end_token_and_other_rows_go_on(kind):
     ],
     ids=lambda own: "+".join(own),
 )
-def test_answers_are_greedy_whatever_the_models_own_settings_ask(kind, own):
+def test_answers_are_greedy_whatever_the_models_own_settings_are(kind, own):
     model, tokenizer = load(kind)
     expected, scores = answer(model, tokenizer, TASK, TEXTS[:3])
     for name, value in own.items():
@@ -177,34 +194,31 @@ def test_the_models_own_settings_come_back_after_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_rows_that_say_no_option_are_generated(kind, monkeypatch):
+def test_only_rows_whose_greedy_answer_is_no_option_are_generated(kind, monkeypatch):
     model, tokenizer = load(kind, seed=2)
-    rows, steps = prompts(tokenizer), 3
-    said = []
-    for row in rows:  # greedy tokens of each
-        said.append([])
-        for _ in range(steps):
-            said[-1].append(next_logits(model, row, said[-1])[-1].argmax().item())
-    choices = [said[0], [9, 9, 9], said[3][:2] + [9]]  # an answer, none, and one that leaves it at the end
-    others = [i for i, tokens in enumerate(said) if tokens != said[0]]
-    assert 0 < len(others) < len(rows)
-    generated, own = [], evaluation.generate
-
-    def count(*args, **inputs):
-        answers = own(*args, **inputs)
-        generated.append(len(answers))
-        return answers
-
-    monkeypatch.setattr(evaluation, "generate", count)
-    answers, scores = evaluation.reader(model, rows)(model, tokenizer, rows, choices, steps)
-    assert generated == [len(others)]
-    assert answers == tokenizer.batch_decode(said, skip_special_tokens=True)
-    expected = np.array([[score(model, row, option) for option in choices] for row in rows])
+    rows, greedy_tokens = prompts(tokenizer), []
+    for row in rows:
+        greedy_tokens.append([])
+        for _ in range(4):
+            greedy_tokens[-1].append(next_logits(model, row, greedy_tokens[-1])[-1].argmax().item())
+    first = greedy_tokens[0][:3]  # an answer, none (and longer), and one that leaves it at its last token
+    choices = dict(zip(OPTIONS, [first, [9, 9, 9, 9], greedy_tokens[3][:2] + [9]], strict=True))
+    expected = [first if tokens[:3] == first else tokens for tokens in greedy_tokens]
+    assert 0 < expected.count(first) < len(rows)
+    monkeypatch.setattr(evaluation, "encode_answer", lambda tokenizer, option, kind: choices[option])
+    generated, own = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: generated.append(len(inputs["attention_mask"])) or own(**inputs)
+    )
+    answers, scores = answer(model, tokenizer, TASK, TEXTS, max_new_tokens=1)
+    assert generated == [len(rows) - expected.count(first)]
+    assert answers == tokenizer.batch_decode(expected, skip_special_tokens=True)
+    expected = np.array([[score(model, row, option) for option in choices.values()] for row in rows])
     assert np.abs(scores.numpy() - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_common_start_is_read_once(kind, monkeypatch):
+def test_the_shared_prefix_is_read_once_and_rows_from_short_to_long(kind, monkeypatch):
     model, tokenizer = load(kind)
     read, own = [], type(model.get_decoder()).forward
 
@@ -218,11 +232,6 @@ def test_the_common_start_is_read_once(kind, monkeypatch):
     shared = len(commonprefix(rows))
     assert shared > 10 and read[0] == (1, shared)
     assert (4, len(rows[3]) - shared - 1) in read and (3, len(rows[-1]) - shared - 1) in read
-
-
-def test_rows_are_read_from_short_to_long_and_each_once():
-    rows = [[0] * n for n in (5, 1, 4, 2, 3)]
-    assert by_length(rows, 2) == [[1, 3], [4, 2], [0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -309,13 +318,15 @@ def with_labels(*labels):
     return Task("scripted", "", OPTIONS, rows[:1], rows, rows)
 
 
-def test_both_scores_are_percent_of_the_rows(monkeypatch):
+def test_a_score_keeps_which_rows_are_right_and_its_percent_follow(monkeypatch):
     labels = [OPTIONS[i] for i in (0, 1, 2, 0)]
     scripted(monkeypatch, [OPTIONS[0], "nonsense", OPTIONS[2], OPTIONS[0]], [labels[0], *[OPTIONS[2]] * 3])
     model = torch.nn.Linear(1, 1)
     result = evaluate(model, None, with_labels(*labels))
     assert (result.exact_match, result.option_accuracy, result.rows) == (75.0, 50.0, 4)
     assert result.answers == (OPTIONS[0], "nonsense", OPTIONS[2], OPTIONS[0])
+    assert result.right == (True, False, True, True) and result.likeliest == (True, False, True, False)
+    assert repr(result) == "<Score exact_match=75.0, option_accuracy=50.0, rows=4>"
 
 
 @pytest.mark.parametrize("rows", [11, 22, 39, 44])  # 100 / 11 * 11 is above 100
@@ -356,23 +367,13 @@ def test_the_split_is_the_one_that_was_asked_for():
 def test_train_or_eval_mode_is_as_before_also_after_an_error(training, monkeypatch):
     model, tokenizer = load("llama")
     model.train(training)
-    modes = []
-    own = evaluation.read_options
-
-    def watch(model, *args):
-        modes.append(model.training)
-        return own(model, *args)
-
-    monkeypatch.setattr(evaluation, "read_options", watch)
+    modes, own = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: modes.append(model.training) or own(**inputs))
     evaluate(model, tokenizer, TASK)
     assert modes and not any(modes)
     assert model.training is training
-
-    def fail(*args):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(evaluation, "read_options", fail)
-    with pytest.raises(RuntimeError):
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(TypeError):
         evaluate(model, tokenizer, TASK)
     assert model.training is training
 
@@ -427,3 +428,158 @@ def test_a_bf16_model_is_scored():
     assert len(said) == len(TEXTS)
     assert rough.dtype == torch.float32
     assert (rough - exact).norm() / exact.norm() < 0.05
+
+
+# ---- the matrix and its uncertainty -----------------------------------------------------------------------
+
+NAN = float("nan")
+WORKED = [[80, None, None], [84, 70, None], [60, 74, 91]]
+
+
+@st.composite
+def triangles(draw):
+    size = draw(st.integers(2, 6))
+    score = st.floats(0, 100, allow_nan=False)
+    return [[draw(score) if j <= i else NAN for j in range(size)] for i in range(size)]
+
+
+def test_the_worked_example_by_hand():
+    assert average_accuracy(WORKED) == 75
+    assert just_learned(WORKED) == pytest.approx(241 / 3)
+    assert backward_transfer(WORKED) == -8
+    assert forgetting(WORKED) == 12
+    assert forward_transfer(WORKED, [80, 76, 90]) == pytest.approx(-7)
+    assert micro_average(WORKED, [100, 100, 400]) == pytest.approx(83)
+
+
+@settings(max_examples=60, deadline=None)
+@given(triangles())
+def test_all_metrics_equal_their_sums_written_out(a):
+    last, T = a[-1], len(a)
+    assert average_accuracy(a) == pytest.approx(math.fsum(last) / T, rel=1e-12, abs=1e-9)
+    assert just_learned(a) == pytest.approx(math.fsum(a[j][j] for j in range(T)) / T, abs=1e-9)
+    bwt = math.fsum(last[j] - a[j][j] for j in range(T - 1)) / (T - 1)
+    assert backward_transfer(a) == pytest.approx(bwt, abs=1e-9)
+    fall = math.fsum(max(a[i][j] for i in range(j, T)) - last[j] for j in range(T - 1)) / (T - 1)
+    assert forgetting(a) == pytest.approx(fall, abs=1e-9)
+    assert forgetting(a) >= max(0, -backward_transfer(a) - 1e-9)
+    scratch = [50.0] * T
+    assert forward_transfer(a, scratch) == pytest.approx(math.fsum(last) / T - 50, abs=1e-9)
+    assert micro_average(a, [7] * T) == pytest.approx(average_accuracy(a), abs=1e-9)  # tasks of one size
+
+
+@pytest.mark.parametrize("metric", [average_accuracy, just_learned, backward_transfer, forgetting])
+def test_scores_of_tasks_not_learned_yet_change_nothing_and_the_matrix_stays_as_it_is(metric):
+    filled = as_matrix(WORKED)
+    filled[np.triu_indices(3, 1)] = 99.0
+    before = filled.copy()
+    assert metric(filled) == metric(WORKED)
+    assert np.array_equal(filled, before)
+
+
+def micro(a):
+    return micro_average(a, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "metric, missing",
+    [(average_accuracy, (2, 1)), (just_learned, (1, 1)), (backward_transfer, (0, 0)),
+     (backward_transfer, (2, 0)), (backward_transfer, (2, 2)), (forgetting, (1, 0)), (micro, (2, 0))],
+)  # fmt: skip
+def test_a_missing_score_is_named(metric, missing):
+    a = as_matrix(WORKED)
+    a[missing] = NAN
+    with pytest.raises(ValueError, match=rf"not measured, .*: \[{missing[0]}, {missing[1]}\]$"):
+        metric(a)
+
+
+def test_a_missing_score_that_a_metric_does_not_read_is_no_error():
+    a = as_matrix(WORKED)
+    a[1, 0] = NAN
+    assert (backward_transfer(a), average_accuracy(a)) == (-8, 75)
+    assert forgetting([[80, None, None], [84, 70, None], [60, 74, None]]) == 12
+    a[:2] = NAN  # all tasks learned at once
+    assert (average_accuracy(a), forward_transfer(a, [60, 74, 91])) == (75, 0)
+
+
+def test_many_missing_scores_are_listed_in_short():
+    with pytest.raises(ValueError, match=r"\[9, 0\], .* and 4 more$"):
+        average_accuracy(np.full((10, 10), NAN))
+
+
+@pytest.mark.parametrize("metric", [backward_transfer, forgetting])
+def test_one_task_cannot_be_forgotten(metric):
+    with pytest.raises(ValueError, match="there is 1 task"):
+        metric([[80.0]])
+
+
+@pytest.mark.parametrize("bad", [[[1, 2]], [1, 2], [], [[]], 5.0])
+def test_a_matrix_that_is_not_square_is_refused(bad):
+    with pytest.raises(ValueError, match=r"use \(T, T\)"):
+        as_matrix(bad)
+
+
+@pytest.mark.parametrize("score", [-0.1, 100.1, math.inf, -math.inf])
+def test_a_score_outside_percent_is_refused_with_its_place(score):
+    with pytest.raises(ValueError, match=r"accuracy\[1, 0\]"):
+        as_matrix([[50, None], [score, 50]])
+
+
+@pytest.mark.parametrize("scratch", [[80, 76], [80, NAN, 90], [80, 101, 90]])
+def test_forward_transfer_needs_a_score_for_every_task(scratch):
+    with pytest.raises(ValueError, match="scratch"):
+        forward_transfer(WORKED, scratch)
+
+
+@pytest.mark.parametrize("rows", [[1, 2], [1, 2, 0], [1, 2, -3]])
+def test_the_micro_mean_needs_a_count_for_every_task(rows):
+    with pytest.raises(ValueError, match="rows"):
+        micro_average(WORKED, rows)
+
+
+def test_the_standard_error_is_that_of_a_share():
+    assert standard_error(70, 80) == pytest.approx(100 * (0.7 * 0.3 / 80) ** 0.5)
+    assert standard_error(0, 80) == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 500), st.data())
+def test_the_ends_of_wilsons_interval_are_where_the_score_test_just_fails(rows, data):
+    right = data.draw(st.integers(0, rows))
+    p = right / rows
+    for end in interval(100 * p, rows):
+        q = end / 100
+        assert abs(p - q) == pytest.approx(1.96 * math.sqrt(q * (1 - q) / rows), abs=1e-6)
+
+
+def test_wilsons_interval_covers_the_true_share_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for true in (0.05, 0.5, 0.9):
+        right = rng.binomial(80, true, 4000)
+        ends = {int(r): interval(100 * int(r) / 80, 80) for r in np.unique(right)}
+        covered = np.mean([ends[int(r)][0] <= 100 * true <= ends[int(r)][1] for r in right])
+        assert 0.92 < covered < 0.98
+
+
+def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says():
+    rng, shares = np.random.default_rng(1), np.array([0.3, 0.6, 0.8, 0.95])
+    scores = 100 * rng.binomial(80, shares, (3000, 4)) / 80
+    ends = [average_interval(row.tolist(), [80] * 4) for row in scores]
+    covered = np.mean([low <= 100 * shares.mean() <= high for low, high in ends])
+    assert 0.93 < covered < 0.97
+
+
+def test_the_interval_of_one_score_is_wilsons():
+    assert average_interval([62.5], [80]) == pytest.approx(interval(62.5, 80))
+
+
+@pytest.mark.parametrize("percent, rows", [(-1, 10), (101, 10), (50, 0), (NAN, 10)])
+def test_an_interval_needs_percent_and_rows(percent, rows):
+    with pytest.raises(ValueError, match="percent|rows"):
+        interval(percent, rows)
+
+
+@pytest.mark.parametrize("percents, rows", [([], []), ([50, 60], [10])])
+def test_the_interval_of_a_mean_needs_one_count_of_rows_for_every_score(percents, rows):
+    with pytest.raises(ValueError, match=f"{len(percents)} scores and {len(rows)} counts of rows"):
+        average_interval(percents, rows)

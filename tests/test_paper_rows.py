@@ -187,7 +187,7 @@ def test_a_folder_is_checked_line_by_line(tmp_path, published):
     "content, says",
     [
         ("[", "cannot be read"),
-        ('{"a": 1}', "holds a dict"),
+        ('{"a": 1}', "no column 'text'"),
         ('[{"text": "x"}]', "row 0|sentence|label"),
         ("[]", "rows"),
     ],
@@ -322,10 +322,10 @@ def test_the_real_rows_were_drawn_by_the_recipe(name):
 
 
 def test_a_task_that_cannot_be_read_is_one_line_of_the_table(tmp_path, monkeypatch):
-    def refuse(folder, name, place):
-        raise OSError(f"{name} is locked")
+    def refuse(folder, names):
+        raise OSError(f"{names[0]} is locked")
 
     folder = public_copy(tmp_path)
-    monkeypatch.setattr(paper_rows, "read_task", refuse)
+    monkeypatch.setattr(paper_rows, "read_folder", refuse)
     table = check_folder(folder)
     assert len(table) == len(BENCHMARK) and table["verdict"].str.contains("is locked").any()

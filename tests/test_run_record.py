@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
+from jumplora.learning.evaluation import Score
+from jumplora.learning.methods import METHODS
+from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.training import TrainConfig
 from jumplora.storage import record as run_record
 from jumplora.storage.record import (
     DamagedRecord,
@@ -329,3 +335,112 @@ def test_the_short_form_of_a_run_fits_a_line():
 def test_the_run_figure_draws_each_task_from_the_moment_it_was_learned():
     first, second = run_figure(finished()).axes[0].lines
     assert first.get_ydata().tolist() == [80, 60] and second.get_xdata().tolist() == [1]
+
+
+# ---- which rows were right --------------------------------------------------------------------------------
+
+
+def score_of(right, likeliest=None):
+    return Score(("",) * len(right), tuple(right), tuple(right if likeliest is None else likeliest))
+
+
+def with_rows():
+    "A run with 8 + 3 rows, scored before the first task and after it."
+    run = make(test_rows=[8, 3])
+    run.add_score(None, 0, score_of([False] * 8))
+    run.add_score(None, 1, score_of([True, False, False]))
+    run.add_score(0, 0, score_of([True, False] * 4, [False] * 5 + [True] * 3))
+    return run
+
+
+def test_a_score_fills_its_cell_and_the_rows_that_were_right_survive_saving(tmp_path):
+    run = with_rows()
+    assert (run.accuracy[0, 0], run.option_accuracy[0, 0]) == (50, 37.5)
+    assert run.zero_shot == run.zero_shot_options == [0, pytest.approx(100 / 3)]
+    assert run.right["first"] == {"first": {"exact_match": "aa", "option_accuracy": "07"}}
+    assert run.right[""]["second"]["exact_match"] == "80"
+    again = Run.load(run.save(tmp_path))
+    assert again.to_dict() == run.to_dict() and again.name == make(test_rows=[8, 3]).name
+    assert again.rows_right(0, 0).tolist() == [True, False] * 4
+    assert again.rows_right(0, 0, option=True).tolist() == [False] * 5 + [True] * 3
+    assert again.rows_right(None, 1).tolist() == [True, False, False]
+
+
+def test_scores_of_other_rows_or_out_of_order_are_refused():
+    run = make(test_rows=[8, 3])
+    with pytest.raises(ValueError, match="3 rows of 'first' were scored, not 8"):
+        run.add_score(0, 0, score_of([True] * 3))
+    with pytest.raises(ValueError, match="j=1, but 0 tasks"):
+        run.add_score(None, 1, score_of([True] * 3))
+    assert run.to_dict() == make(test_rows=[8, 3]).to_dict()
+
+
+def test_a_record_without_rows_has_no_such_field_and_says_what_is_missing(tmp_path):
+    run = finished()
+    assert '"right"' not in run.save(tmp_path).read_text()
+    for i, when in ((None, "before anything was learned"), (1, "after learning 'second'")):
+        with pytest.raises(ValueError, match=f"rows of 'first' were right {when}.*older than"):
+            run.rows_right(i, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda run: run.right["first"]["first"].update(exact_match="ab"),  # one row more than the score
+     lambda run: run.right["first"]["first"].update(option_accuracy="0700"),
+     lambda run: run.right[""]["second"].update(exact_match="81"),  # a bit behind the last row
+     lambda run: run.right[""]["second"].update(exact_match="no"),
+     lambda run: run.right["first"]["first"].pop("option_accuracy"),
+     lambda run: run.right.update(third={"first": {}}),
+     lambda run: run.right.update(first={"third": {}}),
+     lambda run: run.right.update(first=3),
+     lambda run: run.right.update(first={"first": "aa"}),
+     lambda run: setattr(run, "right", [1]),
+     lambda run: setattr(run, "zero_shot", None),
+     lambda run: setattr(run, "zero_shot_options", [0.0]),
+     lambda run: run.option_accuracy.__setitem__((0, 0), math.nan)],
+)  # fmt: skip
+def test_rows_that_contradict_the_scores_are_refused_in_memory_and_on_disk(change, tmp_path):
+    run = with_rows()
+    path = run.save(tmp_path)
+    change(run)
+    with pytest.raises(ValueError):
+        run.save(tmp_path)
+    record = run_record.read_record(path)
+    for key in ("right", "option_accuracy", "zero_shot", "zero_shot_options"):
+        record[key] = plain(getattr(run, key))
+    path.write_text(json.dumps(record | {"checksum": digest(record)}))
+    with pytest.raises(DamagedRecord, match="does not describe a run"):
+        Run.load(path)
+
+
+def test_a_run_of_an_older_record_resumes_and_keeps_the_rows_of_new_scores(tmp_path, monkeypatch):
+    rows = [("rain", "yes"), ("sun", "no")]
+    tasks = [Task(name, "Wet?\n", ("yes", "no"), rows * 2, [], rows) for name in ("first", "second")]
+    config, scored = TrainConfig(batch_size=4, max_length=60), []
+
+    def stop_after_four(*args, **settings):
+        scored.append(args)
+        if len(scored) == 5:
+            raise KeyboardInterrupt
+        return score_of([len(scored) > 2, False])
+
+    def learn():
+        model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+        sequence = TaskSequence("short", tasks)
+        return continual.learn_sequence(
+            model, tokenizer, sequence, METHODS["IncLoRA"], config, out=tmp_path, progress=False
+        )
+
+    monkeypatch.setattr(continual, "evaluate", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        learn()  # untrained twice, the first task, the first again after the second
+    path = next(tmp_path.glob("*/record.json"))
+    run = Run.load(path)
+    assert run.rows_right(1, 0).tolist() == [True, False] and np.isnan(run.accuracy[1, 1])
+    run.right = {}
+    run.save(tmp_path)
+    run = learn()
+    assert run.complete and run.right.keys() == {"second"} and run.accuracy[1].tolist() == [50, 50]
+    assert run.rows_right(1, 1).tolist() == [True, False]
+    with pytest.raises(ValueError, match="older than this field"):
+        run.rows_right(1, 0)

@@ -131,9 +131,9 @@ def cases(folder):
         return real(model, tokenizer, task, texts, **settings)
 
     def counted(read):
-        def count(*args):
+        def count(*args, **settings):
             batches[-1][0] += 1
-            return read(*args)
+            return read(*args, **settings)
 
         return count
 

@@ -15,8 +15,9 @@ from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..conventions import check_choice, figure_style
+from .files import label_text
 from .rows import BENCHMARK, ORDERS, shuffled
-from ..learning.tasks import SPLITS, Example, Task, TaskSequence, label_text
+from ..learning.tasks import SPLITS, Example, Task, TaskSequence
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..conventions import check_choice
+from .files import find_tasks
 from .hub_rows import HUB, HUB_SEQUENCES, hub_sequence
 from .rows import BENCHMARK, ORDERS, newsroom, newsroom20, read_folder
-from ..learning.tasks import SPLITS, Example, Task, TaskSequence, find_tasks
+from ..learning.tasks import SPLITS, Example, Task, TaskSequence
 
 if TYPE_CHECKING:
     from pandas import DataFrame

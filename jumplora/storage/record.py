@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..conventions import check_name, figure_style, write_atomic
+from ..conventions import check_choice, check_name, figure_style, write_atomic
 from ..learning import evaluation
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class RunContent(RunProgress):
         else:
             scores = self.zero_shot or []
             if j != len(scores):
-                raise ValueError(f"j={j}, but {len(scores)} tasks were scored before learning; add them in order")
+                raise ValueError(f"j={j}, but {len(scores)} tasks were scored before learning: keep order")
             self.zero_shot = [*scores, score.exact_match]
             self.zero_shot_options = [*(self.zero_shot_options or []), score.option_accuracy]
         kept = self.right.setdefault("" if i is None else self.tasks[i], {})
@@ -277,9 +277,11 @@ def _pack(right):
 def _check_right(run):
     "`ValueError` unless the rows that were right give the scores beside them."
     for after, kept in run.right.items():
-        i = run.tasks.index(after) if after else None
+        i = run.tasks.index(check_choice(after, run.tasks, "right")) if after else None
+        if not isinstance(kept, Mapping) or not all(isinstance(bits, Mapping) for bits in kept.values()):
+            raise ValueError(f"right[{after!r}] must hold a dict for every task")
         for task, option in itertools.product(kept, (False, True)):
-            j = run.tasks.index(task)
+            j = run.tasks.index(check_choice(task, run.tasks, f"right[{after!r}]"))
             if i is None:
                 percents = (run.zero_shot_options if option else run.zero_shot) or []
             else:
