@@ -22,9 +22,10 @@ _MODULES = {
     "learning.training": "TrainConfig train_task",
     "learning.evaluation": "evaluate average_accuracy backward_transfer forgetting forward_transfer "
     "just_learned",
+    "storage.run_folder": "load_learned",
     "storage.updates": "SparseUpdate sparse_update",
     "running.tracking": "Tracking find_trackers",
-    "learning.continual": "Method learn_sequence load_learned",
+    "learning.continual": "Method learn_sequence",
     "learning.methods": "EWC METHODS",
     "results.sparsity": "overlap_report support_overlap",
     "storage.rollback": "load_without rollback",

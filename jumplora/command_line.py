@@ -144,15 +144,16 @@ def check_once(
         if flags.count(flag) > 1:
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
 
-
+# %% ../nbs/command_line.ipynb #b18d2f63
 def parse_strengths(
     pairs: Sequence[str],  # such as "ELLA=3e5" or "ELLA=0,3e4,3e4,3e4"
-) -> dict[str, float | list[float]]:  # name of a method with a penalty -> λ, or λ per task
-    "Strengths as words. Raises ValueError for a method without one, or what is no number."
+) -> dict[str, float | list[float]]:  # name of a method, without gate -> λ, or one λ per task
+    "Strengths from words. `ValueError` for a method without one, and for what is no number."
     from jumplora.learning.methods import METHODS, base_of
 
-    priced = (name for name, method in METHODS.items() if hasattr(method.regularizer, "strength"))
-    able, found = tuple(name for name in priced if base_of(name) == name), {}
+    bases = {base_of(name): method for name, method in METHODS.items()}
+    allowed = [name for name, method in bases.items() if hasattr(method.regularizer, "strength")]
+    found = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         try:
@@ -161,7 +162,7 @@ def parse_strengths(
             values = []
         if not equals or not values:
             raise ValueError(f"strength {pair!r} is not NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4")
-        check_choice(name, able, "method with a strength")
+        check_choice(name, allowed, "method with a strength")
         if len(values) > 1 and name != "ELLA":
             raise ValueError(f"strength {pair!r}: only ELLA takes one per task")
         if name in found:
@@ -169,7 +170,7 @@ def parse_strengths(
         found[name] = values[0] if len(values) == 1 else values
     return found
 
-
+# %% ../nbs/command_line.ipynb #e4b05c96
 def chosen_methods(
     names: Sequence[str],  # names of methods
     strength: Sequence[str],  # such as "ELLA=3e5"
@@ -345,10 +346,10 @@ def predict(
     flags: Namespace,  # from `predict_parser`
 ) -> int:  # exit code
     "Ask the model that a run ended with, or that model without a task."
-    from jumplora.learning.continual import load_learned
     from jumplora.learning.evaluation import answer
     from jumplora.learning.tasks import Question
     from jumplora.storage.rollback import load_without
+    from jumplora.storage.run_folder import load_learned
 
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
     where, without = dict(device=flags.device, dtype=flags.dtype), (flags.without,) if flags.without else ()

@@ -27,9 +27,10 @@ method.gated_linear
 method.adapter method.regularizers
 method.schedule
 learning.tasks running.processes
-data.rows learning.evaluation
-data.hub_rows data.backbones storage.record
-data.paper_rows storage.checkpoints
+data.rows running.answers
+data.hub_rows data.backbones learning.evaluation
+data.paper_rows storage.record
+storage.checkpoints
 storage.run_folder
 storage.updates
 learning.training

@@ -173,6 +173,8 @@ def test_the_installed_command_is_main(root):
         (["compare", "--batch-size", "-3"], "batch_size=-3 is not a whole number of at least 1"),
         (["compare", "--method", "ELLA", "--strength", "ELLA=-1"], "strength=-1.0 is not allowed"),
         (["compare", "--strength", "ELLA=1", "--strength=O-LoRA=1"], "--strength comes twice; give it once"),
+        (["compare", "--strength", "ELLA=1", "ELLA=2"], "'ELLA=2': ELLA has one already"),
+        (["compare", "--strength", "O-LoRA=0,1,1,1"], "'O-LoRA=0,1,1,1': only ELLA takes one per task"),
         (["grid", "--set", "kept=0.1", "--set", "rank=4"], "--set comes twice; give it once"),
         (["compare", "--method", "ELLA", "--method", "SeqLoRA"], "--method comes twice; give it once"),
         (["compare", "--seed=1", "--seed=1"], "--seed comes twice; give it once"),
@@ -183,6 +185,22 @@ def test_the_installed_command_is_main(root):
         (["compare", "--train-rows", "0"], "train=0 is no number of rows"),
         (["compare", "--seed", "-1"], "seed=-1 "),
         (["compare", "--target-modules", "q_prj"], "target_modules.*q_prj.*q_proj"),
+        (
+            ["compare", "--training-arguments", "max_steps=9"],
+            "max_steps is refused: the schedule of the gate",
+        ),
+        (["compare", "--training-arguments", "fp16=true"], "fp16 is refused: its loss scaler.*use bf16"),
+        (["compare", "--training-arguments", "bf16=yes"], "bf16='yes' is not of type bool"),
+        (["compare", "--training-arguments", "bf16"], "'bf16' is not NAME=VALUE"),
+        (["compare", "--training-arguments", "weight_decai=1"], "did you mean 'weight_decay'"),
+        (["compare", "--training-arguments", "weight_decay=-1"], "Invalid weight_decay value: -1"),
+        (
+            ["compare", "--training-arguments", "lr_scheduler_type=cosin"],
+            "cosin is not a valid SchedulerType",
+        ),
+        (["compare", "--callbacks", "json.nothing"], "callback 'json.nothing': .*give MODULE.CLASS"),
+        (["compare", "--callbacks", "no_such_module.A"], "callback 'no_such_module.A': No module named"),
+        (["compare", "--callbacks", "transformers.ProgressBar"], "callback 'transformers.ProgressBar'"),
         (["compare", "--rank", "eight"], "rank"),
         (["compare", "--rnak", "8"], "rnak"),
         (["show"], "run"),
@@ -313,6 +331,30 @@ def test_tables_need_no_further_package(compared, tasks, jumplora, no_training, 
     monkeypatch.setitem(sys.modules, "tabulate", None)  # pandas asks for it; settings.ini does not list it
     assert jumplora(*flags_for(tasks, compared[0])).code == 0
     assert jumplora("table", compared[0], "--format", "markdown").code == 0
+
+
+def test_options_of_the_trainer_and_own_callbacks_reach_it(tasks, jumplora, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_callbacks.py").write_text(
+        "from transformers import TrainerCallback\n"
+        "class Steps(TrainerCallback):\n"
+        "    seen = []\n"
+        "    def on_step_end(self, args, state, control, **kwargs):\n"
+        "        self.seen.append((args.bf16, args.weight_decay, args.lr_scheduler_type))\n"
+    )
+    options = ["--training-arguments", "bf16=true", "weight_decay=0.01", "lr_scheduler_type=linear"]
+    words = [*flags_for(tasks, tmp_path / "out", "IncLoRA"), *options, "--callbacks", "my_callbacks.Steps"]
+    done = jumplora(*words)
+    assert done.code == 0, done.err
+    seen = sys.modules["my_callbacks"].Steps.seen
+    assert seen == [(True, 0.01, "linear")] * 4  # two tasks of two steps
+    (path,) = (tmp_path / "out").glob("*/record.json")
+    configuration = json.loads(path.read_text())["configuration"]
+    stored = dict(bf16=True, weight_decay=0.01, lr_scheduler_type="linear")
+    assert configuration["train"]["training_arguments"] == stored
+    assert configuration["callbacks"] == ["my_callbacks.Steps"]
+    assert jumplora(*words).code == 0 and len(seen) == 4  # found finished
 
 
 def test_other_settings_go_to_another_folder_and_into_no_common_table(compared, tasks, jumplora, tmp_path):
@@ -489,6 +531,20 @@ def test_a_strength_for_one_method_leaves_that_of_another_as_it_is():
     chosen = chosen_methods(["ELLA", "O-LoRA"], ["O-LoRA=2"])
     assert [method.regularizer.strength for method in chosen] == [3e5, 2.0]
     assert chosen_methods(["ELLA + JumpLoRA"], ["ELLA=7"])[0].regularizer.strength == 7.0
+    ella, ewc = chosen_methods(["ELLA + JumpLoRA", "EWC"], ["EWC=3e5", "ELLA=0,1,2"])
+    assert ella.gated and ella.regularizer.strength == (0, 1, 2) and ewc.regularizer.strength == 3e5
+
+
+@pytest.mark.parametrize("pair", ["3e5", "ELLA", "ELLA=", "ELLA=a", "ELLA=1;2"])
+def test_what_is_no_strength_is_refused(pair):
+    with pytest.raises(ValueError, match=f"strength {pair!r} is not NAME=NUMBER"):
+        chosen_methods(["ELLA"], [pair])
+
+
+@pytest.mark.parametrize("name", ["IncLoRA", "Ella", "ELLA + JumpLoRA", ""])
+def test_a_strength_for_a_method_without_one_is_refused(name):
+    with pytest.raises(ValueError, match=f"method with a strength='{re.escape(name)}' is not known"):
+        chosen_methods(["ELLA"], [f"{name}=1"])
 
 
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--task", "topics")
@@ -516,9 +572,9 @@ def test_predict_answers_texts_and_standard_input_alike(run_folders, jumplora, m
 def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):
     import torch
 
-    from jumplora.learning.continual import load_learned
     from jumplora.learning.evaluation import answer
     from jumplora.learning.tasks import Task
+    from jumplora.storage.run_folder import load_learned
 
     model, tokenizer, run = load_learned(run_folders[0], device="cpu", dtype="float32")
     instruction, options = run.extra["prompts"]["topics"]

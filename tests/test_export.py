@@ -25,7 +25,7 @@ from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.evaluation import Score
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
-from jumplora.storage import export
+from jumplora.storage import export, run_folder
 from jumplora.storage.export import export_run, files_to_push, load_finished, origin_of, push_to_hub
 from jumplora.storage.formats import FORMATS, merged_model
 from jumplora.storage.record import Run
@@ -447,7 +447,7 @@ def test_another_base_a_damaged_state_and_a_damaged_archive_are_refused(place, r
             load_finished(folder, **options)
     model, tokenizer = load_backbone(str(place / "base"), device="cpu", dtype="float32")
     model.lm_head.weight.data[0, 0] += 1
-    monkeypatch.setattr(continual, "load_backbone", lambda *a, **k: (model, tokenizer))
+    monkeypatch.setattr(run_folder, "load_backbone", lambda *a, **k: (model, tokenizer))
     with pytest.raises(ValueError, match="has other weights than the backbone"):
         load_finished(run[0])
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
 from real_rows import DATA, needs_rows
 
 from jumplora.command_line import main
 from jumplora.data import paper_rows
+from jumplora.data.backbones import load_backbone
 from jumplora.data.paper_rows import (
     OTHER_ROWS,
     PAPER_FILES,
@@ -26,8 +26,10 @@ from jumplora.data.paper_rows import (
     paper_split,
 )
 from jumplora.data.rows import BENCHMARK, ORDERS, read_folder
-from jumplora.learning.continual import new_run
+from jumplora.learning.continual import Learner
+from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import SPLITS, Example, Task, TaskSequence
+from jumplora.learning.training import TrainConfig
 
 
 def task(name="t", options=("yes", "no"), train=(), dev=(), test=(), **more) -> Task:
@@ -169,8 +171,9 @@ def test_an_order_is_cut_when_it_is_opened(tmp_path, published, monkeypatch):
 def test_the_notes_are_in_the_record():
     noted = task("a", train=[("x", "yes")], test=[("y", "no")], note="other rows")
     sequence = TaskSequence("s", [noted, task("b", train=[("x", "yes")], test=[("y", "no")])])
-    asked = dict(method="IncLoRA", seed=0, backbone="b", configuration={})
-    assert new_run(sequence, "test", torch.device("cpu"), **asked).extra["notes"] == {"a": "other rows"}
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    learner = Learner(model, tokenizer, sequence, METHODS["IncLoRA"], TrainConfig())
+    assert learner.run.extra["notes"] == {"a": "other rows"}
 
 
 # ---------------------------------------------------------------- the check of a folder

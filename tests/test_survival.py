@@ -22,7 +22,7 @@ import transformers
 from equal_runs import content, files, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from jumplora.command_line import main
 from jumplora.conventions import set_seed
@@ -32,13 +32,12 @@ from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig, attach_adapter, train_task
-from jumplora.method.regularizers import IncLoRA
+from jumplora.method.regularizers import NLoRA
 from jumplora.storage import checkpoints, run_folder
 from jumplora.storage.checkpoints import (
     Checkpoint,
     DamagedState,
     Stopped,
-    StopRequest,
     adapter_tensors,
     held_lock,
     polite_stop,
@@ -92,14 +91,32 @@ def whole(tmp_path_factory):
 # ---- every step -------------------------------------------------------------------------------------------
 
 
-def train(path=None, copies=None, config=HARD, gated=False, optimizer="adamw", also=()):
+class Count(TrainerCallback):
+    "A callback of a user, whose count is resumed."
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def state_dict(self):
+        return dict(steps=self.steps)
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def train(
+    path=None, copies=None, config=HARD, gated=False, optimizer="adamw", also=(), backbone="tiny-llama"
+):
     "Train the first task, with a checkpoint after every step that is kept as a copy; losses, gate, adapter."
     set_seed(0)
-    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    model, tokenizer = load_backbone(backbone, device="cpu", dtype="float32")
     model = attach_adapter(model, config, gated)
     checkpoint = Checkpoint(path, {"task": 0}, every=float("inf")) if path else None
-    settings = (TASKS[0], config, IncLoRA())
-    options = dict(also=also, optimizer=optimizer, seed=3, checkpoint=checkpoint)
+    settings, count = (TASKS[0], config, NLoRA(1e-4)), Count()
+    options = dict(also=also, optimizer=optimizer, seed=3, checkpoint=checkpoint, callbacks=[count])
     real = Checkpoint.write
 
     def write(self, parts, about):
@@ -109,14 +126,23 @@ def train(path=None, copies=None, config=HARD, gated=False, optimizer="adamw", a
     due = patch.object(Checkpoint, "due", lambda self: copies is not None)
     with due, patch.object(Checkpoint, "write", write):
         log = train_task(model, tokenizer, *settings, **options)
+    assert count.steps == log.steps
     return log, adapter_tensors(model)
 
 
 LENGTHS = replace(HARD, group_by_length=True)
+OPTIONS = dict(bf16=True, gradient_checkpointing=True, lr_scheduler_type="cosine", warmup_steps=2)
+OPTIONS |= dict(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+POWER = dict(lr_scheduler_type="polynomial", lr_scheduler_kwargs=dict(power=2.0), warmup_steps=3)
+PASSED = replace(HARD, training_arguments=OPTIONS)
 SETTINGS = {
     "accumulation, dropout, epochs": dict(),
     "rows by length, gated": dict(config=replace(LENGTHS, threshold_scope="block"), gated=True),
     "rows of other tasks by length, Muon": dict(also=(TASKS[1],), config=LENGTHS, optimizer="muon"),
+    "options of the Trainer, gated": dict(config=PASSED, gated=True),
+    "options of the Trainer, T5": dict(config=PASSED, backbone="tiny-t5"),
+    "options of the Trainer, T5, gated": dict(config=PASSED, backbone="tiny-t5", gated=True),
+    "warm-up and decay, Muon": dict(config=replace(HARD, training_arguments=POWER), optimizer="muon"),
 }
 
 
@@ -233,15 +259,6 @@ def test_a_score_that_was_taken_is_not_taken_again(whole, tmp_path):
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
 
 
-def test_a_checkpoint_that_a_kill_left_behind_is_gone_at_the_end(tmp_path):
-    run, _ = learn("IncLoRA", tmp_path)
-    folder = tmp_path / run.name
-    before = files(folder)
-    step_path(folder).write_bytes(b"of the last task, which is finished")
-    learn("IncLoRA", tmp_path)
-    assert files(folder) == before
-
-
 # ---- signals ----------------------------------------------------------------------------------------------
 
 
@@ -274,15 +291,19 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(whole, tmp
     assert not path.exists()
 
 
-def test_a_signal_while_scoring_stops_after_the_score(tmp_path):
-    def score(*args, real=continual.evaluate, **options):
+@pytest.mark.parametrize(("where", "scores"), [("evaluate", [1, 0]), ("write_finished", [2, 0])])
+def test_a_signal_while_scoring_or_saving_stops_after_it(where, scores, tmp_path):
+    real = getattr(continual, where)
+
+    def signalled(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **options)
 
-    with patch.object(continual, "evaluate", score), pytest.raises(Stopped):
+    with patch.object(continual, where, signalled), pytest.raises(Stopped):
         learn("IncLoRA", tmp_path)
     run = Run.load(next(tmp_path.glob("*/record.json")))
-    assert len(run.zero_shot) == 1 and learn("IncLoRA", tmp_path)[0].complete
+    assert [len(run.zero_shot), (run.accuracy >= 0).sum()] == scores
+    assert run.tasks_learned == (where == "write_finished") and learn("IncLoRA", tmp_path)[0].complete
 
 
 def test_a_second_signal_stops_at_once():
@@ -504,22 +525,33 @@ def test_a_state_of_another_format_is_named(tmp_path):
 # ---- one folder -------------------------------------------------------------------------------------------
 
 
-def test_the_second_process_waits_and_finds_the_work_done(tmp_path):
-    run = learn("IncLoRA", tmp_path / "other")[0]
-    folder, said, seen = tmp_path / "out" / run.name, threading.Event(), []
+@pytest.mark.parametrize(("saved", "left"), [("all", []), ("one task", ["weather"])], ids=["all", "one task"])
+def test_a_second_process_waits_for_the_lock_and_then_reads_what_the_first_saved(
+    saved, left, whole, in_second_task, tmp_path
+):
+    source = in_second_task.parent if saved == "one task" else tmp_path / "other"
+    source = source / whole[0].name
+    if saved == "all":
+        learn("ELLA + JumpLoRA", source.parent)
+    folder, waits, seen, begun = tmp_path / "out" / source.name, threading.Event(), [], []
 
     def second():
-        with patch("jumplora.storage.run_folder.warnings.warn", lambda *words, **options: said.set()):
-            seen.append(learn("IncLoRA", tmp_path / "out")[0])
+        with patch("jumplora.storage.run_folder.warnings.warn", lambda *words, **options: waits.set()):
+            seen.append(learn("ELLA + JumpLoRA", folder.parent))
 
-    with alone_in(folder):
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert said.wait(60) and not (folder / "record.json").exists()
-        shutil.copy(tmp_path / "other" / run.name / "record.json", folder)  # the first has finished
-    with patch.object(continual, "train_task", None):
+    def train(model, tokenizer, task, *rest, real=continual.train_task, **options):
+        begun.append(task.name)
+        return real(model, tokenizer, task, *rest, **options)
+
+    with patch.object(continual, "train_task", train):
+        with alone_in(folder):
+            thread = threading.Thread(target=second)
+            thread.start()
+            assert waits.wait(60) and not (folder / "record.json").exists()
+            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
         thread.join(60)
-    assert content(seen[0]) == content(run)
+    assert begun == left and content(seen[0][0]) == content(whole[0])
+    assert same_weights(seen[0][1], whole[1])
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_folder_stays_small(whole, tmp_path):
@@ -559,13 +591,25 @@ def test_a_lock_is_free_when_its_process_is_gone(tmp_path):
         assert ours
 
 
-def test_a_request_is_obeyed_only_if_there_was_one():
-    StopRequest().obey()
-    with pytest.raises(Stopped, match="stopped by SIGINT"):
-        StopRequest(signal.SIGINT).obey()
-
-
 KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
+
+
+@pytest.mark.parametrize("method", [KEPT_GATE, "EWC"], ids=["kept gate", "EWC"])
+def test_a_kept_adapter_scores_the_same_after_mixed_precision_and_after_an_interruption(method, tmp_path):
+    passed = replace(QUICK, training_arguments=OPTIONS | dict(warmup_steps=0))
+    run, model = learn(method, tmp_path / "whole", passed)
+
+    calls = iter(range(9))
+
+    def lose(*args, real=continual.evaluate, **options):
+        if next(calls) > 1:  # both tasks are scored before learning
+            raise RuntimeError("lost")
+        return real(*args, **options)
+
+    with patch.object(continual, "evaluate", lose), pytest.raises(RuntimeError, match="lost"):
+        learn(method, tmp_path / "out", passed)
+    resumed, same = learn(method, tmp_path / "out", passed)
+    assert content(resumed) == content(run) and same_weights(model, same)
 
 
 @pytest.mark.parametrize("method", [KEPT_GATE, "multi-task"], ids=["kept gate", "multi-task"])
@@ -587,5 +631,6 @@ def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(who
         learn("ELLA + JumpLoRA", tmp_path)
     folder = tmp_path / whole[0].name
     assert Run.load(folder).complete and state_path(folder, 1).exists()
+    step_path(folder).write_bytes(b"of the last task, which is finished")
     assert content(learn("ELLA + JumpLoRA", tmp_path)[0]) == content(whole[0])
-    assert not state_path(folder, 1).exists() and state_path(folder, 2).exists()
+    assert sorted(path.name for path in folder.glob("state/*.safetensors")) == ["after-2.safetensors"]

@@ -28,7 +28,6 @@ from jumplora.data.rows import (
     read_folder,
     read_tab,
 )
-from jumplora.learning.continual import task_fingerprint
 from jumplora.learning.tasks import SPLITS, Example, Question, Task, TaskSequence, prompt
 
 YES_NO = ("yes", "no")
@@ -126,7 +125,7 @@ def test_labels_of_any_type_become_the_same_text_in_rows_and_options(labels, opt
 
 
 def test_a_fingerprint_changes_with_rows_instruction_and_options_alone():
-    assert task().fingerprint() == "fb8f3468b9c56dfb" == task_fingerprint(task("u", note="n"))
+    assert task().fingerprint() == "fb8f3468b9c56dfb" == task("u", note="n").fingerprint()
     others = [task(train=ROWS[::-1]), task(dev=ROWS), task(test=ROWS[:1]), task(options=("no", "yes"))]
     others.append(Task("t", "Question?", YES_NO, ROWS, (), ROWS))
     assert len({other.fingerprint() for other in [task(), *others]}) == 6

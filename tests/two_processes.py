@@ -26,13 +26,14 @@ from safetensors.torch import save_file
 from jumplora.command_line import main
 from jumplora.data.backbones import load_backbone
 from jumplora.learning import continual, evaluation, training
-from jumplora.learning.continual import learn_sequence, weights_fingerprint
+from jumplora.learning.continual import learn_sequence
 from jumplora.learning.evaluation import evaluate
 from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig
 from jumplora.running.processes import draw_apart, gathered, is_main, join_processes, on_main, process_index
 from jumplora.storage.checkpoints import Stopped, StopRequest
+from jumplora.storage.run_folder import weights_fingerprint
 
 BALL = [("a ball" + " and a bat" * n, "sport") for n in range(8)]
 BALL += [("an atom" + " of words" * n, "physics") for n in range(8)] * 2
@@ -137,7 +138,7 @@ def cases(folder):
 
         return count
 
-    for name in ("_read_decoder", "_read_encoder_decoder"):
+    for name in ("read_decoder", "read_encoder_decoder"):
         patch.object(evaluation, name, counted(getattr(evaluation, name))).start()
     patch.object(evaluation, "answer", answer).start()
     for case in EQUAL:

@@ -76,7 +76,7 @@ def read_rows(
                 if name not in row:
                     listed = sorted(map(str, row))
                     raise ValueError(
-                        f"{place}: no column {name!r} in {listed}; rename one, or give text and label"
+                        f"{place}: no column {name!r} in {listed}; rename one, or use Task.load(text=…)"
                     )
             row = (row[column], row[label])
         if not isinstance(row, tuple | list) or len(row) != 2:

@@ -5,24 +5,23 @@
 # %% auto #0
 __all__ = ['normalize', 'Score', 'evaluate', 'as_matrix', 'average_accuracy', 'micro_average', 'just_learned',
            'backward_transfer', 'forgetting', 'forward_transfer', 'standard_error', 'interval', 'average_interval',
-           'answer']
+           'sign_test', 'answer']
 
 # %% ../../nbs/2_learning/evaluation.ipynb #07276ae2
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..conventions import check_choice
-from .tasks import Question, Task, encode_answer, encode_prompt, is_encoder_decoder, pad
+from ..data.files import check_characters
+from .tasks import Question, Task, encode_answer, encode_prompt, is_encoder_decoder
+from ..running.answers import generate, read_decoder, read_encoder_decoder, read_prefix
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
 if TYPE_CHECKING:
@@ -89,16 +88,16 @@ def as_matrix(
     return a
 
 
-def _measured(accuracy, number, cells, least=1):
-    "The matrix, where at least `least` tasks and all `cells(i, j, last)` are there; else `ValueError`."
+def _measured(accuracy, name, needed, min_tasks=1):
+    "The matrix, where `min_tasks` tasks and all cells `needed(i, j, last)` are there; else `ValueError`."
     a = as_matrix(accuracy)
-    if len(a) < least:
-        raise ValueError(f"{number} needs a later task to compare with, but there is 1 task; use 2 or more")
+    if len(a) < min_tasks:
+        raise ValueError(f"{name} needs a later task to compare with, but there is 1 task; use 2 or more")
     i, j = np.indices(a.shape)
-    missing = [f"[{i}, {j}]" for i, j in np.argwhere(cells(i, j, len(a) - 1) & np.isnan(a))]
+    missing = [f"[{i}, {j}]" for i, j in np.argwhere(needed(i, j, len(a) - 1) & np.isnan(a))]
     if missing:
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        raise ValueError(f"{number} needs scores that were not measured, [learned last, scored]: {shown}")
+        raise ValueError(f"{name} needs scores that were not measured, [learned last, scored]: {shown}")
     return a
 
 # %% ../../nbs/2_learning/evaluation.ipynb #bd099b42
@@ -134,7 +133,7 @@ def backward_transfer(
     accuracy: np.ndarray | Sequence,  # (T, T) percent
 ) -> float:  # percentage points, BWT; negative where earlier tasks became worse
     "Mean change of the first T - 1 tasks from the moment each was learned to the end."
-    a = _measured(accuracy, "backward transfer", lambda i, j, last: (i == j) | (i == last), least=2)
+    a = _measured(accuracy, "backward transfer", lambda i, j, last: (i == j) | (i == last), min_tasks=2)
     return float((a[-1, :-1] - np.diag(a)[:-1]).mean())
 
 # %% ../../nbs/2_learning/evaluation.ipynb #bebfa2f3
@@ -142,7 +141,7 @@ def forgetting(
     accuracy: np.ndarray | Sequence,  # (T, T) percent
 ) -> float:  # percentage points, 0 or more
     "Mean fall of the first T - 1 tasks from the best score since each was learned to the end."
-    a = _measured(accuracy, "forgetting", lambda i, j, last: (i >= j) & (j < last), least=2)
+    a = _measured(accuracy, "forgetting", lambda i, j, last: (i >= j) & (j < last), min_tasks=2)
     best = [a[j:, j].max() for j in range(len(a) - 1)]
     return float((best - a[-1, :-1]).mean())
 
@@ -190,7 +189,7 @@ def average_interval(
     rows: Sequence[int],  # (T,) test rows of each task
     z: float = 1.96,  # standard errors each side: 1.96 covers 95 %
 ) -> tuple[float, float]:  # percent: lower and upper end
-    "Interval of a mean of T scores: the distances to each Wilson end, added in squares (Zou and Donner)."
+    "Interval of a mean of T scores, from their Wilson intervals (Zou and Donner). `ValueError` for no score."
     if not len(percents) == len(rows) > 0:
         raise ValueError(f"{len(percents)} scores and {len(rows)} counts of rows; give one of each per task")
     ends = [interval(p, n, z) for p, n in zip(percents, rows, strict=True)]
@@ -199,109 +198,23 @@ def average_interval(
     above = math.sqrt(sum((high - p) ** 2 for p, (_, high) in zip(percents, ends, strict=True))) / len(ends)
     return float(mean - below), float(mean + above)
 
+# %% ../../nbs/2_learning/evaluation.ipynb #f4215ec6
+def sign_test(
+    first: Sequence[bool],  # (rows,) which rows the first method has right
+    second: Sequence[bool],  # (rows,) the same rows, of the second method
+) -> tuple[int, int, float]:  # rows that only the first, only the second has right; two-sided p
+    "McNemar's exact test of two methods on the same rows. `ValueError` for different numbers of rows."
+    first = np.asarray(first, dtype=bool)
+    second = np.asarray(second, dtype=bool)
+    if first.shape != second.shape:
+        raise ValueError(f"{first.size} and {second.size} rows; both methods must be scored on the same rows")
+    only_first = int((first & ~second).sum())
+    only_second = int((second & ~first).sum())
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return only_first, only_second, min(1.0, 2 * tail / 2**n)
+
 # %% ../../nbs/2_learning/evaluation.ipynb #a922dd97
-@torch.no_grad()
-def _read_prefix(model, prompts):
-    "Keys and values of the tokens that all prompts begin with, of one row; empty if they cannot be shared."
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # a last token is never shared
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    if shared and not getattr(model.config.get_text_config(), "sliding_window", None):
-        tokens = torch.tensor([prompts[0][:shared]], device=next(model.parameters()).device)
-        model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
-    return cache
-
-# %% ../../nbs/2_learning/evaluation.ipynb #67c1a554
-def _score_options(logits, options, known):
-    "Summed log-probabilities of options (..., tokens), and which are the greedy answer; known 0: padding."
-    picked = -F.cross_entropy(logits.float().movedim(-1, 1), options, reduction="none")
-    greedy = (logits.argmax(-1) == options) | (known == 0)
-    return (picked * known).sum(-1), greedy.all(-1)
-
-
-@torch.no_grad()
-def _read_decoder(model, prompts, options, pad_token_id, prefix):
-    "Scores and greedy flags (batch, options), and a function from rows to what `generate` needs for them."
-    device = next(model.parameters()).device
-    shared = prefix.get_seq_length()
-    count = len(options)
-    head = torch.tensor([prompt[:shared] for prompt in prompts], dtype=torch.long)
-    rest = [prompt[shared:] for prompt in prompts]
-    tokens = torch.cat([head, pad(rest, pad_token_id, left=True)], 1).to(device)  # (batch, length)
-    mask = torch.cat([torch.ones_like(head), pad([[1] * len(p) for p in rest], 0, left=True)], 1).to(device)
-
-    cache = copy.deepcopy(prefix)  # read on from the prefix, all but the last token of each prompt
-    if shared:
-        cache.batch_repeat_interleave(len(prompts))
-    if tokens.shape[1] - 1 > shared:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:-1]
-        unread = dict(input_ids=tokens[:, shared:-1], attention_mask=mask[:, :-1], position_ids=positions)
-        model.get_decoder()(**unread, past_key_values=cache, use_cache=True)
-    prompt_cache = copy.deepcopy(cache)
-
-    cache.batch_repeat_interleave(count)  # then the last token, and every option after every prompt
-    answers = pad(options, 0, left=False).to(device).repeat(len(prompts), 1)  # (batch · options, longest)
-    known = pad([[1] * len(ids) for ids in options], 0, left=False).to(device).repeat(len(prompts), 1)
-    unread = torch.cat([tokens[:, -1:].repeat_interleave(count, 0), answers[:, :-1]], 1)
-    attended = torch.cat([mask.repeat_interleave(count, 0), known[:, :-1]], 1)
-    positions = (attended.cumsum(-1) - 1)[:, -unread.shape[1] :]
-    reading = dict(attention_mask=attended, position_ids=positions, past_key_values=cache)
-    scores, greedy = _score_options(model(input_ids=unread, **reading).logits, answers, known)
-
-    def inputs_of(rows):
-        prompt_cache.batch_select_indices(rows)
-        return dict(input_ids=tokens[rows], attention_mask=mask[rows], past_key_values=prompt_cache)
-
-    return scores.view(-1, count), greedy.view(-1, count), inputs_of
-
-# %% ../../nbs/2_learning/evaluation.ipynb #cef7d960
-@torch.no_grad()
-def _read_encoder_decoder(model, prompts, options, pad_token_id):
-    "The same for an encoder-decoder."
-    from transformers.modeling_outputs import BaseModelOutput
-
-    device = next(model.parameters()).device
-    tokens = pad(prompts, pad_token_id, left=False).to(device)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=False).to(device)
-    encoded = model.get_encoder()(input_ids=tokens, attention_mask=mask)
-    found = []
-    for option in options:
-        labels = torch.tensor([option] * len(prompts), device=device)  # (batch, tokens)
-        logits = model(encoder_outputs=encoded, attention_mask=mask, labels=labels).logits
-        found.append(_score_options(logits, labels, torch.ones_like(labels)))
-    scores, greedy = (torch.stack(part, 1) for part in zip(*found, strict=True))
-
-    def inputs_of(rows):
-        hidden = BaseModelOutput(encoded.last_hidden_state[rows])
-        return dict(attention_mask=mask[rows], encoder_outputs=hidden)
-
-    return scores, greedy, inputs_of
-
-# %% ../../nbs/2_learning/evaluation.ipynb #21fdd30e
-@torch.no_grad()
-def _generate(model, tokenizer, max_new_tokens, **inputs):
-    "Greedy answers; the model's own generation settings, such as beams or penalties, are not used."
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-    )
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        tokens = model.generate(**inputs, generation_config=settings)
-    finally:
-        model.generation_config = own
-    start = 1 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
-    return tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
-
-# %% ../../nbs/2_learning/evaluation.ipynb #9b4ce551
 @torch.no_grad()
 def answer(
     model: nn.Module,  # backbone, adapted or not
@@ -319,20 +232,20 @@ def answer(
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError("texts must be a list of texts; put a single one into a list")
     for i, text in enumerate(texts):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"text {i} holds half a character (a lone surrogate); remove it")
+        check_characters(text, f"text {i}")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} is not a whole number of at least 1")
 
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # without PEFT's wrapper; the adapted layers stay in place
     encoder_decoder = is_encoder_decoder(model)
     options = [encode_answer(tokenizer, option, encoder_decoder) for option in task.options]
     option_texts = tokenizer.batch_decode(options, skip_special_tokens=True)
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
     longest = max([max_new_tokens, *map(len, options)])
-    read = _read_encoder_decoder
+    read = read_encoder_decoder
     if not encoder_decoder:
-        read = partial(_read_decoder, prefix=_read_prefix(model, prompts))
+        read = partial(read_decoder, prefix=read_prefix(model, prompts))
 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -342,20 +255,20 @@ def answer(
         batches = batches[process_index() :: world_size()]
     answers = {}
     scores = torch.zeros(len(texts), len(options))
-    for rows in batches:
-        batch = [prompts[row] for row in rows]
+    for batch_rows in batches:
+        batch = [prompts[row] for row in batch_rows]
         likely, greedy, inputs_of = read(model, batch, options, tokenizer.pad_token_id)
-        scores[rows] = likely.cpu()
-        answers |= {rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
+        scores[batch_rows] = likely.cpu()
+        answers |= {batch_rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
         others = (~greedy.any(1)).nonzero().flatten()
         if len(others):
-            generated = _generate(model, tokenizer, longest, **inputs_of(others))
-            answers |= zip([rows[row] for row in others.tolist()], generated, strict=True)
-        advance(len(rows))
+            generated = generate(model, tokenizer, longest, **inputs_of(others))
+            answers |= zip([batch_rows[row] for row in others.tolist()], generated, strict=True)
+        advance(len(batch_rows))
 
     if share:
         own = len(answers)
-        for theirs, part in gathered((answers, scores[sorted(answers)])):
+        for theirs, part in gathered((answers, scores[sorted(answers)])):  # one pair per process
             answers = answers | theirs
             scores[sorted(theirs)] = part
         if len(answers) > own:

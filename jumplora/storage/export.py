@@ -30,7 +30,6 @@ from transformers.utils import logging as transformers_logging
 # %% ../../nbs/5_inside/export.ipynb #adfa6ec3
 from ..conventions import check_choice
 from ..data.backbones import BACKBONES
-from ..learning.continual import load_start
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..learning.training import TrainConfig, attach_adapter
 from . import run_folder
@@ -62,7 +61,7 @@ def load_base(
     run: Run,  # a record
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in float32 on the CPU, and its tokenizer
     "The model that a run began with. `ValueError` where its weights are others."
-    model, tokenizer = load_start(run, device="cpu")
+    model, tokenizer = run_folder.load_start(run, device="cpu")
     return model.float(), tokenizer
 
 # %% ../../nbs/5_inside/export.ipynb #7d8093ad

@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 # %% ../../nbs/5_inside/rollback.ipynb #5c1e77aa
 from ..conventions import check_choice, write_atomic
 from ..data.paper_rows import load_sequence
-from ..learning.continual import load_start, load_state
 from ..learning.evaluation import evaluate
 from ..learning.tasks import TaskSequence
 from .record import Run, digest, plain, read_record
+from .run_folder import load_start, load_state
 from jumplora.storage.updates import (
     SparseUpdate,
     UpdateArchive,

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'state_path', 'step_path', 'save_state', 'load_state', 'keep_states', 'write_finished', 'read_own',
-           'copies_of', 'find_run', 'earlier_records', 'find_state', 'alone_in', 'is_complete', 'held_folder',
-           'find_progress', 'step_checkpoint']
+           'copies_of', 'find_run', 'earlier_records', 'find_state', 'find_progress', 'step_checkpoint', 'alone_in',
+           'is_complete', 'held_folder', 'weights_fingerprint', 'load_start', 'load_learned']
 
-# %% ../../nbs/5_inside/run_folder.ipynb #90963544
+# %% ../../nbs/5_inside/run_folder.ipynb #6b6781c7
+import hashlib
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from ..data.backbones import load_backbone
 from ..data.rows import file_sha256
 from ..running.processes import is_main, on_main
 from jumplora.storage.checkpoints import (
@@ -32,7 +36,7 @@ from jumplora.storage.checkpoints import (
 )
 from .record import DamagedRecord, Run, check_same_configuration, set_aside
 
-# %% ../../nbs/5_inside/run_folder.ipynb #6ae2b712
+# %% ../../nbs/5_inside/run_folder.ipynb #c0c55b47
 PARTS = ("weight", "regularizer", "adapter")  # the groups of tensors in a state
 
 
@@ -61,7 +65,7 @@ def save_state(
     checksum = write_state(path, join_parts(parts), dict(tasks=tasks))
     return dict(state_tasks=tasks, state_sha256=checksum, state_bytes=path.stat().st_size)
 
-# %% ../../nbs/5_inside/run_folder.ipynb #02b4edc5
+# %% ../../nbs/5_inside/run_folder.ipynb #199352b4
 def load_state(
     folder: Path,  # the run's folder
     tasks: int,  # tasks learned
@@ -82,7 +86,7 @@ def load_state(
     except DamagedState as error:
         raise DamagedState(f"{path} is damaged ({error})") from None
 
-# %% ../../nbs/5_inside/run_folder.ipynb #8cdbf120
+# %% ../../nbs/5_inside/run_folder.ipynb #0916513c
 def keep_states(
     folder: Path,  # the run's folder
     kept: set[int],  # of the states after so many tasks
@@ -116,7 +120,7 @@ def _write_finished(run: Run, folder: Path, tasks: int, parts: dict) -> dict:
     step_path(folder).unlink(missing_ok=True)
     return saved
 
-# %% ../../nbs/5_inside/run_folder.ipynb #443c5b12
+# %% ../../nbs/5_inside/run_folder.ipynb #7fac8584
 def read_own(
     path: Path,  # a record's file
     asked: Run,  # a fresh record of what is asked
@@ -137,7 +141,7 @@ def copies_of(
     numbers = sorted((int(name[1]) for name in found if name), reverse=True)
     return [state_path(folder, n).with_suffix(".json") for n in numbers]
 
-# %% ../../nbs/5_inside/run_folder.ipynb #16a1325a
+# %% ../../nbs/5_inside/run_folder.ipynb #2b0ffb3a
 def find_run(
     asked: Run,  # a fresh record of what is asked
     folder: Path,  # the run's folder
@@ -158,7 +162,7 @@ def find_run(
         warnings.warn(f"{error} (now {set_aside(path).name}; the run {goes_on})", stacklevel=6)
     return found
 
-# %% ../../nbs/5_inside/run_folder.ipynb #9aaccfcc
+# %% ../../nbs/5_inside/run_folder.ipynb #e507a28c
 def earlier_records(
     run: Run,  # the record that was found
     folder: Path,  # the run's folder
@@ -172,7 +176,7 @@ def earlier_records(
         if copy.tasks_learned < run.tasks_learned:
             yield copy
 
-# %% ../../nbs/5_inside/run_folder.ipynb #fec955c1
+# %% ../../nbs/5_inside/run_folder.ipynb #ee63cb16
 def find_state(
     run: Run,  # the record that was found, with at least one task learned
     folder: Path,  # the run's folder
@@ -191,7 +195,36 @@ def find_state(
         return tried, parts
     raise DamagedState(f"{damaged[0][1]}; delete {folder} to learn the sequence again")
 
-# %% ../../nbs/5_inside/run_folder.ipynb #1473c3e0
+# %% ../../nbs/5_inside/run_folder.ipynb #a09cf455
+def find_progress(
+    asked: Run,  # a fresh record of what is asked
+    folder: Path | None,  # the run's folder; None: the run is kept nowhere
+) -> tuple[Run, dict[str, dict[str, Tensor]] | None]:  # record and state; None: nothing to restore
+    "Where to resume. `DamagedState` where tasks were learned and no state can be trusted."
+    return on_main(_find_progress, asked, folder) if folder is not None else (asked, None)
+
+
+def _find_progress(asked: Run, folder: Path) -> tuple[Run, dict | None]:
+    run = find_run(asked, folder)
+    kept = state_path(folder, run.tasks_learned).is_file() or not run.complete
+    return find_state(run, folder) if run.tasks_learned and kept else (run, None)
+
+# %% ../../nbs/5_inside/run_folder.ipynb #305096fc
+def step_checkpoint(
+    folder: Path | None,  # the run's folder; None: the run is kept nowhere
+    run: Run,  # the record so far
+    task: int,  # position of the task that is learned
+    every: float,  # seconds between two writes
+    stop: StopRequest,  # whether to stop at the next write
+) -> Checkpoint | None:  # of this task and no other
+    "Where the training of a task is kept until it is finished."
+    if folder is None:
+        return None
+    begun = run.extra.get("state_sha256", "")  # the state that the task began with
+    owner = dict(run=run.configuration_hash, task=task, after=begun)
+    return Checkpoint(step_path(folder), owner, every, stop)
+
+# %% ../../nbs/5_inside/run_folder.ipynb #5dfabe7b
 @contextmanager
 def alone_in(
     folder: Path,  # the run's folder; made if it is not there
@@ -209,7 +242,7 @@ def alone_in(
             left.unlink(missing_ok=True)
         yield
 
-# %% ../../nbs/5_inside/run_folder.ipynb #2bc5a12e
+# %% ../../nbs/5_inside/run_folder.ipynb #c2cfc9d8
 def is_complete(
     folder: Path,  # the run's folder, perhaps not there
 ) -> bool:  # True where a good record says so
@@ -219,44 +252,60 @@ def is_complete(
     except (OSError, DamagedRecord):
         return False
 
-# %% ../../nbs/5_inside/run_folder.ipynb #heldfolder
+# %% ../../nbs/5_inside/run_folder.ipynb #069fc7b8
 @contextmanager
 def held_folder(
     folder: Path | None,  # a run's folder; None: the run is kept nowhere
     tasks: int,  # T, of the run
 ) -> Iterator[StopRequest]:  # set by the first signal
-    "Work in a folder alone, with signals as requests to stop; in none, or in a complete run's, only work."
+    "Work in a folder alone, with signals as requests to stop; no lock without a folder or in a complete run."
     if folder is None or on_main(is_complete, folder):
         yield StopRequest()
     else:
         with alone_in(folder), polite_stop() as stop:
             yield stop
     if folder is not None:
-        on_main(keep_states, folder, {tasks}, step=False)  # a kill may have left a step's
+        on_main(keep_states, folder, {tasks}, step=False)  # a killed process may have left a checkpoint
+
+# %% ../../nbs/5_inside/run_folder.ipynb #07b2da2f
+def weights_fingerprint(
+    model: nn.Module,  # backbone
+) -> str:  # 16 hexadecimal digits
+    "Changes when any weight of the backbone changes."
+    total = hashlib.sha256()
+    for parameter in model.parameters():
+        data = parameter.detach().contiguous().view(torch.uint8).cpu().numpy()
+        total.update(hashlib.sha256(data).digest())
+    return total.hexdigest()[:16]
 
 
-def find_progress(
-    asked: Run,  # a fresh record of what is asked
-    folder: Path,  # the run's folder
-) -> tuple[Run, dict[str, dict[str, Tensor]] | None]:  # record and state; None: nothing to restore
-    "Where to resume. Raises `DamagedState` where tasks were learned and no state can be trusted."
-    return on_main(_find_progress, asked, folder)
+def load_start(
+    run: Run,  # its record names the backbone
+    **options,  # of `load_backbone`: device, dtype; by default the dtype of the run
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # model, tokenizer
+    "The backbone that a run began with. `ValueError` where its weights have changed."
+    wanted = run.configuration["dtype"]
+    options = dict(dtype=wanted) | {k: v for k, v in options.items() if v != "auto"}
+    model, tokenizer = load_backbone(run.backbone, **options)
+    same = f"torch.{wanted}" == str(next(model.parameters()).dtype)
+    if same and weights_fingerprint(model) != run.configuration["weights"]:
+        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
+    return model, tokenizer
 
 
-def _find_progress(asked: Run, folder: Path) -> tuple[Run, dict | None]:
-    run = find_run(asked, folder)
-    kept = state_path(folder, run.tasks_learned).is_file() or not run.complete
-    return find_state(run, folder) if run.tasks_learned and kept else (run, None)
-
-
-def step_checkpoint(
-    folder: Path,  # the run's folder
-    run: Run,  # the record so far
-    task: int,  # position of the task that is learned
-    every: float,  # seconds between two writes
-    stop: StopRequest,  # whether to stop at the next write
-) -> Checkpoint:  # of this task and no other
-    "Where the training of a task is kept until it is finished."
-    begun = run.extra.get("state_sha256", "")  # the state that the task began with
-    owner = dict(run=run.configuration_hash, task=task, after=begun)
-    return Checkpoint(step_path(folder), owner, every, stop)
+def load_learned(
+    folder: str | Path,  # a run's folder, with record and state
+    **options,  # of `load_backbone`: device, dtype
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # the finished model, its tokenizer, the record
+    "The model that a run ended with. `ValueError` where its state or its backbone is missing."
+    folder = Path(folder)
+    run = Run.load(folder)
+    model, tokenizer = load_start(run, **options)
+    try:
+        weights = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))["weight"]
+    except DamagedState as error:
+        raise ValueError(f"{error}; delete {folder} to learn the sequence again") from None
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_submodule(name).weight.copy_(weight)
+    return model, tokenizer, run

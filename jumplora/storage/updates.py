@@ -371,9 +371,11 @@ def archive_task(
 ) -> None:
     "Keep the update of a task as a file. Raises OSError."
     task = run.tasks[position]
+    path = archive_path(folder, position, task)
+    base = run.configuration["weights"]
     written = on_main(
-        archive_adapter, archive_path(folder, position, task), adapted, weights,
-        task=task, position=position, method=run.method, model=run.backbone, base=run.configuration["weights"],
+        archive_adapter, path, adapted, weights,
+        task=task, position=position, method=run.method, model=run.backbone, base=base,
     )  # fmt: skip
     run.extra["archives"] = run.extra.get("archives", {}) | {task: written}
     if gate_groups(adapted):
