@@ -15,12 +15,13 @@ from real_rows import DATA, ROOT, needs_rows
 from jumplora.data.backbones import load_backbone
 from jumplora.data.paper_rows import load_sequence
 from jumplora.data.rows import ORDERS
-from jumplora.learning.continual import Method, run_configuration
+from jumplora.learning.continual import Method
 from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import TaskSequence
 from jumplora.learning.training import TrainConfig
 from jumplora.running.grid import PROTOCOLS, Job, job_sequence, plan
 from jumplora.storage.record import Run, plain
+from jumplora.storage.run_folder import run_configuration
 
 STORED = Path(__file__).resolve().parent / "golden" / "fingerprints.json"
 FROZEN = json.loads(STORED.read_text("utf-8")) if STORED.is_file() else {}

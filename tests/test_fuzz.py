@@ -42,7 +42,7 @@ def test_wild_input_is_taken_rightly_or_refused_clearly(test):
 @pytest.mark.parametrize("name", ["gate_start", "gate_stop", "lora_dropout"])
 @pytest.mark.parametrize("value", ["", None, True])
 def test_a_share_that_is_no_number_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value!r} is not a number"):
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not a share"):
         TrainConfig(**{name: value})
 
 

@@ -24,7 +24,7 @@ LIMITS = {
     "exported cells in a row without a sentence": 2,
     "pictures without a text for those who cannot see them": 0,
 }
-REBUILT = ("1_method",)  # chapters; in the others exported cells may still follow one another
+REBUILT = ("1_method", "2_learning")  # chapters; in the others exported cells may still follow one another
 
 
 class Cell:

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -513,15 +514,15 @@ def test_a_whole_number_is_described_as_the_same_number_with_a_point():
 # ---- training a task --------------------------------------------------------------------------------------
 
 
-def trained(kind="llama", gated=False, seed=42, dtype=torch.float32, regularizer=None, task=TASK, callbacks=(),
-            optimizer="adamw", **changes):  # fmt: skip
+def trained(kind="llama", gated=False, seed=42, dtype=torch.float32, regularizer=None, task=TASK,
+            callbacks=(), optimizer="adamw", **changes):  # fmt: skip
     model, tokenizer = MODELS[kind](dtype)
     config = TrainConfig(**dict(rank=2, batch_size=4, learning_rate=1e-2) | changes)
     torch.manual_seed(0)
     model = attach_adapter(model, config, gated)
     done = []
-    log = train_task(model, tokenizer, task, config, regularizer or IncLoRA(),
-                     seed=seed, callbacks=[Progress(done.append), *callbacks], optimizer=optimizer)  # fmt: skip
+    options = dict(seed=seed, callbacks=[Progress(done.append), *callbacks], optimizer=optimizer)
+    log = train_task(model, tokenizer, task, config, regularizer or IncLoRA(), **options)
     assert sum(done) == log.steps
     return model, log
 
@@ -776,7 +777,7 @@ def test_all_options_together_enter_the_description_and_only_when_set():
         (dict(weight_decay=True), "weight_decay=True is not of type float"),
         (dict(lr_scheduler_type=3), "lr_scheduler_type=3 is not of type str"),
         (dict(weight_decay=math.nan), "cannot be recorded"),
-        (dict(lr_scheduler_type="cosine", lr_scheduler_kwargs=dict(num_cycles=torch.ones(1))), "cannot be recorded"),
+        (dict(lr_scheduler_kwargs=dict(num_cycles=torch.ones(1))), "cannot be recorded"),
         ([("bf16", True)], "is no dict"),
         (None, "None is no dict"),
     ],
@@ -791,7 +792,7 @@ def test_an_option_that_breaks_a_promise_is_refused_by_name_with_the_reason(opti
     ("options", "message"),
     [
         (dict(lr_scheduler_type="cosin"), "cosin is not a valid SchedulerType"),
-        (dict(lr_scheduler_type="cosine", lr_scheduler_kwargs=dict(foo=1)), "unexpected keyword argument 'foo'"),
+        (dict(lr_scheduler_type="cosine", lr_scheduler_kwargs=dict(foo=1)), "unexpected keyword .*'foo'"),
         (dict(lr_scheduler_type="warmup_stable_decay"), "num_decay_steps"),
         (dict(warmup_steps=-1), "warmup_steps = -1"),
         (dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
@@ -827,6 +828,8 @@ def test_an_option_of_adam_is_refused_for_muon_and_decay_is_not():
 def test_data_parallel_is_refused():
     model, tokenizer = llama()
     config = TrainConfig(rank=2)
+    with pytest.raises(ValueError, match="DataParallel is refused.*torchrun"):
+        Learner(nn.DataParallel(model), tokenizer, TaskSequence("one", [TASK]), Method("IncLoRA"), config)
     model = nn.DataParallel(attach_adapter(model, config, True))
     with pytest.raises(ValueError, match="DataParallel is refused.*torchrun"):
         train_task(model, tokenizer, TASK, config, IncLoRA())
@@ -877,7 +880,8 @@ def test_a_regularizer_is_charged_for_what_it_overrides(name):
           for value in (0, -1, 2.0, True)],
         *[(name, value) for name in ("lora_alpha", "learning_rate", "epochs", "max_grad_norm", "bandwidth")
           for value in (0, -1.0, math.nan, math.inf)],
-        ("lora_dropout", -0.1), ("lora_dropout", 1.0), ("lora_dropout", math.nan), ("gate_start", "0"), ("gate_start", -0.1),
+        ("lora_dropout", -0.1), ("lora_dropout", 1.0), ("lora_dropout", math.nan),
+        ("gate_start", "0"), ("gate_start", -0.1),
         ("truncation", "right"), ("threshold_scope", "layers"), ("threshold_reduction", "max"),
         ("threshold_parametrization", "exp"),
     ],
@@ -979,4 +983,7 @@ def test_the_trainer_by_itself_still_has_a_wrong_loss_for_t5_under_accumulation(
         trainer = Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), rows)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
-    assert (abs(losses[1] / losses[0] - 1) < 1e-3) == right, "mend the page's list of differences"
+    ratio = losses[1] / losses[0]
+    assert (abs(ratio - 1) < 1e-3) == right, "mend the page's list of differences"
+    if not right and transformers.__version__.startswith("5.23"):
+        assert 3.8 < ratio < 4.2

@@ -68,7 +68,7 @@ class TrainConfig:
     group_by_length: bool = False  # rows of similar length share a step: less padding, another order
     gate_start: float = 0.2  # share of the steps after which γ begins to rise from 0
     gate_stop: float = 0.8  # share of the steps after which γ is 1
-    kept: float | int | None = None  # entries or share above the first τ; None: LoRA's size
+    kept: float | int | None = None  # entries or share above the first τ; by default LoRA's size
     threshold_scope: str = "model"  # who shares a threshold: "model", "block" or "layer"
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
@@ -131,11 +131,18 @@ class TrainConfig:
         return {key: value for key, value in found.items() if key not in absent or value != absent[key]}
 
 # %% ../../nbs/2_learning/training.ipynb #6f7bd490
+def _refuse_data_parallel(model):
+    if isinstance(model, nn.DataParallel):
+        what = "copies of the model would not share the gate's state"
+        raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
+
+
 def check_targets(
     model: nn.Module,  # backbone
     targets: tuple[str, ...] | None,  # last parts of layer names, or None
 ) -> None:
-    "`ValueError` for a target that is no linear layer of the model."
+    "`ValueError` for DataParallel, and for a target that is no linear layer of the model."
+    _refuse_data_parallel(model)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in targets or () if not any(f".{name}".endswith(f".{t}") for name in layers)]
     if missing:
@@ -206,7 +213,7 @@ def penalty_function(
                 own = [update.A, update.B]
                 gradients += torch.autograd.grad(penalty, own, allow_unused=True, materialize_grads=True)
                 factors += own
-        if factors:  # add a zero with these gradients
+        if factors:  # a term of value 0 with these gradients
             flat = torch.cat([factor.flatten() for factor in factors])
             total = total + (flat - flat.detach()) @ torch.cat([gradient.flatten() for gradient in gradients])
         return total
@@ -278,8 +285,7 @@ class PenaltyTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.penalty is not None:
-            with torch.autocast(loss.device.type, enabled=False):  # sums over whole matrices need float32
-                value = self.penalty()
+            value = self.penalty()  # outside the autocast that accelerate puts around the model's forward
             self.last_penalty = value.detach()
             loss = loss + value / self.current_gradient_accumulation_steps
         if largest(not torch.isfinite(loss)):  # in any process
@@ -427,9 +433,7 @@ def train_task(
     checkpoint: Checkpoint | None = None,  # where training is saved, and resumed from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
-    if isinstance(model, nn.DataParallel):
-        what = "copies of the model would not share the gate's state"
-        raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
+    _refuse_data_parallel(model)
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     unused = [name for name in config.training_arguments if chosen and name.startswith("adam_")]
     if unused:

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['PARTS', 'state_path', 'step_path', 'save_state', 'load_state', 'keep_states', 'write_finished', 'read_own',
            'copies_of', 'find_run', 'earlier_records', 'find_state', 'find_progress', 'step_checkpoint', 'alone_in',
-           'is_complete', 'held_folder', 'weights_fingerprint', 'load_start', 'load_learned']
+           'is_complete', 'held_folder', 'weights_fingerprint', 'run_configuration', 'new_run', 'load_start',
+           'load_learned']
 
 # %% ../../nbs/5_inside/run_folder.ipynb #6b6781c7
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.backbones import load_backbone
 from ..data.rows import file_sha256
+from ..learning.tasks import TaskSequence
 from ..running.processes import is_main, on_main
 from jumplora.storage.checkpoints import (
     Checkpoint,
@@ -34,7 +36,7 @@ from jumplora.storage.checkpoints import (
     split_parts,
     write_state,
 )
-from .record import DamagedRecord, Run, check_same_configuration, set_aside
+from .record import DamagedRecord, Run, check_same_configuration, environment, set_aside
 
 # %% ../../nbs/5_inside/run_folder.ipynb #c0c55b47
 PARTS = ("weight", "regularizer", "adapter")  # the groups of tensors in a state
@@ -267,7 +269,7 @@ def held_folder(
     if folder is not None:
         on_main(keep_states, folder, {tasks}, step=False)  # a killed process may have left a checkpoint
 
-# %% ../../nbs/5_inside/run_folder.ipynb #07b2da2f
+# %% ../../nbs/5_inside/run_folder.ipynb #newrun
 def weights_fingerprint(
     model: nn.Module,  # backbone
 ) -> str:  # 16 hexadecimal digits
@@ -279,6 +281,64 @@ def weights_fingerprint(
     return total.hexdigest()[:16]
 
 
+def run_configuration(
+    model: nn.Module,  # backbone before learning
+    sequence: TaskSequence,  # tasks in the order learned
+    method: object,  # a `Method`
+    config: object,  # a `TrainConfig`
+    split: str,  # which rows are scored
+    callbacks: Sequence[TrainerCallback] = (),  # of the user
+) -> dict:  # JSON types
+    "Everything but the seed that decides the numbers of a run."
+    parameter = next(model.parameters())
+    found = dict(
+        method=method.describe(),
+        train=config.describe(),
+        rows={task.name: task.fingerprint() for task in sequence},
+        counts={task.name: [len(task.train), len(task.dev), len(task.test)] for task in sequence},
+        scored_split=split,
+        weights=weights_fingerprint(model),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=parameter.device.type,
+    )
+    if callbacks:
+        found["callbacks"] = [f"{type(one).__module__}.{type(one).__qualname__}" for one in callbacks]
+    return found
+
+def new_run(
+    model: nn.Module,  # backbone before learning
+    sequence: TaskSequence,  # tasks in the order learned
+    method: object,  # a `Method`
+    config: object,  # a `TrainConfig`
+    *,
+    seed: int,  # as given by the user
+    backbone: str | None = None,  # the model's name in the record; None: its own
+    split: str = "test",  # which rows are scored
+    callbacks: Sequence[TrainerCallback] = (),  # of the user
+) -> Run:  # with nothing measured yet
+    "The record of a run that is about to begin."
+    path = Path(model.config.name_or_path)
+    on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
+    own_name = str(path) if on_hub else path.name or type(model).__name__  # never a path of this machine
+    return Run(
+        method=method.name,
+        backbone=backbone or own_name,
+        sequence=sequence.name,
+        seed=seed,
+        tasks=list(sequence.names),
+        test_rows=[len(getattr(task, split)) for task in sequence],
+        configuration=run_configuration(model, sequence, method, config, split, callbacks),
+        seconds=dict(train=[], evaluate=[], merge=[]),
+        environment=environment(next(model.parameters()).device),
+        extra=dict(
+            loss={},
+            penalty={},
+            prompts={task.name: [task.instruction, list(task.options)] for task in sequence},
+            notes={task.name: task.note for task in sequence if task.note},
+        ),
+    )
+
+# %% ../../nbs/5_inside/run_folder.ipynb #07b2da2f
 def load_start(
     run: Run,  # its record names the backbone
     **options,  # of `load_backbone`: device, dtype; by default the dtype of the run
