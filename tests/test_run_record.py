@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import jumplora
 from jumplora.data.backbones import load_backbone
 from jumplora.learning import continual
 from jumplora.learning.evaluation import Score
@@ -30,6 +31,8 @@ from jumplora.storage.record import (
     run_figure,
     set_aside,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(**changes):
@@ -295,8 +298,15 @@ def test_the_environment_names_versions_and_nothing_private():
     assert str(Path.cwd()) not in text and str(Path.home()) not in text
 
 
+def test_a_record_made_in_a_checkout_names_its_commit():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert environment("cpu")["commit"].removesuffix("+changes") == head.stdout.strip()
+
+
 def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_record.evaluation, "__file__", str(tmp_path / "jumplora" / "evaluation.py"))
+    monkeypatch.setattr(jumplora, "__file__", str(tmp_path / "jumplora" / "__init__.py"))
     assert run_record.project_commit() is None
 
 
@@ -309,7 +319,7 @@ def test_a_changed_checkout_says_so(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", "settings.ini")
     git("commit", "-qm", "first")
-    monkeypatch.setattr(run_record.evaluation, "__file__", str(tmp_path / "jumplora" / "evaluation.py"))
+    monkeypatch.setattr(jumplora, "__file__", str(tmp_path / "jumplora" / "__init__.py"))
     clean = run_record.project_commit()
     assert len(clean) == 40
     (tmp_path / "settings.ini").write_text("y")

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+import jumplora
 from ..conventions import check_choice, check_name, figure_style, write_atomic
 from ..learning import evaluation
 
@@ -74,7 +75,7 @@ def digest(
 # %% ../../nbs/5_inside/record.ipynb #ca5e944c
 def project_commit() -> str | None:  # the commit, with "+changes" if files differ from it; None if unknown
     "The git commit of this package, if it is run from a checkout of the project."
-    root = Path(evaluation.__file__).resolve().parents[1]
+    root = Path(jumplora.__file__).resolve().parents[1]
     if not (root / ".git").exists() or not (root / "settings.ini").exists():
         return None
 
