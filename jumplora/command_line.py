@@ -196,6 +196,7 @@ def chosen_settings(
     check_choice(flags.preset, tuple(PRESETS), "preset")
     check_choice(flags.score, ("test", "dev"), "score")
     find_trackers(flags.report_to)
+    import_callbacks(flags.callbacks)
     settings = {item.name: getattr(flags, item.name) for item in fields(TrainConfig)}
     config = TrainConfig(**settings | dict(training_arguments=parse_settings(flags.training_arguments)))
     rows = dict(train=flags.train_rows, dev=flags.dev_rows, test=flags.test_rows)

@@ -199,6 +199,7 @@ def test_the_installed_command_is_main(root):
             "cosin is not a valid SchedulerType",
         ),
         (["compare", "--callbacks", "json.nothing"], "callback 'json.nothing': .*give MODULE.CLASS"),
+        (["compare", "--callbacks", "collections.Counter"], "is no instance of TrainerCallback"),
         (["compare", "--callbacks", "no_such_module.A"], "callback 'no_such_module.A': No module named"),
         (["compare", "--callbacks", "transformers.ProgressBar"], "callback 'transformers.ProgressBar'"),
         (["compare", "--rank", "eight"], "rank"),

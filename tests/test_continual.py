@@ -213,6 +213,13 @@ class Watch(TrainerCallback):
         self.tasks.append((args.seed, ours[::-1]))
 
 
+
+@pytest.mark.parametrize("wrong", [TrainerCallback, print], ids=["a class", "a function"])
+def test_what_is_no_instance_of_a_callback_is_refused_at_the_start(wrong, no_training):
+    with pytest.raises(ValueError, match=r"no instance of TrainerCallback; use MyCallback\(\)"):
+        learn("IncLoRA", callbacks=[wrong])
+
+
 def test_a_callback_sees_every_task_each_with_its_seed_few_frames_from_the_call(runs):
     watch = Watch()
     run = learn("IncLoRA", callbacks=[watch]).run

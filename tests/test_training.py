@@ -777,6 +777,7 @@ def test_all_options_together_enter_the_description_and_only_when_set():
         (dict(weight_decay=True), "weight_decay=True is not of type float"),
         (dict(lr_scheduler_type=3), "lr_scheduler_type=3 is not of type str"),
         (dict(weight_decay=math.nan), "cannot be recorded"),
+        (dict(lr_scheduler_type="constant", warmup_steps=2), "'constant' ignores warmup_steps"),
         (dict(lr_scheduler_kwargs=dict(num_cycles=torch.ones(1))), "cannot be recorded"),
         ([("bf16", True)], "is no dict"),
         (None, "None is no dict"),
@@ -817,8 +818,12 @@ def test_the_environment_does_not_set_the_precision(monkeypatch):
 
 
 def test_an_option_of_adam_is_refused_for_muon_and_decay_is_not():
+    options = dict(adam_beta1=0.5)
     with pytest.raises(ValueError, match="adam_beta1 has no effect on muon"):
-        trained(optimizer="muon", training_arguments=dict(adam_beta1=0.5))
+        trained(optimizer="muon", training_arguments=options)
+    with pytest.raises(ValueError, match="adam_beta1 has no effect on muon"):  # before anything is scored
+        config = TrainConfig(training_arguments=options)
+        Learner(*llama(), TaskSequence("one", [TASK]), Method("Muon", optimizer="muon"), config)
     losses = [
         trained(optimizer="muon", training_arguments=dict(weight_decay=w), **SIX)[1].loss for w in (0, 9)
     ]

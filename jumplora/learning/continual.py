@@ -202,7 +202,8 @@ class Learner:
         self.bar = tqdm(disable=True)  # progress, in rows; a training row counts three times
         self._rows_per_step = 3 * self.config.batch_size * self.config.gradient_accumulation
         device = next(self.model.parameters()).device
-        arguments = training_arguments(self.config, device, self.seed, folder=str(self.out or "runs"))
+        folder = str(self.out or "runs")
+        arguments = training_arguments(self.config, device, self.seed, folder, self.method.optimizer)
         arguments.run_name = self.run.name
         arguments.project = "jumplora"
         self.tracking = Tracking(trackers if is_main() else (), arguments, self.folder)
@@ -215,6 +216,9 @@ class Learner:
         check_processes(self.model, self.config.batch_size, self.config.gradient_accumulation)
         check_targets(self.model, self.config.target_modules)
         check_choice(self.split, ("test", "dev"), "split")
+        for one in self.callbacks:
+            if not isinstance(one, TrainerCallback):
+                raise ValueError(f"callback {one!r:.80} is no instance of TrainerCallback; use MyCallback()")
         self.method.check_fits(self.sequence)
         empty = [task.name for task in self.sequence if not getattr(task, self.split)]
         if empty:

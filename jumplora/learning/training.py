@@ -113,6 +113,8 @@ class TrainConfig:
             kind = _PASSED_ON[check_choice(name, _PASSED_ON, "training_arguments: option")]
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"training_arguments: {name}={value!r} is not of type {kind.__name__}")
+        if options.get("warmup_steps") and options.get("lr_scheduler_type") == "constant":
+            raise ValueError("training_arguments: 'constant' ignores warmup_steps; use constant_with_warmup")
         try:
             json.dumps(options, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -384,8 +386,12 @@ def training_arguments(
     device: torch.device,  # where the model is
     seed: int,  # order of the rows and dropout
     folder: str,  # scratch folder; nothing is saved in it
+    optimizer: str = "adamw",  # a key of `OPTIMIZERS`
 ) -> TrainingArguments:  # for transformers' Trainer
     "The settings of a Trainer that logs every step, saves nothing and reports to nobody. `ValueError`."
+    for name in config.training_arguments:
+        if name.startswith("adam_") and optimizer != "adamw":
+            raise ValueError(f"training_arguments: {name} has no effect on {optimizer}; remove it")
     options = dict(lr_scheduler_type="constant_with_warmup", weight_decay=0.0) | config.training_arguments
     options |= split_batch(config.batch_size, config.gradient_accumulation).arguments()
     try:
@@ -399,9 +405,9 @@ def training_arguments(
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
                 remove_unused_columns=False, **options,
             )  # fmt: skip
-        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        optimizer = optimizer([torch.zeros(1)], weight_decay=arguments.weight_decay, **settings)
-        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1, arguments.lr_scheduler_kwargs)
+        adamw, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        dummy = adamw([torch.zeros(1)], weight_decay=arguments.weight_decay, **settings)
+        get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1, arguments.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training_arguments={config.training_arguments}: {error}") from None
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need one process each, not DataParallel
@@ -435,9 +441,7 @@ def train_task(
     "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
     _refuse_data_parallel(model)
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
-    unused = [name for name in config.training_arguments if chosen and name.startswith("adam_")]
-    if unused:
-        raise ValueError(f"training_arguments: {unused[0]} has no effect on {optimizer}; remove it")
+    device = next(model.parameters()).device
     set_seed(seed)
     log = TaskLog(task_steps(task, config, also))
     collator = Collator.for_model(model, tokenizer)
@@ -446,7 +450,7 @@ def train_task(
     with tempfile.TemporaryDirectory() as folder:
         trainer = PenaltyTrainer(
             model=model,
-            args=training_arguments(config, next(model.parameters()).device, seed, folder),
+            args=training_arguments(config, device, seed, folder, optimizer),
             train_dataset=rows,
             data_collator=collate,
             compute_loss_func=partial(label_loss, shift=not collator.encoder_decoder),
