@@ -124,6 +124,16 @@ def test_labels_of_any_type_become_the_same_text_in_rows_and_options(labels, opt
     assert json.loads(json.dumps(found.train)) == [list(row) for row in found.train]
 
 
+def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):
+    table = pd.DataFrame([["a", "b", "x"]], columns=["text", "text", "label"])
+    table.to_csv(tmp_path / "twice.csv", index=False)
+    for source in (table, tmp_path / "twice.csv"):
+        with pytest.raises(ValueError, match="two columns are named 'text'; rename one"):
+            Task.load("t", {"train": source, "test": source})
+    (tmp_path / "unnamed.csv").write_text("text,label,,\na,x,,\n")  # spare commas, as spreadsheets write them
+    assert Task.load("t", dict.fromkeys(("train", "test"), tmp_path / "unnamed.csv")).train == (("a", "x"),)
+
+
 def test_a_fingerprint_changes_with_rows_instruction_and_options_alone():
     assert task().fingerprint() == "fb8f3468b9c56dfb" == task("u", note="n").fingerprint()
     others = [task(train=ROWS[::-1]), task(dev=ROWS), task(test=ROWS[:1]), task(options=("no", "yes"))]

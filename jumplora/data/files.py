@@ -65,7 +65,10 @@ def read_rows(
     if hasattr(source, "to_list"):  # datasets.Dataset
         source = source.to_list()
     elif hasattr(source, "to_dict"):  # pandas.DataFrame
-        source = source.to_dict("records")
+        again = source.columns.duplicated()
+        if twice := {text, label, "sentence", "text"} & set(source.columns[again]):
+            raise ValueError(f"{where}: two columns are named {twice.pop()!r}; rename one")
+        source = source.loc[:, ~again].to_dict("records")
     rows = []
     for i, row in enumerate(source):
         place = f"{where} row {i}"
@@ -110,7 +113,7 @@ def _read_file(path, where):
 
             separator = "\t" if kind == ".tsv" else ","
             lines = pd.read_csv(path, sep=separator, header=None, dtype=str, na_filter=False)
-            return lines[1:].set_axis(lines.iloc[0], axis="columns").to_dict("records")
+            return lines[1:].set_axis(lines.iloc[0], axis="columns")
         content = path.read_text("utf-8-sig")
         if kind == ".json" and content.lstrip().startswith("["):
             return json.loads(content)
