@@ -18,11 +18,11 @@ _MODULES = {
     "data.hub_rows": "hub_table hub_task",
     "data.paper_rows": "check_folder load_sequence paper_split",
     "data.backbones": "load_backbone",
-    "storage.record": "DamagedRecord Run",
+    "storage.record": "Damaged Run",
     "learning.training": "TrainConfig train_task",
     "learning.evaluation": "evaluate average_accuracy backward_transfer forgetting forward_transfer "
     "just_learned",
-    "storage.run_folder": "load_learned",
+    "storage.state": "load_learned",
     "storage.updates": "SparseUpdate sparse_update",
     "running.tracking": "Tracking find_trackers",
     "learning.continual": "Method learn_sequence",

@@ -350,7 +350,7 @@ def predict(
     from jumplora.learning.evaluation import answer
     from jumplora.learning.tasks import Question
     from jumplora.storage.rollback import load_without
-    from jumplora.storage.run_folder import load_learned
+    from jumplora.storage.state import load_learned
 
     texts = flags.text or [line.rstrip("\n") for line in sys.stdin]
     where, without = dict(device=flags.device, dtype=flags.dtype), (flags.without,) if flags.without else ()

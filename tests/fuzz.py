@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from equal_runs import files
+from equal_runs import entries, files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -39,26 +39,17 @@ from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
 from jumplora.method.adapter import JumpLoraConfig
 from jumplora.running.grid import Job, job_method, open_grid, plan, read_job, status
-from jumplora.storage.checkpoints import (
-    STATE_FORMAT,
-    Checkpoint,
-    read_checkpoint,
-    read_state,
-    state_checksum,
+from jumplora.storage.record import (
+    FORMAT,
+    Run,
+    digest,
+    environment,
+    read_tensors,
+    tensors_checksum,
+    write_tensors,
 )
-from jumplora.storage.record import Run, digest, environment
-from jumplora.storage.run_folder import load_state, save_state
-from jumplora.storage.updates import (
-    ArchiveHeader,
-    archive_path,
-    checksum_of,
-    pack_sparse,
-    read_archive,
-    sparse_update,
-    update_checksum,
-    write_archive,
-)
-from jumplora.storage.updates import canonical_json as header_text
+from jumplora.storage.state import Checkpoint, load_state
+from jumplora.storage.updates import ArchiveHeader, archive_path, read_archive, sparse_update, write_archive
 
 # ---- what is drawn ----------------------------------------------------------------------------------------
 
@@ -490,13 +481,13 @@ ABOUT = dict(tasks=1, owner=OWNER)
 
 
 def state_bytes(tensors: dict = TENSORS, about: object = ABOUT, note: dict | None = None) -> bytes:
-    "A state as `write_state` makes it, or with another note."
+    "A file as `write_tensors` makes it, or with another note."
     try:
-        checksum = state_checksum(tensors, about)
+        checksum = tensors_checksum(tensors, about)
     except ValueError:
         checksum = "none"
-    made = dict(format=STATE_FORMAT, checksum=checksum, about=about) | (note or {})
-    return save(tensors, metadata={"state": json.dumps(made)})
+    made = dict(format=FORMAT, checksum=checksum, about=about) | (note or {})
+    return save(tensors, metadata={"jumplora": json.dumps(made)})
 
 
 def same(one: dict, other: dict) -> bool:
@@ -509,12 +500,12 @@ def same(one: dict, other: dict) -> bool:
 def damaged_states(content, named):
     with inside() as folder:
         path = folder / "state" / "after-1.safetensors"
-        saved = save_state(folder, 1, PARTS)
+        checksum = write_tensors(path, TENSORS, ABOUT)
         path.write_bytes(content)
         with taken_or_refused(str(path)):
-            tensors, _, _ = read_state(path)
+            tensors, _, _ = read_tensors(path)
             assert same(tensors, TENSORS)
-            parts = load_state(folder, 1, saved["state_sha256"])
+            parts = load_state(folder, 1, checksum)
             assert same(parts["weight"], PARTS["weight"])
 
 
@@ -530,12 +521,12 @@ def states_with_wrong_types(about, note, name):
         write_atomic(path, state_bytes({name: torch.ones(2)}, about, note))
         step = Checkpoint(path, OWNER)
         with taken_or_refused(str(path)):
-            found = read_state(path)
+            found = read_tensors(path)
             load_state(folder, 1, found[2])
         write_atomic(path, state_bytes({name: torch.ones(2)}, about, note))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert read_checkpoint(step) is None or about["owner"] == OWNER
+            assert step.read() is None or about["owner"] == OWNER
 
 
 DELTA = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, -1.0]])
@@ -546,21 +537,17 @@ HEADER = ArchiveHeader(
     "tiny",
     "base",
     "before",
-    update_checksum([("q", sparse_update(DELTA))]),
+    "update",
     {"q": [2, 3]},
     0.5,
     "float32",
 )
-UPDATE = pack_sparse("q", sparse_update(DELTA), torch.zeros(3))
+UPDATE = entries("q", sparse_update(DELTA), torch.zeros(3))
 
 
 def archive_bytes(header: dict, tensors: dict) -> bytes:
     "A file with a checksum that matches, where it can have one."
-    try:
-        checksum = checksum_of(tensors, header_text(header))
-    except ValueError:
-        checksum = "none"
-    return save(tensors, metadata={"jumplora": json.dumps(header | dict(checksum=checksum))})
+    return state_bytes(tensors, header)
 
 
 def read_and_use(path: Path) -> None:

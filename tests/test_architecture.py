@@ -30,8 +30,7 @@ learning.tasks running.processes
 data.rows running.answers
 data.hub_rows data.backbones learning.evaluation
 data.paper_rows storage.record
-storage.checkpoints
-storage.run_folder
+storage.state
 storage.updates
 learning.training
 running.tracking

@@ -13,6 +13,7 @@ import torch
 from equal_runs import files
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jumplora.storage.run_folder import load_state
 from safetensors.torch import load_file, save_file
 
 from jumplora.data.backbones import load_backbone
@@ -24,7 +25,7 @@ from jumplora.method.adapter import adapter_layers
 from jumplora.storage import rollback as archives
 from jumplora.storage import run_folder
 from jumplora.storage import updates as sparse_updates
-from jumplora.storage.record import DamagedRecord, Run
+from jumplora.storage.record import Damaged, Run
 from jumplora.storage.rollback import (
     add_archives,
     load_archives,
@@ -33,10 +34,8 @@ from jumplora.storage.rollback import (
     rollback_folder,
     without_task,
 )
-from jumplora.storage.run_folder import load_state
 from jumplora.storage.updates import (
     ArchiveHeader,
-    DamagedArchive,
     SparseUpdate,
     archive_adapter,
     archive_path,
@@ -251,7 +250,7 @@ def test_one_changed_bit_anywhere_is_found(archive, data, tmp_path_factory):
     bad.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
     try:
         read_archive(bad)
-    except DamagedArchive:
+    except Damaged:
         return
     size = struct.unpack("<Q", good[:8])[0]  # spaces that fill up the header are no content
     assert good[8 : 8 + size].rstrip() != good[8 : 8 + size] and good[place] == ord(" ")
@@ -266,7 +265,7 @@ def test_a_file_that_is_no_whole_archive_is_refused(archive, damage, tmp_path):
         path.mkdir()
     elif damage != "missing":
         path.write_bytes(dict(truncated=good[:-9], empty=b"", text=b"no safetensors at all")[damage])
-    with pytest.raises(DamagedArchive, match=r"bad\.safetensors: .*Nothing was changed"):
+    with pytest.raises(Damaged, match=r"bad\.safetensors: .*Nothing was changed"):
         read_archive(path)
 
 
@@ -295,7 +294,7 @@ def test_a_well_signed_archive_of_nonsense_is_refused(indices, values, old, tmp_
     write_archive(
         path, header({"layer": [2, 3]}), tensors if old is None else tensors | {"layer.overwritten": old}
     )
-    with pytest.raises(DamagedArchive, match="odd"):
+    with pytest.raises(Damaged, match="odd"):
         read_archive(path)
 
 
@@ -321,12 +320,12 @@ def test_a_header_that_does_not_fit_is_refused(changes, tensors, message, tmp_pa
     write_archive(
         path, header(**dict(layers={"layer": [2, 3]}) | changes), pack_sparse("layer", update) | tensors
     )
-    with pytest.raises(DamagedArchive, match=message):
+    with pytest.raises(Damaged, match=message):
         read_archive(path)
 
 
 def test_a_whole_archive_that_is_not_the_recorded_one_is_refused(archive):
-    with pytest.raises(DamagedArchive, match="not the file that the record names"):
+    with pytest.raises(Damaged, match="not the file that the record names"):
         read_archive(archive, "0" * 64)
 
 
@@ -727,7 +726,7 @@ def test_a_damaged_result_is_not_loaded(gated):
     with pytest.raises(ValueError, match=r"weights\.safetensors is damaged; delete .*rollback-topics"):
         load_without(gated.folder, "topics")
     (place / "rollback.json").write_text((place / "rollback.json").read_text().replace("topics", "tropics"))
-    with pytest.raises(DamagedRecord):
+    with pytest.raises(Damaged):
         load_without(gated.folder, "topics")
 
 

@@ -22,7 +22,7 @@ from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence, encode_answer, encode_prompt
 from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import JumpLoraConfig
-from jumplora.storage.record import DamagedRecord, Run, set_aside
+from jumplora.storage.record import Damaged, Run, set_aside
 
 ROWS = [("a ball", "sport"), ("an atom", "physics")]
 OPTIONS = ("sport", "physics")
@@ -317,7 +317,7 @@ def test_no_change_of_a_record_goes_unnoticed(tmp_path, data):
     if json_or_none(bad) == json_or_none(good):
         return  # only the final line break is gone
     record.write_bytes(bad)
-    with pytest.raises(DamagedRecord, match=r"record\.json: .*It is not used\. Set it aside .* or delete it"):
+    with pytest.raises(Damaged, match=r"record\.json: .*It is not used\. Set it aside .* or delete it"):
         Run.load(record)
     assert record.read_bytes() == bad  # reading changes nothing
     kept = set_aside(record)

@@ -575,7 +575,7 @@ def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):
 
     from jumplora.learning.evaluation import answer
     from jumplora.learning.tasks import Task
-    from jumplora.storage.run_folder import load_learned
+    from jumplora.storage.state import load_learned
 
     model, tokenizer, run = load_learned(run_folders[0], device="cpu", dtype="float32")
     instruction, options = run.extra["prompts"]["topics"]

@@ -24,7 +24,7 @@ from jumplora.learning.training import Diverged, TrainConfig, attach_adapter, na
 from jumplora.method.adapter import adapter_layers, delta_weights, gate_groups
 from jumplora.method.regularizers import ELLA, Regularizer
 from jumplora.storage.record import Run
-from jumplora.storage.run_folder import load_learned
+from jumplora.storage.state import load_learned
 
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 8
 RAIN = [("rain", "yes"), ("sun", "no")] * 8

@@ -21,7 +21,7 @@ from jumplora.learning.tasks import TaskSequence
 from jumplora.learning.training import TrainConfig
 from jumplora.running.grid import PROTOCOLS, Job, job_sequence, plan
 from jumplora.storage.record import Run, plain
-from jumplora.storage.run_folder import run_configuration
+from jumplora.storage.state import new_run
 
 STORED = Path(__file__).resolve().parent / "golden" / "fingerprints.json"
 FROZEN = json.loads(STORED.read_text("utf-8")) if STORED.is_file() else {}
@@ -117,8 +117,8 @@ def method_of(run: Run) -> Method:
 def asked_again(run: Run, tasks: TaskSequence) -> dict:
     "The configuration that the same request makes today, but for the weights of the backbone."
     settings, split = run.configuration["train"], run.configuration["scored_split"]
-    found = run_configuration(tiny(), tasks, method_of(run), TrainConfig(**settings), split)
-    return plain(found | {"weights": run.configuration["weights"]})
+    fresh = new_run(tiny(), tasks, method_of(run), TrainConfig(**settings), seed=run.seed, split=split)
+    return plain(fresh.configuration | {"weights": run.configuration["weights"]})
 
 
 def tasks_of(run: Run) -> TaskSequence:

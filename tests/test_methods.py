@@ -26,7 +26,7 @@ from jumplora.learning.training import (
 )
 from jumplora.method.adapter import adapter_layers
 from jumplora.method.regularizers import ELLA, IncLoRA, Update
-from jumplora.storage.checkpoints import Stopped
+from jumplora.storage.state import Stopped
 
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 8
 RAIN = [("rain", "yes"), ("sun", "no")] * 8

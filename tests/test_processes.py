@@ -30,8 +30,7 @@ from jumplora.running.processes import (
     quantised_weights,
     split_batch,
 )
-from jumplora.storage.checkpoints import own_random_states, read_state
-from jumplora.storage.record import Run
+from jumplora.storage.record import Run, read_tensors
 from jumplora.storage.rollback import load_without, rollback
 
 
@@ -164,7 +163,7 @@ def test_a_group_that_was_killed_goes_on_and_ends_with_the_same_bits(folder):
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_goes_on(folder):
     assert [found["status"] for found in of(folder, "stopped")] == [143, 143]
     (path,) = (folder / "stopped").glob("*/state/step.safetensors")
-    assert read_state(path)[1]["trainer"]["global_step"] == 2
+    assert read_tensors(path)[1]["trainer"]["global_step"] == 2
     run, model, _ = learn("llama", folder / "stopped")
     assert list(run.extra["processes"]) == ["topics"]  # the second task was ended by one
     two = of(folder, "cases")[0]["llama"]["run"]
@@ -227,14 +226,6 @@ def test_a_split_is_the_same_rows_or_refused(processes, accumulation):
             continue
         assert split.processes * split.rows * split.accumulation == batch_size * accumulation
         assert split.rows <= batch_size and split.accumulation <= accumulation
-
-
-def test_random_states_of_more_processes_than_there_were_are_those_of_the_main_one():
-    tensors, values = {"cpu": torch.ones(1), "1.cpu": torch.zeros(1)}, dict(python=1, others=[dict(python=2)])
-    for n, expected in ((0, 1), (1, 2), (2, 1)):
-        with patch("jumplora.storage.checkpoints.process_index", lambda n=n: n):
-            named, own = own_random_states(tensors, values)
-        assert own["python"] == expected and named["cpu"].item() == (expected == 1)
 
 
 # ---- what is refused ----------------------------------------

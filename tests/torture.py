@@ -44,8 +44,8 @@ from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
-from jumplora.storage import checkpoints, run_folder
-from jumplora.storage.record import Run, environment
+from jumplora.storage.record import Run, environment, tensors_checksum
+from jumplora.storage.state import Checkpoint
 
 WORDS = {"pets": ("cat", "dog"), "sky": ("sun", "moon"), "table": ("fork", "cup")}
 TASKS = [
@@ -74,9 +74,9 @@ PATIENCE = 3600  # seconds for a run that nobody kills from outside
 PHASES = {  # what is watched: where it is looked up, its name, and what it is called here
     "restoring": (continual.Learner, "_restore"),
     "training": (continual, "train_task"),
-    "checkpoint": (checkpoints.Checkpoint, "write"),
+    "checkpoint": (Checkpoint, "write"),
     "merging": (continual.Learner, "finish"),
-    "state": (run_folder, "save_state"),
+    "state": (continual, "write_finished"),
     "record": (Run, "save"),
     "scoring": (continual, "evaluate"),
 }
@@ -134,7 +134,7 @@ def learn(case: str, tasks: int, out: Path, watch: Watch) -> None:
         options = dict(seed=1, out=out, progress=False, checkpoint_every=every)
         learn_sequence(model, tokenizer, TaskSequence("tortured", TASKS[:tasks]), method, config, **options)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    (out / "model").write_text(checkpoints.state_checksum(weights, {}))
+    (out / "model").write_text(tensors_checksum(weights))
 
 
 def in_a_process(

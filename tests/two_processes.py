@@ -32,8 +32,7 @@ from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig
 from jumplora.running.processes import draw_apart, gathered, is_main, join_processes, on_main, process_index
-from jumplora.storage.checkpoints import Stopped, StopRequest
-from jumplora.storage.run_folder import weights_fingerprint
+from jumplora.storage.state import Stopped, StopRequest, weights_fingerprint
 
 BALL = [("a ball" + " and a bat" * n, "sport") for n in range(8)]
 BALL += [("an atom" + " of words" * n, "physics") for n in range(8)] * 2

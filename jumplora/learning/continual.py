@@ -41,9 +41,10 @@ from ..method.adapter import adapter_layers
 from ..method.regularizers import IncLoRA, Regularizer, Update
 from ..running.processes import check_processes, check_same, is_main, on_main, split_batch, world_size
 from ..running.tracking import Tracking, find_trackers
-from ..storage.checkpoints import StopRequest, adapter_tensors
 from ..storage.record import Run, peak_memory
-from jumplora.storage.run_folder import (
+from jumplora.storage.state import (
+    StopRequest,
+    adapter_tensors,
     find_progress,
     held_folder,
     new_run,

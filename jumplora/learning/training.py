@@ -32,7 +32,7 @@ from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_
 from ..method.regularizers import Regularizer, Update
 from ..method.schedule import SparsityCallback, SparsitySchedule, ramp_steps
 from ..running.processes import fill_batches, fill_rows, gathered, largest, split_batch, world_size
-from ..storage.checkpoints import Checkpoint, ResumableTrainer, train_or_resume
+from ..storage.state import Checkpoint, ResumableTrainer
 
 # %% ../../nbs/2_learning/training.ipynb #67a4df0e
 _PASSED_ON = dict(  # option of `TrainingArguments` -> type
@@ -470,7 +470,7 @@ def train_task(
             trainer.parts["schedule"] = schedule
         for callback in (log, *callbacks):
             trainer.add_callback(callback)
-        train_or_resume(trainer)
+        trainer.train_or_resume()
     if schedule is not None and trainer.state.global_step < log.steps:
         done = f"a callback stopped the training of task {task.name!r} at step {trainer.state.global_step}"
         raise ValueError(f"{done} of {log.steps}, before its schedule ended; let it finish, or use no gate")

@@ -26,7 +26,7 @@ import pandas as pd
 from ..conventions import METHOD_COLORS, check_choice, figure_style, method_style
 from ..data.hub_rows import DIFFERENT_SAMPLE
 from ..learning.evaluation import average_interval, interval
-from ..storage.record import DamagedRecord, Run, flatten
+from ..storage.record import Damaged, Run, flatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def load_runs(
     for path in sorted(Path(folder).rglob("record.json")):
         try:
             runs.append(Run.load(path))
-        except DamagedRecord as error:
+        except Damaged as error:
             warnings.warn(str(error), stacklevel=2)
     return runs
 

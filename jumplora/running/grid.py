@@ -30,8 +30,8 @@ from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
 from ..learning.training import TrainConfig
 from .processes import is_main, join_processes, on_main
-from ..storage.checkpoints import held_lock
-from ..storage.record import DamagedRecord, Run, digest
+from ..storage.state import held_lock
+from ..storage.record import Damaged, Run, digest
 
 # %% ../../nbs/5_inside/grid.ipynb #bff50b44
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
@@ -236,7 +236,7 @@ def job_state(
         return "waiting", ""
     try:
         run = Run.load(folder.parents[1] / Path(str(note.get("record", ""))).name)
-    except (DamagedRecord, OSError):
+    except (Damaged, OSError):
         return "waiting", "its record is gone or damaged"
     return ("done" if run.complete else "waiting"), f"{run.average_accuracy:.1f} %, {run.minutes:.1f} minutes"
 

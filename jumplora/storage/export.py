@@ -32,7 +32,7 @@ from ..conventions import check_choice
 from ..data.backbones import BACKBONES
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..learning.training import TrainConfig, attach_adapter
-from . import run_folder
+from . import state
 from jumplora.storage.formats import (
     FORMATS,
     SPARSE,
@@ -61,7 +61,7 @@ def load_base(
     run: Run,  # a record
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in float32 on the CPU, and its tokenizer
     "The model that a run began with. `ValueError` where its weights are others."
-    model, tokenizer = run_folder.load_start(run, device="cpu")
+    model, tokenizer = state.load_start(run, device="cpu")
     return model.float(), tokenizer
 
 # %% ../../nbs/5_inside/export.ipynb #7d8093ad
@@ -93,7 +93,7 @@ def load_finished(
         updates = task_updates(folder, run, task)
         return Finished(*load_base(run), updates, run, task)
     base, tokenizer = load_base(run)
-    parts = run_folder.load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
+    parts = state.load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
     pairs = [(n, w, base.get_submodule(n).weight.detach()) for n, w in sorted(parts["weight"].items())]
     updates = {name: exact_updates(merged, weight) for name, merged, weight in pairs}
     return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])

@@ -26,13 +26,12 @@ from ..conventions import check_choice, write_atomic
 from ..data.paper_rows import load_sequence
 from ..learning.evaluation import evaluate
 from ..learning.tasks import TaskSequence
-from .record import Run, digest, plain, read_record
-from .run_folder import load_start, load_state
+from .record import Run, digest, plain, read_record, tensors_checksum
+from .state import load_start, load_state
 from jumplora.storage.updates import (
     SparseUpdate,
     UpdateArchive,
     archive_path,
-    checksum_of,
     merged_tasks,
     neutral_zeros,
     read_archive,
@@ -136,7 +135,7 @@ def load_archives(
     folder: Path,  # a run's folder
     run: Run,  # its record
 ) -> list[UpdateArchive]:  # of all merged tasks, in the order learned
-    "Read and verify every archive. `ValueError` where there is none, `DamagedArchive` where one changed."
+    "Read and verify every archive. `ValueError` where there is none, `Damaged` where one changed."
     check_archived(run)
     found = []
     for i, task in enumerate(merged_tasks(run)):
@@ -184,7 +183,7 @@ def without_task(
     if gap > error_bound([*earlier, *archives[k:]], merged):
         raise ValueError(f"the archives do not add up to the merged weights: they differ by up to {gap:.1e}")
     bound = error_bound([*earlier, *archives[k + 1 :]], merged)
-    if k == len(archives) - 1 and not bound and checksum_of(weights) != archives[k].header.before:
+    if k == len(archives) - 1 and not bound and tensors_checksum(weights) != archives[k].header.before:
         raise ValueError("without the last task the weights are not those that it began with")
     return weights, bound
 

@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import hashlib
 import inspect
 import json
 import os
@@ -21,7 +20,7 @@ import torch
 import transformers
 from equal_runs import content, files, same_weights
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from transformers import Trainer, TrainerCallback
 
 from jumplora.command_line import main
@@ -33,18 +32,16 @@ from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig, attach_adapter, train_task
 from jumplora.method.regularizers import NLoRA
-from jumplora.storage import checkpoints, run_folder
-from jumplora.storage.checkpoints import (
+from jumplora.storage import state
+from jumplora.storage.record import Damaged, Run, read_tensors, write_tensors
+from jumplora.storage.state import (
     Checkpoint,
-    DamagedState,
     Stopped,
     adapter_tensors,
+    graceful_shutdown,
     held_lock,
-    polite_stop,
-    read_state,
+    state_path,
 )
-from jumplora.storage.record import Run
-from jumplora.storage.run_folder import alone_in, state_path, step_path
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics"), ("two balls and a bat", "sport")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 6
@@ -55,7 +52,7 @@ TASKS = (
 SEQUENCE = TaskSequence("short", TASKS)
 QUICK = TrainConfig(batch_size=3, learning_rate=1e-2, max_length=120)  # four steps
 HARD = replace(QUICK, batch_size=2, gradient_accumulation=2, epochs=2.5, lora_dropout=0.2)
-ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/5_inside/checkpoints.ipynb"
+ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/5_inside/state.ipynb"
 
 
 def learn(method, out=None, config=QUICK, **options):
@@ -159,7 +156,7 @@ def test_a_training_goes_on_from_any_step_with_the_same_bits(name, tmp_path):
 def test_a_checkpoint_costs_no_randomness_and_holds_no_pickle(tmp_path):
     assert train(tmp_path / "x", tmp_path)[0].loss == train()[0].loss
     with safe_open(tmp_path / "x", "pt") as file:
-        note = json.loads(file.metadata()["state"])
+        note = json.loads(file.metadata()["jumplora"])
     assert note["format"] == 1 and note["about"]["trainer"]["global_step"] == 8
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
 
@@ -167,7 +164,7 @@ def test_a_checkpoint_costs_no_randomness_and_holds_no_pickle(tmp_path):
 def test_checkpoints_come_after_a_minute_and_take_little_of_the_time(tmp_path):
     checkpoint, clock = Checkpoint(tmp_path / "x", {}, every=60.0), [1000.0]
     checkpoint.written = clock[0]
-    with patch("jumplora.storage.checkpoints.time.monotonic", lambda: clock[0]):
+    with patch("jumplora.storage.state.time.monotonic", lambda: clock[0]):
         assert not checkpoint.due()
         clock[0] += 60
         assert checkpoint.due()
@@ -200,13 +197,13 @@ def test_the_trainer_calls_each_of_them_once(tmp_path):
     train(tmp_path / "x", tmp_path)
     calls = []
     for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
-        real = getattr(checkpoints.ResumableTrainer, name)
+        real = getattr(state.ResumableTrainer, name)
 
         def watched(self, *args, real=real, name=name):
             calls.append(name)
             return real(self, *args)
 
-        patch.object(checkpoints.ResumableTrainer, name, watched).start()
+        patch.object(state.ResumableTrainer, name, watched).start()
     try:
         train(tmp_path / "4.safetensors")
     finally:
@@ -285,7 +282,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(whole, tmp
     assert stopped.value.status == 128 + number and "a second signal stops at once" in capfd.readouterr().err
     assert signal.getsignal(number) == before
     (path,) = tmp_path.glob("*/state/step.safetensors")
-    assert read_state(path)[1]["trainer"]["global_step"] == 2
+    assert read_tensors(path)[1]["trainer"]["global_step"] == 2
     run, model = learn("ELLA + JumpLoRA", tmp_path)
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
     assert not path.exists()
@@ -307,7 +304,7 @@ def test_a_signal_while_scoring_or_saving_stops_after_it(where, scores, tmp_path
 
 
 def test_a_second_signal_stops_at_once():
-    with pytest.raises(Stopped), polite_stop() as request:
+    with pytest.raises(Stopped), graceful_shutdown() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.number == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
@@ -321,14 +318,14 @@ def test_signals_that_somebody_else_handles_are_left_alone():
 
     signal.signal(signal.SIGTERM, own)
     try:
-        with polite_stop():
+        with graceful_shutdown():
             assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seen = []
 
     def elsewhere():
-        with polite_stop() as request:
+        with graceful_shutdown() as request:
             seen.extend([signal.getsignal(signal.SIGINT), request.number])
 
     thread = threading.Thread(target=elsewhere)
@@ -464,13 +461,17 @@ def folder(in_second_task, tmp_path):
     return tmp_path / in_second_task.name
 
 
+def step_path(folder):
+    return folder / "state" / "step.safetensors"
+
+
 def spoil(path):
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_task_starts_again(folder, whole):
-    assert read_state(step_path(folder))[1]["owner"]["task"] == 1
+    assert read_tensors(step_path(folder))[1]["owner"]["task"] == 1
     spoil(step_path(folder))
     with pytest.warns(UserWarning, match=r"now step\.damaged-1\.safetensors, and the training starts again"):
         run, model = learn("ELLA + JumpLoRA", folder.parent)
@@ -490,36 +491,22 @@ def test_a_damaged_state_is_set_aside_and_the_run_goes_on_from_the_one_before(fo
 
 
 def test_a_checkpoint_of_another_run_or_state_is_not_used(folder, whole):
-    tensors, about, _ = read_state(step_path(folder))
+    tensors, about, _ = read_tensors(step_path(folder))
     for key, value in dict(run="0" * 64, task=0, after="").items():
         other = about | dict(owner=about["owner"] | {key: value})
-        checkpoints.write_state(step_path(folder), tensors, other)
+        write_tensors(step_path(folder), tensors, other)
         owner = dict(run=Run.load(folder).configuration_hash, task=1, after=about["owner"]["after"])
-        assert checkpoints.read_checkpoint(Checkpoint(step_path(folder), owner)) is None
-    run, model = learn("ELLA + JumpLoRA", folder.parent)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
-
-
-def test_a_run_of_an_older_version_goes_on(folder, whole):
-    "States had no format, and a record neither the number of learned tasks nor their bytes."
-    step_path(folder).unlink()
-    (folder / "state" / "after-1.json").unlink()
-    path = state_path(folder, 1)
-    path.write_bytes(save(load_file(path)))
-    run = Run.load(folder)
-    run.extra = {key: value for key, value in run.extra.items() if not key.startswith("state_")}
-    run.extra["state_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    run.save(folder.parent)
+        assert Checkpoint(step_path(folder), owner).read() is None
     run, model = learn("ELLA + JumpLoRA", folder.parent)
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
 
 
 def test_a_state_of_another_format_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
-    for note, message in (({"state": '{"format": 2}'}, "format 2.*reads 1"), (None, "format None")):
+    for note, message in (({"jumplora": '{"format": 2}'}, "format 2.*reads format 1"), (None, "format None")):
         path.write_bytes(save({"a": torch.zeros(2)}, metadata=note))
-        with pytest.raises(DamagedState, match=message):
-            read_state(path)
+        with pytest.raises(Damaged, match=message):
+            read_tensors(path)
 
 
 # ---- one folder -------------------------------------------------------------------------------------------
@@ -536,7 +523,7 @@ def test_a_second_process_waits_for_the_lock_and_then_reads_what_the_first_saved
     folder, waits, seen, begun = tmp_path / "out" / source.name, threading.Event(), [], []
 
     def second():
-        with patch("jumplora.storage.run_folder.warnings.warn", lambda *words, **options: waits.set()):
+        with patch("jumplora.storage.state.warnings.warn", lambda *words, **options: waits.set()):
             seen.append(learn("ELLA + JumpLoRA", folder.parent))
 
     def train(model, tokenizer, task, *rest, real=continual.train_task, **options):
@@ -544,7 +531,7 @@ def test_a_second_process_waits_for_the_lock_and_then_reads_what_the_first_saved
         return real(model, tokenizer, task, *rest, **options)
 
     with patch.object(continual, "train_task", train):
-        with alone_in(folder):
+        with state._alone_in(folder):
             thread = threading.Thread(target=second)
             thread.start()
             assert waits.wait(60) and not (folder / "record.json").exists()
@@ -570,7 +557,7 @@ def test_a_finished_run_in_a_read_only_place_is_only_read(whole, tmp_path):
     out = tmp_path / "out"
     (out / whole[0].name).mkdir(parents=True)
     whole[0].save(out)
-    lock, write = "jumplora.storage.run_folder.held_lock", "jumplora.storage.record.write_atomic"
+    lock, write = "jumplora.storage.state.held_lock", "jumplora.storage.record.write_atomic"
     with patch(lock, None), patch(write, None):
         assert content(learn("ELLA + JumpLoRA", out)[0]) == content(whole[0])
 
@@ -622,12 +609,12 @@ def test_other_methods_go_on_from_a_step_too(method, tmp_path):
 
 
 def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(whole, tmp_path):
-    def lose(folder, kept, step=True, real=run_folder.keep_states):
-        if not step:
+    def lose(folder, keep, real=state._remove_states):
+        if keep == {2}:
             raise RuntimeError("lost")
-        real(folder, kept)
+        real(folder, keep)
 
-    with patch.object(run_folder, "keep_states", lose), pytest.raises(RuntimeError):
+    with patch.object(state, "_remove_states", lose), pytest.raises(RuntimeError):
         learn("ELLA + JumpLoRA", tmp_path)
     folder = tmp_path / whole[0].name
     assert Run.load(folder).complete and state_path(folder, 1).exists()
