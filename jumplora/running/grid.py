@@ -30,8 +30,8 @@ from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
 from ..learning.training import TrainConfig
 from .processes import is_main, join_processes, on_main
-from ..storage.state import held_lock
 from ..storage.record import Damaged, Run, digest
+from ..storage.state import held_lock
 
 # %% ../../nbs/5_inside/grid.ipynb #bff50b44
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ

@@ -83,7 +83,7 @@ class Damaged(ValueError):
 def read_record(
     path: str | os.PathLike,  # a record.json
 ) -> dict:  # its content without the checksum, which was verified
-    "Read a JSON file with a checksum; `Damaged` if it cannot be trusted, `FileNotFoundError` if it is not there."
+    "Read a JSON file with a checksum; `Damaged` if it cannot be trusted. Raises OSError if it is not there."
 
     def not_json(word):
         raise ValueError(f"{word} is not JSON")
@@ -176,7 +176,9 @@ def _project_commit() -> str | None:
     found = []
     for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         found.append(done.stdout.strip() if done.returncode == 0 else "")
@@ -332,7 +334,9 @@ class Run:
         for task in tasks:
             check_name(task, "task")
         if len(self.test_rows) != len(tasks) or min(self.test_rows) < 1:
-            raise ValueError(f"test_rows={self.test_rows} must hold {len(tasks)} counts above 0, one per task")
+            raise ValueError(
+                f"test_rows={self.test_rows} must hold {len(tasks)} counts above 0, one per task"
+            )
         for key in ("accuracy", "option_accuracy"):
             if evaluation.as_matrix(getattr(self, key)).shape[0] != len(tasks):
                 raise ValueError(f"{key} has {len(getattr(self, key))} rows for {len(tasks)} tasks")
@@ -341,7 +345,9 @@ class Run:
             raise ValueError("sparsity must be the share of zeros in each layer, 0 to 1")
         for after, scored in self.right.items():  # the rows that were right give the scores beside them
             i = tasks.index(check_choice(after, tasks, "right")) if after else None
-            if not isinstance(scored, Mapping) or not all(isinstance(bits, Mapping) for bits in scored.values()):
+            if not isinstance(scored, Mapping) or not all(
+                isinstance(bits, Mapping) for bits in scored.values()
+            ):
                 raise ValueError(f"right[{after!r}] must hold a dict for every task")
             for task, option in itertools.product(scored, (False, True)):
                 j = tasks.index(check_choice(task, tasks, f"right[{after!r}]"))

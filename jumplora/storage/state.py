@@ -34,7 +34,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..data.backbones import load_backbone
 from ..learning.tasks import TaskSequence
 from ..running.processes import gathered, is_main, largest, on_main, process_index, world_size
-from .record import Damaged, Run, environment, flatten, plain, read_tensors, set_aside, write_tensors
+from jumplora.storage.record import (
+    Damaged,
+    Run,
+    environment,
+    flatten,
+    plain,
+    read_tensors,
+    set_aside,
+    write_tensors,
+)
 
 # %% ../../nbs/5_inside/state.ipynb #e14971c1
 @contextmanager
@@ -126,7 +135,7 @@ class Checkpoint:
         self.cost = self.written - start
 
     def read(self) -> tuple[dict[str, dict[str, Tensor]], dict] | None:  # tensors by group, plain values
-        "The last checkpoint; None where there is none of this owner. A damaged one is set aside with a warning."
+        "The last checkpoint; None if there is none of this owner. A damaged one is set aside with a warning."
         if not self.path.exists():
             return None
         try:
@@ -150,7 +159,9 @@ def _grouped(path, tensors, groups):
     for key, tensor in tensors.items():
         group, _, name = key.partition(".")
         if group not in parts or not name:
-            raise Damaged(f"{path} is damaged (its tensor {key!r} belongs to no group of {', '.join(groups)})")
+            raise Damaged(
+                f"{path} is damaged (its tensor {key!r} belongs to no group of {', '.join(groups)})"
+            )
         parts[group][name] = tensor
     return parts
 
@@ -233,7 +244,9 @@ class ResumableTrainer(Trainer):
         values = self.found[1]["random"]
         n = process_index()
         if 0 < n <= len(values.get("others", ())):  # with fewer processes before: as the main one
-            tensors = {name.removeprefix(f"{n}."): t for name, t in tensors.items() if name.startswith(f"{n}.")}
+            tensors = {
+                name.removeprefix(f"{n}."): t for name, t in tensors.items() if name.startswith(f"{n}.")
+            }
             values = values["others"][n - 1]
         version, numbers, gauss = values["python"]
         random.setstate((version, tuple(numbers), gauss))
@@ -317,7 +330,9 @@ def _find_progress(asked, folder):
     if not (folder / "record.json").exists():
         return asked, None
     numbers = [re.fullmatch(r"after-(\d+)\.json", path.name) for path in folder.glob("state/*")]
-    copies = [f"state/{found[0]}" for found in sorted(filter(None, numbers), key=lambda found: -int(found[1]))]
+    copies = [
+        f"state/{found[0]}" for found in sorted(filter(None, numbers), key=lambda found: -int(found[1]))
+    ]
     records, damaged = [], []  # of this run, the newest first
     for name in ["record.json", *copies]:
         try:
@@ -328,9 +343,11 @@ def _find_progress(asked, folder):
         if record.configuration_hash != asked.configuration_hash:
             there, here = flatten(plain(record.configuration)), flatten(plain(asked.configuration))
             keys = sorted(k for k in there | here if there.get(k, "absent") != here.get(k, "absent"))
-            listed = "; ".join(f"{k}: {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in keys)
+            listed = "; ".join(
+                f"{k}: {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in keys
+            )
             raise ValueError(
-                f"{folder / name} is the record of another run ({record.name}{': ' if listed else ''}{listed}); "
+                f"{folder / name} is the record of another run, {record.name} ({listed}); "
                 f"move it out of {folder}, or use another results folder"
             )
         records += [record] if not records or record.tasks_learned < records[-1].tasks_learned else []
@@ -377,7 +394,7 @@ def held_folder(
     folder: Path | None,  # a run's folder; None: the run is kept nowhere
     tasks: int,  # T, of the run
 ) -> Iterator[StopRequest]:  # set by the first signal
-    "Work in a folder alone, with graceful shutdown; no lock without a folder or in a complete run. Raises OSError."
+    "Work in a folder alone, with graceful shutdown; no lock if the run is complete. Raises OSError."
 
     def complete():
         try:
