@@ -27,9 +27,9 @@ method.gated_linear
 method.adapter method.regularizers
 method.schedule
 learning.tasks running.processes
-data.rows running.answers
-data.hub_rows data.backbones learning.evaluation
-data.paper_rows storage.record
+data.benchmark running.answers
+data.newsroom learning.evaluation
+data.sequences data.backbones storage.record
 storage.checkpoints
 storage.run_folder
 storage.updates

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.backbones import load_backbone
-from ..data.rows import file_sha256
+from ..data.newsroom import file_sha256
 from ..learning.tasks import TaskSequence
 from ..running.processes import is_main, on_main
 from jumplora.storage.checkpoints import (
