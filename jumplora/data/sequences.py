@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEQUENCES', 'load_sequence']
 
-# %% ../../nbs/5_inside/sequences.ipynb #f0af552b
+# %% ../../nbs/5_inside/sequences.ipynb #f28af68b
 #| code-fold: true
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_sequence
 from .newsroom import newsroom, newsroom20
 from ..learning.tasks import TaskSequence
 
-# %% ../../nbs/5_inside/sequences.ipynb #ae7be7e6
+# %% ../../nbs/5_inside/sequences.ipynb #1b960b68
 SEQUENCES = ("newsroom", "newsroom20", *(f"order{n}{rows}" for rows in ("", HUB) for n in ORDERS))
 
 
