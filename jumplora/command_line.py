@@ -189,7 +189,7 @@ def chosen_settings(
     flags: Namespace,  # what the parser returned
 ) -> tuple:  # TaskSequence, list of Method, TrainConfig
     "Turn flags into objects; every mistake in them is found here, before anything is computed."
-    from jumplora.data.paper_rows import load_sequence
+    from jumplora.data.sequences import load_sequence
     from jumplora.learning.training import TrainConfig
     from jumplora.running.tracking import find_trackers
 
@@ -494,7 +494,7 @@ def data(
     flags: Namespace,  # from `data_parser`
 ) -> int:  # exit code: 0 where every row is the paper's, else 1
     "Print what a folder holds of the benchmark."
-    from jumplora.data.paper_rows import check_folder
+    from jumplora.data.benchmark import check_folder
 
     check_choice(flags.action, ("check",), "action")
     table = check_folder(flags.folder)

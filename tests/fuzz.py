@@ -31,7 +31,7 @@ from test_bad_input import ANYTHING, BRACES, CONTROL, LONG
 from jumplora.command_line import chosen_methods, swept
 from jumplora.command_line import main as command
 from jumplora.conventions import write_atomic
-from jumplora.data.rows import read_folder
+from jumplora.data.benchmark import read_folder
 from jumplora.learning import evaluation
 from jumplora.learning.evaluation import evaluate
 from jumplora.learning.methods import METHODS

@@ -27,18 +27,18 @@ method.gated_linear
 method.adapter method.regularizers
 method.schedule
 learning.tasks running.processes
-data.rows running.answers
-data.hub_rows data.backbones learning.evaluation
-data.paper_rows storage.record
+data.benchmark running.answers
+data.newsroom learning.evaluation
+data.sequences data.backbones storage.record
 storage.state
 storage.updates
 learning.training
 running.tracking
 learning.continual
 learning.methods
-results.sparsity results.run_tables storage.rollback storage.formats
-results.grid_tables results.ablations results.speed storage.export
-results.speed_of_runs running.grid
+results.sparsity results.run_tables storage.rollback
+results.speed storage.export
+running.grid
 command_line
 """
 LAYER = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}

@@ -1,7 +1,8 @@
-"Backbones: the same at every call, told apart by their config, converted exactly, checked when reused."
+"Backbones: the same at every call, distinguished by their config, converted exactly, checked when reused."
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +17,12 @@ from jumplora.data.backbones import (
     BACKBONES,
     SMOLLM2_FILE,
     SMOLLM2_SHA256,
-    cache_folder,
-    converted,
-    is_encoder_decoder,
-    is_whole,
     load_backbone,
-    native_bfloat16,
     pick_device,
     pick_dtype,
-    write_checksums,
 )
-from jumplora.data.rows import demo_file
+from jumplora.data.newsroom import demo_file
+from jumplora.learning.tasks import is_encoder_decoder
 
 CPU = {"device": "cpu", "dtype": "float32"}
 TEXTS = [
@@ -40,18 +36,12 @@ TEXTS = [
 ]
 
 
-def the_gguf() -> Path:
-    try:
-        return demo_file(SMOLLM2_FILE, SMOLLM2_SHA256)
-    except FileNotFoundError as error:
-        pytest.skip(f"the model's wheel is not installed: {error}")
-
-
 @pytest.fixture(scope="module")
 def smollm2():
-    the_gguf()
-    if not is_whole(cache_folder() / f"smollm2-135m-{SMOLLM2_SHA256[:12]}"):
-        pytest.skip("SmolLM2 is not converted yet: call load_backbone() once (about a minute)")
+    try:
+        demo_file(SMOLLM2_FILE, SMOLLM2_SHA256)
+    except FileNotFoundError as error:
+        pytest.skip(f"the model's wheel is not installed: {error}")
     return load_backbone("smollm2-135m", **CPU)
 
 
@@ -120,23 +110,54 @@ def test_a_tiny_model_generates_and_its_batch_equals_single_rows(name):
 # ---------------------------------------------------------------- device, dtype, kind
 
 
-def test_auto_takes_what_the_machine_has():
-    device = pick_device("auto")
-    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert pick_dtype("auto", device) == (torch.bfloat16 if native_bfloat16(device) else torch.float32)
-    assert not native_bfloat16(torch.device("meta"))
+@pytest.fixture
+def clock(monkeypatch):
+    "Sets how long a product takes in bfloat16, where it takes 1 second in float32; counts the measurements."
+    asked = []
+
+    def set_seconds(bfloat16):
+        def seconds(dtype):
+            asked.append(dtype)
+            return {torch.float32: 1.0, torch.bfloat16: bfloat16}[dtype]
+
+        backbones._cpu_is_faster_in_bfloat16.cache_clear()
+        monkeypatch.setattr(backbones, "_seconds", seconds)
+        return asked
+
+    yield set_seconds
+    backbones._cpu_is_faster_in_bfloat16.cache_clear()
 
 
-def test_bfloat16_on_a_processor_follows_its_capabilities(monkeypatch):
-    monkeypatch.setattr(backbones.platform, "machine", lambda: "x86_64")
-    for found in ({"avx512_bf16": True}, {"amx_bf16": True}, {"avx512_bf16": False}, {}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert native_bfloat16(torch.device("cpu")) == any(found.values())
+@pytest.mark.parametrize(
+    "seconds, name", [(0.1, "bfloat16"), (0.6, "bfloat16"), (0.7, "float32"), (1.8, "float32")]
+)
+def test_auto_is_bfloat16_on_a_processor_that_is_clearly_faster_in_it(clock, seconds, name):
+    asked = clock(seconds)
+    cpu = torch.device("cpu")
+    assert pick_dtype("auto", cpu) == pick_dtype("auto", cpu) == getattr(torch, name)
+    assert len(asked) == 2  # measured once in a process
+    assert (
+        pick_dtype("float32", cpu) == torch.float32
+        and pick_dtype("auto", torch.device("meta")) == torch.float32
+    )
+
+
+def test_a_product_is_measured_in_both_formats_in_little_time():
+    assert all(0 < backbones._seconds(dtype) < 1 for dtype in (torch.float32, torch.bfloat16))
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_asks_the_driver_on_cuda(monkeypatch, native):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation
+    )
+    assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-t5"])
-def test_a_tiny_model_is_in_float32_also_where_bfloat16_is_native(name, monkeypatch):
-    monkeypatch.setattr(backbones, "native_bfloat16", lambda device: True)
+def test_a_tiny_model_is_in_float32_also_where_bfloat16_is_faster(name, clock):
+    clock(0.1)
     assert load_backbone(name, device="cpu")[0].dtype == torch.float32
     assert load_backbone(name, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
@@ -224,90 +245,104 @@ def test_code_beside_a_model_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# ---------------------------------------------------------------- cache
+# ---------------------------------------------------------------- the converted model
 
-
-def test_a_changed_short_or_missing_file_is_noticed(tmp_path):
-    for change in ("none", "touch", "byte", "short", "missing", "list"):
-        folder = tmp_path / change
-        folder.mkdir()
-        (folder / "a").write_bytes(b"0123")
-        (folder / "b").write_bytes(b"4567")
-        write_checksums(folder)
-        if change == "touch":
-            os.utime(folder / "a", ns=(1, 1))
-        if change == "byte":
-            (folder / "a").write_bytes(b"0x23")
-            os.utime(folder / "a", ns=(1, 1))
-        if change == "short":
-            (folder / "a").write_bytes(b"012")
-        if change == "missing":
-            (folder / "b").unlink()
-        if change == "list":
-            (folder / "checksums.json").write_text('["a"')
-        assert is_whole(folder) == (change in ("none", "touch")), change
-    assert not is_whole(tmp_path / "nowhere")
+NAME = f"smollm2-135m-{SMOLLM2_SHA256[:12]}"
 
 
 @pytest.fixture
-def quick_conversion(monkeypatch):
+def conversions(tmp_path, monkeypatch):
+    "A cache of its own, and a conversion that takes no time: it saves the tiny model."
     calls = []
 
-    def save(gguf, folder):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"weights")
+    def convert(gguf, folder):
         calls.append(gguf)
+        for part in load_backbone("tiny-llama", **CPU):
+            part.save_pretrained(folder)
 
-    class Saved:
-        def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{}")
-
-    monkeypatch.setattr(backbones, "save_gguf_model", save)
-    monkeypatch.setattr(backbones, "gguf_tokenizer", lambda gguf: Saved())
+    monkeypatch.setattr(backbones, "demo_file", lambda path, sha256: Path(path))
+    monkeypatch.setattr(backbones, "_convert", convert)
+    monkeypatch.setenv("JUMPLORA_CACHE", str(tmp_path / "deep" / "cache"))
     return calls
 
 
-def test_the_conversion_is_done_once_and_again_after_damage(tmp_path, quick_conversion):
-    folder = tmp_path / "deep" / "model"
-    for _ in range(2):
-        assert converted(Path("x.gguf"), folder) == folder
-    assert len(quick_conversion) == 1
-    (folder / "model.safetensors").write_bytes(b"wei")
-    converted(Path("x.gguf"), folder)
-    assert len(quick_conversion) == 2 and (folder / "model.safetensors").read_bytes() == b"weights"
-    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+def none(folder):
+    pass
 
 
-def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, quick_conversion, monkeypatch):
-    def broken(folder):
+def touch(folder):
+    os.utime(folder / "config.json", ns=(1, 1))
+
+
+def change_a_byte(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+
+
+def shorten(folder):
+    stat = (folder / "model.safetensors").stat()
+    (folder / "model.safetensors").write_bytes(b"short")
+    os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def remove(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def break_the_list(folder):
+    (folder / "checksums.json").write_text('["a"')
+
+
+def remove_the_list(folder):
+    (folder / "checksums.json").unlink()
+
+
+DAMAGE = [change_a_byte, shorten, remove, break_the_list, remove_the_list]
+
+
+@pytest.mark.parametrize("change", [none, touch, *DAMAGE])
+def test_a_model_is_converted_once_and_again_after_damage(conversions, tmp_path, change):
+    first = [value.clone() for value in load_backbone(**CPU)[0].parameters()]
+    folder = tmp_path / "deep" / "cache" / NAME
+    change(folder)
+    again, tokenizer = load_backbone("smollm2-135m", **CPU)
+    assert len(conversions) == (2 if change in DAMAGE else 1) and tokenizer.padding_side == "left"
+    assert all(torch.equal(a, b) for a, b in zip(first, again.parameters(), strict=True))
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]
+    load_backbone(**CPU)
+    assert len(conversions) == (2 if change in DAMAGE else 1)
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(conversions, tmp_path, monkeypatch):
+    def broken(path, data):
         raise OSError("disk full")
 
-    monkeypatch.setattr(backbones, "write_checksums", broken)
+    monkeypatch.setattr(backbones, "write_atomic", broken)
     with pytest.raises(OSError, match="disk full"):
-        converted(Path("x.gguf"), tmp_path / "model")
-    assert not list(tmp_path.iterdir())
+        load_backbone(**CPU)
+    assert not list((tmp_path / "deep" / "cache").iterdir())
 
 
-def test_a_faster_process_wins_and_its_copy_is_used(tmp_path, quick_conversion, monkeypatch):
-    folder, write = tmp_path / "model", backbones.write_checksums
+def test_a_faster_process_wins_and_its_copy_is_used(conversions, tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "cache" / NAME
+    write = backbones.write_atomic
 
-    def and_meanwhile(fresh):
-        write(fresh)
-        folder.mkdir()
+    def and_meanwhile(path, data):
+        write(path, data)
+        shutil.copytree(path.parent, folder)
         (folder / "theirs").write_text("theirs")
-        write(folder)
 
-    monkeypatch.setattr(backbones, "write_checksums", and_meanwhile)
-    assert converted(Path("x.gguf"), folder) == folder
-    assert (folder / "theirs").exists() and not (folder / "model.safetensors").exists()
+    monkeypatch.setattr(backbones, "write_atomic", and_meanwhile)
+    load_backbone(**CPU)
+    assert (folder / "theirs").exists() and len(conversions) == 1
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("JUMPLORA_CACHE", "here")
-    assert cache_folder() == Path("here")
+def test_the_cache_is_in_the_users_folder_unless_one_is_named(conversions, tmp_path, monkeypatch):
     monkeypatch.delenv("JUMPLORA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "there")
-    assert cache_folder() == Path("there/jumplora")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    load_backbone(**CPU)
+    assert (tmp_path / "there" / "jumplora" / NAME / "model.safetensors").is_file()
 
 
 def test_without_the_wheel_the_command_is_printed(tmp_path, monkeypatch):
@@ -364,7 +399,7 @@ def read_blocks(path: Path, start: int, shape: tuple[int, int]) -> np.ndarray:
 
 def test_smollm2_weights_are_the_blocks_of_the_file(smollm2):
     "Three tensors read with numpy alone; the file is pinned by its sha256, so their places are known."
-    ours, gguf = smollm2[0].state_dict(), the_gguf()
+    ours, gguf = smollm2[0].state_dict(), demo_file(SMOLLM2_FILE, SMOLLM2_SHA256)
     norm = np.fromfile(gguf, "<f4", 576, offset=98360128)
     assert np.array_equal(norm, ours["model.norm.weight"].numpy())
     up = read_blocks(gguf, 83953216, (1536, 576))

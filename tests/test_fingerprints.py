@@ -13,8 +13,8 @@ import pytest
 from real_rows import DATA, ROOT, needs_rows
 
 from jumplora.data.backbones import load_backbone
-from jumplora.data.paper_rows import load_sequence
-from jumplora.data.rows import ORDERS
+from jumplora.data.benchmark import ORDERS
+from jumplora.data.sequences import load_sequence
 from jumplora.learning.continual import Method
 from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import TaskSequence

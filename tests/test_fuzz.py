@@ -20,7 +20,7 @@ from fuzz import (
 )
 
 from jumplora.command_line import main, parse_settings
-from jumplora.data.rows import read_folder
+from jumplora.data.benchmark import read_folder
 from jumplora.learning.tasks import Question
 from jumplora.learning.training import TrainConfig
 from jumplora.method.adapter import JumpLoraConfig

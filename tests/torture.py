@@ -38,7 +38,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - here once, 
 
 from jumplora.conventions import write_atomic
 from jumplora.data.backbones import load_backbone
-from jumplora.data.rows import file_sha256
+from jumplora.data.newsroom import file_sha256
 from jumplora.learning import continual
 from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.methods import METHODS

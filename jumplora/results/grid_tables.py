@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..conventions import check_choice, figure_style, method_style, write_atomic
-from ..data.hub_rows import HUB
+from ..data.benchmark import HUB
 from ..learning import evaluation
 from jumplora.results.run_tables import (
     PARTS,

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from ..conventions import METHOD_COLORS, check_choice, figure_style, method_style
-from ..data.hub_rows import DIFFERENT_SAMPLE
+from ..data.benchmark import DIFFERENT_SAMPLE
 from ..learning.evaluation import average_interval, interval
 from ..storage.record import Damaged, Run, flatten
 

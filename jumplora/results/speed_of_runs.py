@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..conventions import check_choice, set_seed
 from ..data.backbones import load_backbone
-from ..data.paper_rows import load_sequence
+from ..data.sequences import load_sequence
 from ..learning import continual, evaluation, training
 from ..learning.methods import METHODS
 from ..learning.tasks import Example, Question, Task, TaskSequence, encode_answer, encode_prompt

@@ -22,9 +22,8 @@ import pandas as pd
 
 from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device, pick_dtype
-from ..data.hub_rows import HUB_SEQUENCES
-from ..data.paper_rows import load_sequence
-from ..data.rows import ORDERS
+from ..data.benchmark import HUB_SEQUENCES, ORDERS
+from ..data.sequences import load_sequence
 from ..learning.continual import Method, learn_sequence
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence

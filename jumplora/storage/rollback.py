@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/5_inside/rollback.ipynb #5c1e77aa
 from ..conventions import check_choice, write_atomic
-from ..data.paper_rows import load_sequence
+from ..data.sequences import load_sequence
 from ..learning.evaluation import evaluate
 from ..learning.tasks import TaskSequence
 from .record import Run, digest, plain, read_record, tensors_checksum

