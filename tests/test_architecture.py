@@ -38,8 +38,8 @@ running.tracking
 learning.continual
 learning.methods
 results.sparsity results.run_tables storage.rollback storage.formats
-results.grid_tables results.ablations results.speed storage.export
-results.speed_of_runs running.grid
+results.grid_tables results.speed storage.export
+running.grid
 command_line
 """
 LAYER = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}
