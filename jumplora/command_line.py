@@ -467,8 +467,7 @@ def benchmark(
     import torch
 
     from jumplora.data.backbones import pick_device, pick_dtype
-    from jumplora.results.speed import load_parts
-    from jumplora.results.speed_of_runs import PARTS, measure, speed_table
+    from jumplora.results.speed import PARTS, load_parts, measure, speed_table
 
     device = pick_device(flags.device)
     dtype = pick_dtype(flags.dtype, device)

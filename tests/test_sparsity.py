@@ -7,19 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jumplora.results import sparsity
 from jumplora.results.sparsity import (
-    Overlap,
     chance_overlap,
-    expected_overlap,
-    filled_share,
-    jaccard,
+    density_figure,
+    overlap_figure,
     overlap_report,
-    overlap_table,
-    overlap_z,
     recorded_overlap,
-    share_of_smaller,
-    simulate_filling,
     support_overlap,
     tasks_that_fit,
 )
@@ -75,10 +68,12 @@ def test_counts_are_those_of_boolean_masks(seed, density):
             both, either = (flat[i] & flat[j]).sum(), (flat[i] | flat[j]).sum()
             smaller = min(flat[i].sum(), flat[j].sum())
             assert found.shared[i, j] == both
-            assert jaccard(found)[i, j] == pytest.approx(both / either if either else math.nan, nan_ok=True)
-            assert share_of_smaller(found)[i, j] == pytest.approx(
-                both / smaller if smaller else math.nan, nan_ok=True
-            )
+            assert found.smaller[i, j] == smaller
+            if i < j:
+                row = found.table().loc[f"task {i}, task {j}"]
+                ratios = [both / whole if whole else math.nan for whole in (either, smaller)]
+                shown = [row["Jaccard"], row["of the smaller"]]
+                assert row["shared"] == both and shown == pytest.approx(ratios, abs=1e-4, nan_ok=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -95,15 +90,15 @@ def test_chance_is_the_hypergeometric_distribution(numbers):
 def test_chance_is_added_up_over_layers():
     found = overlap_of(masks(0))
     parts = [chance_overlap(*found.counts[i, :2], found.entries[i]) for i in range(2)]
-    expected, spread = expected_overlap(found)
+    expected, spread = found.by_chance()
     assert expected[0, 1] == pytest.approx(parts[0][0] + parts[1][0])
     assert spread[0, 1] == pytest.approx(math.hypot(parts[0][1], parts[1][1]))
-    assert overlap_z(found)[0, 1] == pytest.approx((found.shared[0, 1] - expected[0, 1]) / spread[0, 1])
+    assert found.z()[0, 1] == pytest.approx((found.shared[0, 1] - expected[0, 1]) / spread[0, 1])
 
 
 def test_blind_tasks_have_a_small_z_and_equal_ones_a_large_one():
     first, second = masks(1, 2)
-    z = overlap_z(overlap_of([first, second, first]))
+    z = overlap_of([first, second, first]).z()
     assert abs(z[0, 1]) < 3 < 8 < z[0, 2] and np.isnan(z[0, 0])
 
 
@@ -111,8 +106,9 @@ def test_full_and_empty_supports_have_no_z():
     full = {name: np.ones(shape, dtype=bool) for name, shape in SHAPES.items()}
     empty = {name: np.zeros(shape, dtype=bool) for name, shape in SHAPES.items()}
     found = overlap_of([full, full, empty])
-    assert np.isnan(overlap_z(found)).all()
-    assert np.isnan(share_of_smaller(found)[0, 2]) and jaccard(found)[0, 1] == 1
+    assert np.isnan(found.z()).all()
+    table = found.table()
+    assert np.isnan(table["of the smaller"]["task 0, task 2"]) and table["Jaccard"]["task 0, task 1"] == 1
     assert "| task 0, task 1 | 143 | 143.0 | 0.0 | nan |" in overlap_report(record(found), found)
 
 
@@ -140,21 +136,6 @@ def test_shares_outside_their_range_are_refused(wrong):
         tasks_that_fit(**dict(density=0.1) | wrong)
 
 
-@pytest.mark.parametrize("density", [0.003, 0.05, 0.3])
-def test_a_thousand_blind_tasks_fill_the_matrix_as_the_formula_says(density):
-    filled = simulate_filling(density, tasks=1000, entries=4000)
-    wanted = filled_share(density, np.arange(1, 1001))
-    spread = np.sqrt(wanted * (1 - wanted) / 4000)  # of a mean over entries
-    assert np.abs(filled - wanted).max() < 4 * spread.max()
-    assert (np.diff(filled) >= 0).all() and filled[0] == density
-
-
-def test_tasks_that_crowd_fill_it_more_slowly():
-    options = dict(density=0.05, tasks=60, entries=4000)
-    assert (simulate_filling(**options, crowding=2.0)[2:] < simulate_filling(**options)[2:]).all()
-    assert np.array_equal(simulate_filling(**options), simulate_filling(**options))
-
-
 def test_the_record_gives_the_same_counts(tmp_path):
     found = overlap_of(masks(3))
     for run in (record(found), Run.load(record(found).save(tmp_path))):  # as made, and through the file
@@ -162,7 +143,7 @@ def test_the_record_gives_the_same_counts(tmp_path):
         assert again.tasks == found.tasks
         for name in ("entries", "counts", "shared", "touched"):
             assert np.array_equal(getattr(again, name), getattr(found, name))
-        assert np.array_equal(overlap_z(again), overlap_z(found), equal_nan=True)
+        assert np.array_equal(again.z(), found.z(), equal_nan=True)
 
 
 def test_a_run_without_counts_says_why():
@@ -191,22 +172,31 @@ def test_counts_of_some_tasks_are_not_taken_for_those_of_all():
 def test_the_report_has_every_pair_task_and_layer():
     found = overlap_of(masks(4))
     text = overlap_report(record(found), found)
-    for words in (
-        "task 0, task 2",
-        "| task 1 |",
-        "b.v_proj",
-        "143 entries are touched",
-        "further tasks find",
-    ):
-        assert words in text, words
-    assert list(overlap_table(found).index) == ["task 0, task 1", "task 0, task 2", "task 1, task 2"]
+    words = ("task 0, task 2", "| task 1 |", "b.v_proj", "143 entries are touched", "further tasks find")
+    assert [word for word in words if word not in text] == []
+    assert list(found.table().index) == ["task 0, task 1", "task 0, task 2", "task 1, task 2"]
     one = overlap_of(masks(4, tasks=1))
     assert "Shared entries" not in overlap_report(record(one), one)
+
+
+def test_the_report_says_how_full_the_matrix_is_and_which_layers_are_densest():
+    kept = [{"a.q_proj": np.zeros((12, 9), bool), "b.v_proj": np.zeros((7, 5), bool)} for _ in range(2)]
+    kept[0]["b.v_proj"][0] = kept[1]["b.v_proj"][1] = True  # five entries each, none shared
+    found = overlap_of(kept)
+    text = overlap_report(record(found), found)
+    assert "7.0% of 143 entries are touched. At 3.50% per task" in text
+    assert "18 further tasks find" in text and tasks_that_fit(5 / 143, 10 / 143) == 18
+    assert "| task 1 | 5 | 3.5 | 6.99 | 6.87 |" in text
+    assert text.index("| b.v_proj | 14.29 | 14.29 |") < text.index("| a.q_proj | 0.0 | 0.0 |")
+    empty = overlap_of([{name: np.zeros(shape, bool) for name, shape in SHAPES.items()}])
+    assert "every further task finds" in overlap_report(record(empty), empty)
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_figures_are_drawn_for_one_task_and_for_many(tasks):
     found = overlap_of(masks(5, tasks=tasks))
-    assert len(sparsity.overlap_figure(found).axes) == 6
-    assert len(sparsity.density_figure(record(found)).axes) == 2
-    assert isinstance(found, Overlap)
+    axes = overlap_figure(found).axes
+    assert len(axes) == 6 and axes[0].images[0].get_clim() == axes[1].images[0].get_clim()
+    assert axes[2].images[0].get_array().shape == (tasks, tasks)
+    kept = density_figure(record(found)).axes[0].images[0].get_array()
+    assert np.allclose(kept, 100 * found.counts / found.entries[:, None])
