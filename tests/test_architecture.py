@@ -38,7 +38,7 @@ running.tracking
 learning.continual
 learning.methods
 results.sparsity results.run_tables storage.rollback storage.formats
-results.grid_tables results.ablations results.speed storage.export
+results.ablations results.speed storage.export
 results.speed_of_runs running.grid
 command_line
 """

@@ -20,24 +20,20 @@ from jumplora.data.hub_rows import DIFFERENT_SAMPLE, HUB_SEQUENCES, HUB_SOURCES,
 from jumplora.data.paper_rows import load_sequence
 from jumplora.data.rows import BENCHMARK, ORDERS
 from jumplora.learning.tasks import SPLITS
-from jumplora.results.grid_tables import (
-    budget_text,
-    forgetting_figure,
-    gate_table,
-    grid_table,
-    measured,
-    search_table,
-    sequence_figure,
-    summary_table,
-    tables_of,
-)
 from jumplora.results.run_tables import (
     accuracy_figure,
+    budget_text,
     by_method,
     comparison_table,
     first_task_figure,
+    gate_table,
+    grid_table,
+    measured,
     reported_results,
     reported_table,
+    search_table,
+    summary_table,
+    tables_of,
     what_was_run,
 )
 from jumplora.running.grid import Job, job_sequence, sequences_for
@@ -397,9 +393,6 @@ def test_tables_in_every_form_and_figures_say_that_rows_are_a_different_sample(t
     for figure in (accuracy_figure([record()]), first_task_figure([record()])):
         shown = [*figure.texts, *(text for ax in figure.axes for text in (ax.title, ax._left_title))]
         assert DIFFERENT_SAMPLE in " ".join([figure.get_suptitle(), *(text.get_text() for text in shown)])
-    for draw in (sequence_figure, forgetting_figure):
-        figure = draw(RUNS, "SC-hub")
-        assert DIFFERENT_SAMPLE in figure.get_suptitle() + figure.axes[0].get_title("left")
     assert f"agnews-hub: {DIFFERENT_SAMPLE}" in budget_text(RUNS)
     assert f"on order1-hub with a model ({DIFFERENT_SAMPLE}) (2 seeds)" in what_was_run(RUNS)
     for run in RUNS:
