@@ -30,12 +30,10 @@ from jumplora.results.run_tables import (
     reported_results,
     reported_table,
     scored_on_test,
-    search_table,
     summary_table,
     tables_of,
     told_apart,
     typical_interval,
-    what_was_run,
     wins,
     write_tables,
 )
@@ -268,19 +266,6 @@ def test_backward_transfer_keeps_the_digits_of_its_source():
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="metric='accuracy' is not known"):
         reported_table(reported_results(REPORTED), [], metric="accuracy")
-
-
-def test_the_first_sentence_counts_the_records():
-    assert "nothing yet" in what_was_run([]) and "0 of 30 cells" in what_was_run([])
-    small = [make(method, sequence="newsroom", backbone="smollm2-135m") for method in COMPARED]
-    text = what_was_run([*small, make()])
-    assert "5 of 5 methods on newsroom with smollm2-135m (1 seed)" in text and "1 of 30 cells" in text
-    assert "no table of the paper is reproduced" in text
-    text = what_was_run([*small, make(COMPARED[0], sequence="newsroom", backbone="smollm2-135m", seed=7)])
-    assert "on newsroom with smollm2-135m (1 to 2 seeds)" in text
-    assert "agnews" not in what_was_run([make("single task", sequence="agnews", backbone="smollm2-135m")])
-    everything = [make(m, sequence=f"order{i}") for m in COMPARED for i in range(1, 7)]
-    assert "30 of 30 cells were run: the grid is full" in what_was_run(everything)
 
 
 # ---------------------------------------------------------------- figures
@@ -540,19 +525,6 @@ def test_the_budget_and_what_must_be_known_of_rows_are_said():
     assert "28 runs of a model" in text and "120 training rows and 50 test rows" in text
     assert "at most 128 tokens" in text and "yahoo: a different sample." in text
     assert budget_text([]) == "Not run."
-
-
-def test_a_search_shows_every_try():
-    tries = []
-    for strength in (1e4, 1e5):
-        run = make_order("ELLA", "order1", 1, split="dev")
-        run.configuration["method"]["regularizer"]["strength"] = strength
-        tries.append(run)
-    gate = make_order("IncLoRA + JumpLoRA", "order1", 1, split="dev")
-    gate.configuration["train"]["kept"] = 0.05
-    muon = make_order("IncLoRA (Muon)", "order1", 1, split="dev")
-    tried = ["λ = 10000.0", "λ = 100000.0", "learning rate = 0.001", "kept = 0.05"]
-    assert search_table([gate, tries[1], muon, tries[0]])["tried"].tolist() == tried
 
 
 def test_tables_are_written_in_three_forms_that_agree(tmp_path):
