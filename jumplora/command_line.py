@@ -255,9 +255,9 @@ def report(
 ) -> None:
     "Print the table, write it beside the records, draw the two figures, and say where they are."
     from jumplora.conventions import figure_style, write_atomic
-    from jumplora.results.grid_tables import budget_text
     from jumplora.results.run_tables import (
         accuracy_figure,
+        budget_text,
         comparison_table,
         first_task_figure,
         markdown_table,
@@ -326,8 +326,7 @@ def table(
     flags: Namespace,  # from `table_parser`
 ) -> int:  # exit code
     "Print the tables of all runs in a folder; with --out, write them too."
-    from jumplora.results.grid_tables import tables_of, write_tables
-    from jumplora.results.run_tables import load_runs, markdown_table
+    from jumplora.results.run_tables import load_runs, markdown_table, tables_of, write_tables
 
     formats = ("text", "markdown", "csv", "html")
     form, runs = check_choice(flags.format, formats, "format"), load_runs(flags.folder)

@@ -13,7 +13,7 @@ import torch
 from equal_runs import files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jumplora.storage.run_folder import load_state
+from jumplora.storage.state import load_state
 from safetensors.torch import load_file, save_file
 
 from jumplora.data.backbones import load_backbone

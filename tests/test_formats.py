@@ -18,19 +18,7 @@ from safetensors.torch import load_file, save_file
 from jumplora.data.backbones import load_backbone
 from jumplora.method.adapter import JumpLoraConfig, delta_weights, gate_groups
 from jumplora.storage import formats
-from jumplora.storage.formats import (
-    SPARSE,
-    add_updates,
-    entries_needed,
-    exact_updates,
-    filled,
-    format_bytes,
-    merged_model,
-    save_gated_adapter,
-    save_sparse_adapter,
-    shira_state,
-    supertuning_state,
-)
+from jumplora.storage.formats import SPARSE, add_updates, entries_needed, exact_updates, filled, format_bytes, merged_model, save_gated_adapter, save_sparse_adapter, shira_state, supertuning_state
 from jumplora.storage.updates import SparseUpdate, sparse_update
 
 ADVICE = f"peft {peft.__version__} moved it: mend nbs/5_inside/formats.ipynb, or peft's range in settings.ini"

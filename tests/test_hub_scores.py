@@ -8,17 +8,8 @@ from real_rows import ROOT
 
 from jumplora.command_line import main
 from jumplora.data.benchmark import DIFFERENT_SAMPLE, ORDERS
-from jumplora.results.grid_tables import (
-    budget_text,
-    forgetting_figure,
-    gate_table,
-    grid_table,
-    measured,
-    search_table,
-    sequence_figure,
-    summary_table,
-    tables_of,
-)
+from jumplora.results.run_tables import budget_text, gate_table, grid_table, measured, summary_table, tables_of
+from jumplora.results.grid_tables import forgetting_figure, search_table, sequence_figure
 from jumplora.results.run_tables import (
     accuracy_figure,
     by_method,

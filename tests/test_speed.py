@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jumplora.data.backbones import load_backbone
-from jumplora.data.paper_rows import load_sequence
+from jumplora.data.sequences import load_sequence
 from jumplora.learning import evaluation, training
 from jumplora.learning.tasks import Question
 from jumplora.method import adapter
