@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from equal_runs import entries
 from hypothesis import given, settings
+from equal_runs import entries
 from hypothesis import strategies as st
 
 from jumplora.results.sparsity import (
@@ -17,7 +19,7 @@ from jumplora.results.sparsity import (
     tasks_that_fit,
 )
 from jumplora.storage.record import Run
-from jumplora.storage.updates import ArchiveHeader, UpdateArchive, pack_sparse, sparse_update
+from jumplora.storage.updates import ArchiveHeader, UpdateArchive, sparse_update
 
 torch = pytest.importorskip("torch")
 SHAPES = {"a.q_proj": (12, 9), "b.v_proj": (7, 5)}
@@ -31,7 +33,7 @@ def masks(seed, tasks=3, density=0.3):
 def archive(task, kept):
     tensors = {}
     for name, mask in kept.items():
-        tensors |= pack_sparse(name, sparse_update(torch.tensor(mask, dtype=torch.float32)))
+        tensors |= entries(name, sparse_update(torch.tensor(mask, dtype=torch.float32)))
     about = dict(task=task, position=0, method="m", model="none", base="-", before="-", update="-")
     shapes = {name: list(mask.shape) for name, mask in kept.items()}
     return UpdateArchive(ArchiveHeader(**about, layers=shapes, sparsity=0.7, values="float32"), tensors)

@@ -24,9 +24,9 @@ import numpy as np
 import pandas as pd
 
 from ..conventions import METHOD_COLORS, check_choice, figure_style, method_style, write_atomic
-from ..data.hub_rows import DIFFERENT_SAMPLE, HUB
+from ..data.benchmark import DIFFERENT_SAMPLE, HUB
 from ..learning.evaluation import average_interval, forward_transfer, interval
-from ..storage.record import DamagedRecord, Run, digest, flatten
+from ..storage.record import Damaged, Run, digest, flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def load_runs(
     for path in sorted(Path(folder).rglob("record.json")):
         try:
             runs.append(Run.load(path))
-        except DamagedRecord as error:
+        except Damaged as error:
             warnings.warn(str(error), stacklevel=2)
     return runs
 

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from ..conventions import check_choice, set_seed, write_atomic
 from ..data.backbones import load_backbone
-from ..data.paper_rows import load_sequence
+from ..data.sequences import load_sequence
 from ..learning import continual, evaluation, training
 from ..learning.methods import METHODS
 from jumplora.learning.tasks import (

@@ -33,14 +33,7 @@ from ..data.backbones import BACKBONES
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..learning.training import TrainConfig, attach_adapter
 from . import state
-from jumplora.storage.formats import (
-    FORMATS,
-    SPARSE,
-    exact_updates,
-    merged_model,
-    save_gated_adapter,
-    save_sparse_adapter,
-)
+from .formats import FORMATS, SPARSE, exact_updates, merged_model, save_gated_adapter, save_sparse_adapter
 from .record import Run, flatten
 from .updates import SparseUpdate, archive_path, read_archive
 
