@@ -37,7 +37,7 @@ learning.training
 running.tracking
 learning.continual
 learning.methods
-results.sparsity results.run_tables storage.rollback storage.formats
+results.sparsity results.run_tables storage.rollback
 results.grid_tables results.ablations results.speed storage.export
 results.speed_of_runs running.grid
 command_line

@@ -1,6 +1,5 @@
 """Archived updates and taking a task out again: every bit accounted for, nothing believed unchecked."""
 
-import copy
 import json
 import shutil
 import struct
@@ -13,7 +12,7 @@ import torch
 from equal_runs import files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from jumplora.data.backbones import load_backbone
 from jumplora.learning import continual
@@ -21,16 +20,12 @@ from jumplora.learning.continual import Method, learn_sequence, merge_adapter, w
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import adapter_layers
-from jumplora.storage import rollback as archives
-from jumplora.storage import run_folder
 from jumplora.storage import updates as sparse_updates
-from jumplora.storage.record import DamagedRecord, Run
+from jumplora.storage.record import Run
 from jumplora.storage.rollback import (
     add_archives,
     load_archives,
-    load_without,
     rollback,
-    rollback_folder,
     without_task,
 )
 from jumplora.storage.run_folder import load_state
@@ -430,16 +425,6 @@ def test_a_negative_zero_comes_back_with_its_sign(tmp_path):
     assert bound == 0 and same_bits(again, before)
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(after_task="keep"), dict(training="joint")], ids=lambda c: next(iter(c))
-)
-def test_a_run_without_updates_of_single_tasks_says_so(results, changes):
-    run = copy.deepcopy(results["gated"].run)
-    run.configuration["method"] |= changes
-    with pytest.raises(ValueError, match="JumpLoRA .*no update is one task's own"):
-        archives.check_archived(run)
-
-
 def test_archives_can_be_left_out(tmp_path):
     result = learn(tmp_path, archive=False, sequence=TaskSequence("one", TASKS[:1]))
     assert not (result.folder / "updates").exists()
@@ -475,17 +460,6 @@ def test_a_resumed_run_ends_with_the_same_archives_and_counts(results, tmp_path)
     assert files(resumed.folder / "updates") == files(whole.folder / "updates")
 
 
-def test_a_merged_task_that_is_not_scored_yet_can_be_taken_out(gated):
-    run = Run.load(gated.folder)
-    run.accuracy[2, 1:], run.extra["state_tasks"] = np.nan, 3  # killed while its scores were taken
-    del run.right[run.tasks[2]]
-    run.save(gated.folder.parent)
-    assert run.finished == 2
-    found = rollback(gated.folder, "places", SEQUENCE)
-    assert found.bound == 0 and found.tasks == run.tasks and np.isnan(found.scores["places"][0])
-    assert "| places | nan | " in archives.rollback_report(found)
-
-
 def test_a_deleted_archive_ends_the_counting_and_not_the_run(gated):
     support = gated.run.extra["support"]
     assert sparse_updates.support_so_far(gated.folder, gated.run.tasks, support) == support
@@ -497,269 +471,9 @@ def test_a_deleted_archive_ends_the_counting_and_not_the_run(gated):
     assert sparse_updates.support_so_far(gated.folder, gated.run.tasks, None) is None
 
 
-# ---- taking a task out ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind, k", PLACES)
-def test_a_task_is_taken_out_bit_for_bit(results, kind, k, tmp_path):
-    result = results[kind]
-    folder = Path(shutil.copytree(result.folder, tmp_path / result.folder.name))
-    before, task = files(folder), result.run.tasks[k]
-    found = rollback(folder, task)
-    assert found.bound == 0 and found.task == task and found.last == (k == len(result.run.tasks) - 1)
-    place = rollback_folder(folder, task)
-    weights = {n.removesuffix(".weight"): w for n, w in load_file(place / "weights.safetensors").items()}
-    archived = load_archives(folder, result.run)
-    assert same_bits(weights, add_archives(result.weights[0], archived[:k] + archived[k + 1 :]))
-    if found.last:
-        assert same_bits(weights, result.weights[k])  # the weights that the last task began with
-    changed = sum((archived[k].update(n).dense() != 0).sum().item() for n in weights)
-    assert (found.changed, found.entries) == (changed, sum(w.numel() for w in weights.values()))
-    after = files(folder)
-    assert before.items() <= after.items()
-    assert {str(p) for p in after.keys() - before.keys()} == {
-        f"rollback-{task}/{name}" for name in ("weights.safetensors", "rollback.json", "report.md")
-    }
-    model, _, _ = load_without(folder, task, device="cpu")
-    for name, weight in weights.items():
-        own = model.get_submodule(name).weight
-        assert own.dtype == result.model.dtype and torch.equal(own, weight.to(own.dtype))
-
-
-def test_without_overwritten_values_the_base_gives_the_same_bits(gated):
-    for i in range(3):
-        rewrite(gated, i, lambda layer, old: pack_sparse(layer, old.update(layer)))
-    found = load_archives(gated.folder, Run.load(gated.folder))
-    for k, task in enumerate(gated.run.tasks):
-        assert rollback(gated.folder, task).bound == 0
-        weights = load_file(rollback_folder(gated.folder, task) / "weights.safetensors")
-        others = add_archives(gated.weights[0], found[:k] + found[k + 1 :])
-        assert same_bits({n.removesuffix(".weight"): w for n, w in weights.items()}, others)
-
-
-@pytest.mark.parametrize("kept", [True, False], ids=["overwritten kept", "from the base"])
-@pytest.mark.parametrize("k", [0, 1, 2])
-def test_rounded_values_stay_within_the_stated_bound(gated, k, kept):
-    exact = load_archives(gated.folder, gated.run)
-    for i in range(3):
-        rewrite(
-            gated, i, values="bfloat16",
-            make=lambda layer, old: pack_sparse(
-                layer, old.update(layer), old.overwritten(layer) if kept else None, "bfloat16"
-            ),
-        )  # fmt: skip
-    found = rollback(gated.folder, gated.run.tasks[k])
-    weights = load_file(rollback_folder(gated.folder, found.task) / "weights.safetensors")
-    wanted = add_archives(gated.weights[0], exact[:k] + exact[k + 1 :])
-    error = max((weights[f"{name}.weight"] - w).abs().max().item() for name, w in wanted.items())
-    assert (error == 0) == (found.bound == 0) == (kept and k == 2)
-    assert error <= found.bound < 0.1 * max(w.abs().max().item() for w in wanted.values())
-
-
-@pytest.mark.parametrize("k", [0, 1])
-def test_factors_on_another_processor_stay_within_the_stated_bound(results, k, tmp_path, monkeypatch):
-    result, real = results["no gate"], sparse_updates.UpdateArchive.update
-    folder = Path(shutil.copytree(result.folder, tmp_path / result.folder.name))
-    exact = load_archives(folder, result.run)
-    wanted = add_archives(result.weights[0], exact[:k] + exact[k + 1 :])
-
-    def in_float64(archive, layer):  # another order of rounding
-        A, B, s = (archive.tensors[f"{layer}.{part}"].double() for part in ("A", "B", "scaling"))
-        return sparse_update((s * (B @ A)).float())
-
-    monkeypatch.setattr(sparse_updates.UpdateArchive, "update", in_float64)
-    assert not exact[0].exact
-    found = rollback(folder, result.run.tasks[k])
-    weights = load_file(rollback_folder(folder, found.task) / "weights.safetensors")
-    error = max((weights[f"{name}.weight"] - w).abs().max().item() for name, w in wanted.items())
-    assert 0 < found.bound < 1e-3 and error <= found.bound
-    monkeypatch.setattr(sparse_updates.UpdateArchive, "update", real)
-
-
-# ---- scores -----------------------------------------------------------------------------------------------
-
-
-def test_scores_without_the_last_task_are_those_of_the_row_before(gated):
-    found = rollback(gated.folder, "places", SEQUENCE)
-    run = gated.run
-    for j, task in enumerate(run.tasks):
-        match, after, options, options_after = found.scores[task]
-        assert (match, options) == (run.accuracy[2, j], run.option_accuracy[2, j])
-        if j < 2:
-            assert (after, options_after) == (run.accuracy[1, j], run.option_accuracy[1, j])
-    report = (rollback_folder(gated.folder, "places") / "report.md").read_text()
-    assert "as it was before that task, bit for bit" in report and "| weather |" in report
-    facts = json.loads((rollback_folder(gated.folder, "places") / "rollback.json").read_text())
-    assert facts["scores"] == found.scores and facts["bound"] == 0
-
-
-# ---- refusals ---------------------------------------------------------------------------------------------
-
-
-def flip_last_byte(path):
-    data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
-def swap_in_another_task(gated):
-    shutil.copy(archive_path(gated.folder, 0, "topics"), archive_path(gated.folder, 1, "weather"))
-
-
-def other_base(gated):
-    rewrite(
-        gated,
-        1,
-        lambda layer, old: pack_sparse(layer, old.update(layer), old.overwritten(layer)),
-        base="0" * 16,
-    )
-
-
-def other_values(gated):
-    def double(layer, old):
-        update = old.update(layer)
-        return pack_sparse(layer, replace(update, values=2 * update.values), old.overwritten(layer))
-
-    rewrite(gated, 1, double)
-
-
-def other_overwritten(gated):
-    rewrite(gated, 2, lambda layer, old: pack_sparse(layer, old.update(layer), old.overwritten(layer) + 1))
-
-
-def other_start(gated):
-    def same(layer, old):
-        return pack_sparse(layer, old.update(layer), old.overwritten(layer))
-
-    rewrite(gated, 2, same, before="0" * 64)
-
-
-REFUSED = {
-    "unknown task": (lambda gated: None, "tpoics", "task='tpoics' is not known.*did you mean 'topics'"),
-    "a path as task": (lambda gated: None, "../x", "task='../x' is not known"),
-    "twice": (
-        lambda gated: rollback(gated.folder, "topics"),
-        "topics",
-        "taken out before; delete .*rollback-topics",
-    ),
-    "tampered": (
-        lambda gated: flip_last_byte(archive_path(gated.folder, 1, "weather")),
-        "places",
-        "02-weather.safetensors: the checksum does not match",
-    ),
-    "missing": (
-        lambda gated: archive_path(gated.folder, 1, "weather").unlink(),
-        "topics",
-        "02-weather.*missing",
-    ),
-    "another archive": (swap_in_another_task, "topics", "02-weather.*not the file that the record names"),
-    "another base": (other_base, "topics", "its base is '0000000000000000', that of the run"),
-    "another update": (other_values, "topics", "do not add up to the merged weights"),
-    "another past": (other_overwritten, "places", "do not add up to the merged weights"),
-    "another start": (other_start, "places", "not those that it began with"),
-    "damaged state": (
-        lambda gated: flip_last_byte(gated.folder / "state" / "after-3.safetensors"),
-        "topics",
-        "after-3.safetensors",
-    ),
-    "damaged record": (lambda gated: flip_last_byte(gated.folder / "record.json"), "topics", "record.json"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_done_rightly_is_refused_and_changes_nothing(gated, case):
-    prepare, task, message = REFUSED[case]
-    prepare(gated)
-    before = files(gated.folder.parent)
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        rollback(gated.folder, task)
-    assert files(gated.folder.parent) == before
-    assert not list(gated.folder.glob(".rollback*"))
-
-
-def test_a_backbone_with_other_weights_is_refused(results, tmp_path, monkeypatch):
-    result, real = results["no gate"], run_folder.load_backbone
-    folder = Path(shutil.copytree(result.folder, tmp_path / result.folder.name))
-
-    def changed(name, **options):
-        model, tokenizer = real(name, **options)
-        model.get_submodule("model.norm").weight.data[0] += 1e-6
-        return model, tokenizer
-
-    monkeypatch.setattr(run_folder, "load_backbone", changed)
-    before = files(tmp_path)
-    with pytest.raises(ValueError, match="tiny-llama has other weights than the backbone"):
-        rollback(folder, "topics")
-    assert files(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "sequence, message",
-    [
-        (SEQUENCE.limit(4), "the rows of 'topics' are not those of .*'train': 8"),
-        (TaskSequence("short", TASKS[:2]), "the rows of 'places' are not those"),
-    ],
-    ids=["fewer rows", "a task less"],
-)
-def test_rows_of_another_run_are_refused(gated, sequence, message):
-    before = files(gated.folder)
-    with pytest.raises(ValueError, match=message):
-        rollback(gated.folder, "topics", sequence)
-    assert files(gated.folder) == before
-
-
-def test_a_crash_while_writing_leaves_no_folder(gated, monkeypatch):
-    def crash(found):
-        raise Stopped
-
-    monkeypatch.setattr(archives, "rollback_report", crash)
-    before = files(gated.folder)
-    with pytest.raises(Stopped):
-        rollback(gated.folder, "topics")
-    assert files(gated.folder) == before and not list(gated.folder.glob(".rollback*"))
-
-
-def test_a_damaged_result_is_not_loaded(gated):
-    with pytest.raises(ValueError, match="was not taken out of .*call rollback first"):
-        load_without(gated.folder, "topics")
-    rollback(gated.folder, "topics")
-    place = rollback_folder(gated.folder, "topics")
-    flip_last_byte(place / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged; delete .*rollback-topics"):
-        load_without(gated.folder, "topics")
-    (place / "rollback.json").write_text((place / "rollback.json").read_text().replace("topics", "tropics"))
-    with pytest.raises(DamagedRecord):
-        load_without(gated.folder, "topics")
-
-
-def test_tables_do_not_count_a_rollback_as_a_run(gated):
-    from jumplora.results.run_tables import load_runs
-
-    rollback(gated.folder, "topics")
-    assert len(load_runs(gated.folder.parent)) == 1
-
-
 def test_the_checksum_of_an_update_sees_every_entry():
     one, other = random_update(seed=1), random_update(seed=1)
     other.values[3] = np.nextafter(other.values[3].item(), np.float32(9), dtype=np.float32).item()
     assert update_checksum([("layer", one)]) == update_checksum([("layer", random_update(seed=1))])
     assert update_checksum([("layer", one)]) != update_checksum([("layer", other)])
     assert set("model base before task method sparsity position format".split()) <= set(asdict(header({})))
-
-
-def test_a_task_taken_out_of_a_run_that_has_learned_on_is_refused(tmp_path, monkeypatch):
-    train = continual.Learner.train
-
-    def interrupted(learner, i):
-        if i == 2:
-            raise KeyboardInterrupt
-        return train(learner, i)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(continual.Learner, "train", interrupted)
-        learn(tmp_path)
-    (folder,) = tmp_path.iterdir()
-    task = rollback(folder, SEQUENCE.names[0]).task
-    load_without(folder, task, device="cpu")
-    learn(tmp_path)
-    with pytest.raises(ValueError, match="the run has learned .* since; delete .* and call rollback again"):
-        load_without(folder, task, device="cpu")
