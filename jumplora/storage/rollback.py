@@ -6,7 +6,7 @@
 __all__ = ['add_archives', 'load_archives', 'without_task', 'TakenOut', 'rollback_folder', 'rollback_report', 'load_rows',
            'rollback', 'load_without']
 
-# %% ../../nbs/5_inside/rollback.ipynb #ef6adb70
+# %% ../../nbs/5_inside/rollback.ipynb #6dea4e99
 import hashlib
 import json
 import tempfile
@@ -34,7 +34,7 @@ from jumplora.storage.updates import (
     read_archive,
 )
 
-# %% ../../nbs/5_inside/rollback.ipynb #69d4b620
+# %% ../../nbs/5_inside/rollback.ipynb #009a3531
 def add_archives(
     weights: dict[str, Tensor],  # layer's name -> weight (out, in); left as they are
     archives: Sequence[UpdateArchive],  # in the order learned
@@ -47,7 +47,7 @@ def add_archives(
             sums[name] += neutral_zeros(archive.update(name).dense())
     return sums
 
-# %% ../../nbs/5_inside/rollback.ipynb #0fa20d10
+# %% ../../nbs/5_inside/rollback.ipynb #972137fc
 def load_archives(
     folder: Path,  # a run's folder
     run: Run,  # its record
@@ -75,7 +75,7 @@ def load_archives(
         archives.append(archive)
     return archives
 
-# %% ../../nbs/5_inside/rollback.ipynb #00c3f9f6
+# %% ../../nbs/5_inside/rollback.ipynb #535b0ac3
 _ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "factors": 2.0**-12}  # of an update's largest entry
 
 
@@ -121,7 +121,7 @@ def without_task(
         raise ValueError("without the last task the weights are not those that it began with")
     return weights, bound
 
-# %% ../../nbs/5_inside/rollback.ipynb #ea009755
+# %% ../../nbs/5_inside/rollback.ipynb #066ca960
 @dataclass(frozen=True)
 class TakenOut:
     "What removing a task did."
@@ -166,7 +166,7 @@ def rollback_report(
             text += f"| {task} | {' | '.join(f'{score:.1f}' for score in row)} |\n"
     return text
 
-# %% ../../nbs/5_inside/rollback.ipynb #dd06e0d6
+# %% ../../nbs/5_inside/rollback.ipynb #209ffa9b
 def load_rows(
     run: Run,  # its record has the number of rows of each task
     name: str | None = None,  # as in `load_sequence`; None: the sequence's name in the record
@@ -192,14 +192,15 @@ def _score_again(run: Run, weights: dict[str, Tensor], sequence: TaskSequence, o
     train, scores, last = run.configuration["train"], {}, len(merged_tasks(run)) - 1
     for j, task in enumerate(merged_tasks(run)):
         score = evaluate(
-            model, tokenizer, sequence[task], run.configuration["scored_split"], max_length=train["max_length"],
-            truncation=train["truncation"], batch_size=2 * train["batch_size"],
+            model, tokenizer, sequence[task], run.configuration["scored_split"],
+            max_length=train["max_length"], truncation=train["truncation"],
+            batch_size=2 * train["batch_size"],
         )  # fmt: skip
         match, option = run.accuracy[last, j].item(), run.option_accuracy[last, j].item()
         scores[task] = [match, score.exact_match, option, score.option_accuracy]
     return scores
 
-# %% ../../nbs/5_inside/rollback.ipynb #161f632c
+# %% ../../nbs/5_inside/rollback.ipynb #930f5a8b
 @torch.no_grad()
 def rollback(
     folder: str | Path,  # a run's folder, with record, state and archives
@@ -242,7 +243,7 @@ def rollback(
             raise ValueError(f"{place} could not be made ({error}); nothing was overwritten") from None
     return found
 
-# %% ../../nbs/5_inside/rollback.ipynb #77f7e867
+# %% ../../nbs/5_inside/rollback.ipynb #7d88a79f
 def load_without(
     folder: str | Path,  # a run's folder
     task: str,  # that was removed from it
