@@ -6,7 +6,7 @@
 __all__ = ['add_archives', 'load_archives', 'without_task', 'TakenOut', 'rollback_folder', 'rollback_report', 'load_rows',
            'rollback', 'load_without']
 
-# %% ../../nbs/5_inside/rollback.ipynb #6dea4e99
+# %% ../../nbs/5_inside/rollback.ipynb #4112b526
 import hashlib
 import json
 import tempfile
@@ -34,7 +34,7 @@ from jumplora.storage.updates import (
     read_archive,
 )
 
-# %% ../../nbs/5_inside/rollback.ipynb #009a3531
+# %% ../../nbs/5_inside/rollback.ipynb #4bf3692e
 def add_archives(
     weights: dict[str, Tensor],  # layer's name -> weight (out, in); left as they are
     archives: Sequence[UpdateArchive],  # in the order learned
@@ -47,7 +47,7 @@ def add_archives(
             sums[name] += neutral_zeros(archive.update(name).dense())
     return sums
 
-# %% ../../nbs/5_inside/rollback.ipynb #972137fc
+# %% ../../nbs/5_inside/rollback.ipynb #2af9dc29
 def load_archives(
     folder: Path,  # a run's folder
     run: Run,  # its record
@@ -75,7 +75,7 @@ def load_archives(
         archives.append(archive)
     return archives
 
-# %% ../../nbs/5_inside/rollback.ipynb #535b0ac3
+# %% ../../nbs/5_inside/rollback.ipynb #f4e3ec31
 _ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "factors": 2.0**-12}  # of an update's largest entry
 
 
@@ -121,7 +121,7 @@ def without_task(
         raise ValueError("without the last task the weights are not those that it began with")
     return weights, bound
 
-# %% ../../nbs/5_inside/rollback.ipynb #066ca960
+# %% ../../nbs/5_inside/rollback.ipynb #5385e7c7
 @dataclass(frozen=True)
 class TakenOut:
     "What removing a task did."
@@ -166,7 +166,7 @@ def rollback_report(
             text += f"| {task} | {' | '.join(f'{score:.1f}' for score in row)} |\n"
     return text
 
-# %% ../../nbs/5_inside/rollback.ipynb #209ffa9b
+# %% ../../nbs/5_inside/rollback.ipynb #0c3ccb6f
 def load_rows(
     run: Run,  # its record has the number of rows of each task
     name: str | None = None,  # as in `load_sequence`; None: the sequence's name in the record
@@ -200,7 +200,7 @@ def _score_again(run: Run, weights: dict[str, Tensor], sequence: TaskSequence, o
         scores[task] = [match, score.exact_match, option, score.option_accuracy]
     return scores
 
-# %% ../../nbs/5_inside/rollback.ipynb #930f5a8b
+# %% ../../nbs/5_inside/rollback.ipynb #9e00291c
 @torch.no_grad()
 def rollback(
     folder: str | Path,  # a run's folder, with record, state and archives
@@ -243,7 +243,7 @@ def rollback(
             raise ValueError(f"{place} could not be made ({error}); nothing was overwritten") from None
     return found
 
-# %% ../../nbs/5_inside/rollback.ipynb #7d88a79f
+# %% ../../nbs/5_inside/rollback.ipynb #33f3dca3
 def load_without(
     folder: str | Path,  # a run's folder
     task: str,  # that was removed from it
