@@ -28,8 +28,7 @@ _MODULES = {
     "learning.methods": "EWC METHODS",
     "results.sparsity": "overlap_report support_overlap",
     "storage.rollback": "load_without rollback",
-    "storage.formats": "save_sparse_adapter",
-    "storage.export": "export_run push_to_hub",
+    "storage.export": "export_run push_to_hub save_sparse_adapter",
     "running.grid": "plan run_grid status",
     "results.run_tables": "accuracy_figure comparison_table first_task_figure load_runs reported_results",
 }

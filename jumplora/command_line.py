@@ -615,7 +615,7 @@ def export_parser() -> ArgumentParser:  # flags of `jumplora export`
     parser = ArgumentParser(prog="jumplora export", description=about, formatter_class=PlainHelp)
     add, dry = parser.add_argument, "only list what would be written and sent"
     add("run", type=str, help="a run's folder, with its state")
-    add("--format", default="merged", help="merged, jumplora, supertuning or shira")
+    add("--format", default="merged", help="merged, jumplora or supertuning")
     add("--out", type=str, required=True, help="folder for the files; it must be empty or not there yet")
     add("--task", type=str, default=None, help="write the update of this task alone")
     add("--push", type=str, default=None, help="OWNER/NAME on the Hub, to send the files to")

@@ -4,19 +4,24 @@ import itertools
 
 import numpy as np
 import pytest
+from jumplora.results.grid_tables import forgetting_figure, search_table, sequence_figure
 from real_rows import ROOT
 
 from jumplora.command_line import main
 from jumplora.data.benchmark import DIFFERENT_SAMPLE, ORDERS
-from jumplora.results.run_tables import budget_text, gate_table, grid_table, measured, summary_table, tables_of
-from jumplora.results.grid_tables import forgetting_figure, search_table, sequence_figure
 from jumplora.results.run_tables import (
     accuracy_figure,
+    budget_text,
     by_method,
     comparison_table,
     first_task_figure,
+    gate_table,
+    grid_table,
+    measured,
     reported_results,
     reported_table,
+    summary_table,
+    tables_of,
     what_was_run,
 )
 from jumplora.storage.record import Run

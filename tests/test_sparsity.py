@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from equal_runs import entries
 from hypothesis import given, settings
-from equal_runs import entries
 from hypothesis import strategies as st
 
 from jumplora.results.sparsity import (
