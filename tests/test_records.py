@@ -267,13 +267,13 @@ def test_every_note_of_a_table_is_in_the_list_of_sources():
 def test_the_command_that_fills_the_grid_is_one_shell_line_with_flags_that_exist():
     import shlex
 
-    from jumplora.command_line import grid_parser
+    from jumplora.command_line import parser_of
 
     line = grid_command(["ELLA", "ELLA + JumpLoRA"], ["order1", "order4"], "google-t5/t5-large")
     words = shlex.split(line)
     assert words[:2] == ["jumplora", "grid"]
-    flags = grid_parser().parse_args(words[2:])
-    assert flags.methods == ["ELLA", "ELLA + JumpLoRA"] and flags.orders == ["order1", "order4"]
+    flags = parser_of("grid").parse_args(words[2:])
+    assert flags.method == ["ELLA", "ELLA + JumpLoRA"] and flags.sequence == ["order1", "order4"]
     assert (flags.protocol, flags.backbone, flags.out) == ("paper", "google-t5/t5-large", "results/t5-large")
 
 

@@ -422,7 +422,7 @@ def grid_command(
     "The command that fills \"not run\" cells, under the paper's budget."
     quoted = " ".join(shlex.quote(name) for name in methods)
     where = f"--backbone {backbone} --folder DATA --out results/{Path(backbone).name}"
-    return f"jumplora grid --protocol paper --methods {quoted} --orders {' '.join(orders)} {where}"
+    return f"jumplora grid --protocol paper --method {quoted} --sequence {' '.join(orders)} {where}"
 
 # %% ../../nbs/3_results/run_tables.ipynb #7547c35d
 def what_was_run(

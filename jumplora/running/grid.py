@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'Job', 'plan', 'job_method', 'job_sequence', 'status', 'run_grid']
 
-# %% ../../nbs/5_inside/grid.ipynb #d4da36e7
+# %% ../../nbs/5_inside/grid.ipynb #21a1bae2
 import json
 import os
 import re
@@ -32,7 +32,7 @@ from ..storage.checkpoints import held_lock
 from ..storage.record import DamagedRecord, Run, digest
 from ..storage.run_folder import new_run
 
-# %% ../../nbs/5_inside/grid.ipynb #ef379474
+# %% ../../nbs/5_inside/grid.ipynb #f78b158f
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
     "reduced": dict(
         rows=dict(train=120, dev=40, test=50),
@@ -51,7 +51,7 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
     ),
 }  # fmt: skip
 
-# %% ../../nbs/5_inside/grid.ipynb #3f08cfa5
+# %% ../../nbs/5_inside/grid.ipynb #e0c42c4d
 @dataclass(frozen=True)
 class Job:
     "One run of a grid, as it was asked for."
@@ -73,7 +73,7 @@ class Job:
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
         return "_".join([*slugs, digest(asdict(self))[:8]])
 
-# %% ../../nbs/5_inside/grid.ipynb #fd945ef1
+# %% ../../nbs/5_inside/grid.ipynb #a6c74693
 def plan(
     methods: Iterable[str],  # keys of `METHODS`
     sequences: Iterable[str],  # "order1" to "order6", "order1-hub", or other sequences
@@ -96,7 +96,7 @@ def plan(
                     jobs[method, name, seed] = Job(method, name, seed, strength=strength, **shared)
     return list(jobs.values())
 
-# %% ../../nbs/5_inside/grid.ipynb #f2037e32
+# %% ../../nbs/5_inside/grid.ipynb #0679a664
 def job_method(
     job: Job,  # what is asked
 ) -> tuple[Method, TrainConfig]:  # as `learn_sequence` takes them
@@ -119,7 +119,7 @@ def job_sequence(
     task = load_sequence(order, folder, **job.rows)[job.sequence]
     return TaskSequence(task.name, [task])
 
-# %% ../../nbs/5_inside/grid.ipynb #c75bcef8
+# %% ../../nbs/5_inside/grid.ipynb #68705ba8
 def _read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def _read_jobs(out: Path) -> dict[str, Job]:  # key -> job
         pass
     raise ValueError(f"{path} is damaged; delete it and give the command again: finished runs are found")
 
-# %% ../../nbs/5_inside/grid.ipynb #c5f6b371
+# %% ../../nbs/5_inside/grid.ipynb #731dee84
 def status(
     out: str | Path,  # a grid's folder
 ) -> pd.DataFrame:  # one row per job: what is asked, state, note
@@ -174,11 +174,12 @@ def status(
     for key, job in jobs.items():
         strength = "" if job.strength is None else str(job.strength)
         settings = " ".join(f"{name}={value}" for name, value in job.train.items())
-        rows.append([key, job.method, job.sequence, job.seed, strength, settings, *_job_state(Path(out), key)])
+        words = [key, job.method, job.sequence, job.seed, strength, settings]
+        rows.append([*words, *_job_state(Path(out), key)])
     columns = ["key", "method", "sequence", "seed", "strength", "settings", "state", "note"]
     return pd.DataFrame(rows, columns=columns).set_index("key")
 
-# %% ../../nbs/5_inside/grid.ipynb #b313951b
+# %% ../../nbs/5_inside/grid.ipynb #8c79491b
 def _run_job(out: str, key: str, *, folder, device, processes, threads=None, visible=None) -> str:
     "What submitit calls in a worker; returns the state of the job."
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -201,10 +202,11 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         sequence = job_sequence(job, folder)
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
         about = dict(seed=job.seed, backbone=job.backbone, split=job.split)
+        quiet = dict(zero_shot=False, progress=False)
         note["run"] = new_run(model, sequence, method, config, **about).name
         if is_main():
             write_atomic(path, json.dumps(note) + "\n")
-        learn_sequence(model, tokenizer, sequence, method, config, out=out, zero_shot=False, progress=False, **about)
+        learn_sequence(model, tokenizer, sequence, method, config, out=out, **about, **quiet)
     except Exception as error:
         note["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
         if is_main():
@@ -225,7 +227,7 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:  # device, CU
     groups = [names[i : i + processes] for i in range(0, count - processes + 1, processes)]
     return [("cuda", ",".join(group)) for group in groups]
 
-# %% ../../nbs/5_inside/grid.ipynb #39da48aa
+# %% ../../nbs/5_inside/grid.ipynb #ca6f19ef
 def run_grid(
     jobs: Sequence[Job],  # from `plan`
     out: str | Path,  # the grid's folder
@@ -236,7 +238,7 @@ def run_grid(
     processes: int = 1,  # that share one run, each with a GPU of its own if there are any
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
 ) -> pd.DataFrame:  # the status of the whole folder
-    "Do what is missing; on SLURM, hand it over and return. Raises ValueError or OSError before any job starts."
+    "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
     import submitit
 
     check_choice(engine, ("local", "slurm"), "engine")
