@@ -123,7 +123,7 @@ def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(train={"rang": 4}), "is no setting of training"),
+        (dict(train={"rang": 4}), "setting of training='rang' is not known.*did you mean 'rank'"),
         (dict(train={"rank": 0}), "rank=0"),
         (dict(sequence="order9"), "order9"),
         (dict(strength=-1.0), "not allowed"),
@@ -368,7 +368,7 @@ def test_settings_are_json_or_text():
         (["--method", "Ella"], "did you mean 'ELLA'"),
         (["--protocol", "big"], "protocol='big'"),
         (["--strength", "ELLA"], "is not NAME=NUMBER"),
-        (["--set", "rang=4"], "is no setting of training"),
+        (["--set", "rang=4"], "did you mean 'rank'"),
         (["--sequence", "order7"], "order7"),
         (["--workers", "0"], "workers=0"),
         (["--processes", "0"], "processes=0"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'Job', 'plan', 'job_method', 'job_sequence', 'status', 'run_grid']
 
-# %% ../../nbs/5_inside/grid.ipynb #21a1bae2
+# %% ../../nbs/5_inside/grid.ipynb #e02759f3
 import json
 import os
 import re
@@ -32,7 +32,7 @@ from ..storage.checkpoints import held_lock
 from ..storage.record import DamagedRecord, Run, digest
 from ..storage.run_folder import new_run
 
-# %% ../../nbs/5_inside/grid.ipynb #f78b158f
+# %% ../../nbs/5_inside/grid.ipynb #2f11dbaf
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
     "reduced": dict(
         rows=dict(train=120, dev=40, test=50),
@@ -51,7 +51,7 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
     ),
 }  # fmt: skip
 
-# %% ../../nbs/5_inside/grid.ipynb #e0c42c4d
+# %% ../../nbs/5_inside/grid.ipynb #bdcf36bf
 @dataclass(frozen=True)
 class Job:
     "One run of a grid, as it was asked for."
@@ -73,7 +73,7 @@ class Job:
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
         return "_".join([*slugs, digest(asdict(self))[:8]])
 
-# %% ../../nbs/5_inside/grid.ipynb #a6c74693
+# %% ../../nbs/5_inside/grid.ipynb #6e2c02c5
 def plan(
     methods: Iterable[str],  # keys of `METHODS`
     sequences: Iterable[str],  # "order1" to "order6", "order1-hub", or other sequences
@@ -96,15 +96,14 @@ def plan(
                     jobs[method, name, seed] = Job(method, name, seed, strength=strength, **shared)
     return list(jobs.values())
 
-# %% ../../nbs/5_inside/grid.ipynb #0679a664
+# %% ../../nbs/5_inside/grid.ipynb #a0fb4cae
 def job_method(
     job: Job,  # what is asked
 ) -> tuple[Method, TrainConfig]:  # as `learn_sequence` takes them
     "Method and settings of a job. Raises ValueError for what does not exist or is out of range."
     method = with_settings(METHODS[check_choice(job.method, tuple(METHODS), "method")], strength=job.strength)
-    known = [item.name for item in fields(TrainConfig)]
-    for name in sorted(job.train.keys() - set(known)):
-        raise ValueError(f"{name!r} is no setting of training; there are {', '.join(known)}")
+    for name in job.train:
+        check_choice(name, [item.name for item in fields(TrainConfig)], "setting of training")
     return method, TrainConfig(**job.train)
 
 
@@ -119,13 +118,18 @@ def job_sequence(
     task = load_sequence(order, folder, **job.rows)[job.sequence]
     return TaskSequence(task.name, [task])
 
-# %% ../../nbs/5_inside/grid.ipynb #68705ba8
+# %% ../../nbs/5_inside/grid.ipynb #b7f68afc
 def _read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _write_note(out: str | Path, key: str, note: dict) -> None:
+    if is_main():
+        write_atomic(Path(out) / "jobs" / key / "run.json", json.dumps(note) + "\n")
 
 
 def _job_state(out: Path, key: str) -> tuple[str, str]:
@@ -162,7 +166,7 @@ def _read_jobs(out: Path) -> dict[str, Job]:  # key -> job
         pass
     raise ValueError(f"{path} is damaged; delete it and give the command again: finished runs are found")
 
-# %% ../../nbs/5_inside/grid.ipynb #731dee84
+# %% ../../nbs/5_inside/grid.ipynb #2b2931de
 def status(
     out: str | Path,  # a grid's folder
 ) -> pd.DataFrame:  # one row per job: what is asked, state, note
@@ -179,7 +183,7 @@ def status(
     columns = ["key", "method", "sequence", "seed", "strength", "settings", "state", "note"]
     return pd.DataFrame(rows, columns=columns).set_index("key")
 
-# %% ../../nbs/5_inside/grid.ipynb #8c79491b
+# %% ../../nbs/5_inside/grid.ipynb #d180529d
 def _run_job(out: str, key: str, *, folder, device, processes, threads=None, visible=None) -> str:
     "What submitit calls in a worker; returns the state of the job."
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -195,7 +199,6 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
     if state in ("done", "running"):
         return state
     note = {}
-    path = Path(out) / "jobs" / key / "run.json"
     try:
         job = _read_jobs(Path(out))[key]
         method, config = job_method(job)
@@ -204,13 +207,11 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         about = dict(seed=job.seed, backbone=job.backbone, split=job.split)
         quiet = dict(zero_shot=False, progress=False)
         note["run"] = new_run(model, sequence, method, config, **about).name
-        if is_main():
-            write_atomic(path, json.dumps(note) + "\n")
+        _write_note(out, key, note)
         learn_sequence(model, tokenizer, sequence, method, config, out=out, **about, **quiet)
     except Exception as error:
         note["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-        if is_main():
-            write_atomic(path, json.dumps(note) + "\n")
+        _write_note(out, key, note)
         raise
     return "done"
 
@@ -227,7 +228,7 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:  # device, CU
     groups = [names[i : i + processes] for i in range(0, count - processes + 1, processes)]
     return [("cuda", ",".join(group)) for group in groups]
 
-# %% ../../nbs/5_inside/grid.ipynb #ca6f19ef
+# %% ../../nbs/5_inside/grid.ipynb #f68312ed
 def run_grid(
     jobs: Sequence[Job],  # from `plan`
     out: str | Path,  # the grid's folder
@@ -279,16 +280,19 @@ def run_grid(
                     key = waiting.pop()
                     executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
                     executor.update_parameters(**options)
-                    place = dict(zip(("device", "visible"), places[slot % len(places)], strict=True))
-                    place["threads"] = max(1, torch.get_num_threads() // (workers * processes))
-                    work = partial(_run_job, str(out), folder=folder, processes=processes, **place)
+                    place = places[slot % len(places)]
+                    threads = max(1, torch.get_num_threads() // (workers * processes))
+                    work = partial(
+                        _run_job, str(out), folder=folder, processes=processes,
+                        device=place[0], visible=place[1], threads=threads,
+                    )  # fmt: skip
                     slots[slot] = (key, executor.submit(work, key))
                 elif running is not None and running[1].done():
                     key = running[0]
-                    path = out / "jobs" / key / "run.json"
                     if _job_state(out, key)[0] == "waiting":
-                        note = _read_json(path) | dict(error="its process was killed; a second call resumes")
-                        write_atomic(path, json.dumps(note) + "\n")
+                        note = _read_json(out / "jobs" / key / "run.json")
+                        note["error"] = "its process was killed; a second call resumes"
+                        _write_note(out, key, note)
                     print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
                     slots[slot] = None
             time.sleep(0.2)
