@@ -8,7 +8,6 @@ import torch
 from fuzz import (
     CHECKS,
     HEADER,
-    JOB,
     ON_DISK,
     OWNER,
     UPDATE,
@@ -24,7 +23,6 @@ from jumplora.data.benchmark import read_folder
 from jumplora.learning.tasks import Question
 from jumplora.learning.training import TrainConfig
 from jumplora.method.adapter import JumpLoraConfig
-from jumplora.running.grid import job_state, open_grid, read_job, read_json
 from jumplora.storage.record import Damaged, Run, read_tensors
 from jumplora.storage.state import Checkpoint, load_state
 from jumplora.storage.updates import read_archive
@@ -171,19 +169,6 @@ def test_an_archive_with_an_infinite_header_is_damaged(tmp_path):
     path.write_bytes(archive_bytes(asdict(HEADER) | dict(sparsity=float("inf")), UPDATE))
     with pytest.raises(Damaged, match="sparsity is infinite"):
         read_archive(path)
-
-
-def test_odd_files_of_a_grid_are_refused_or_left_out(tmp_path):
-    open_grid(tmp_path, [JOB])
-    place = tmp_path / "jobs" / JOB.key
-    for note in (dict(state="done", record=5), dict(state="failed", error=["x"])):
-        (place / "state.json").write_text(json.dumps(note))
-        assert isinstance(job_state(place)[1], str)
-    (place / "asked.json").write_text(json.dumps(asdict(JOB) | dict(seed=float("inf"))))
-    with pytest.raises(ValueError, match=r"asked\.json is damaged"):
-        read_job(place)
-    (place / "asked.json").write_text("[" * 5000)
-    assert read_json(place / "asked.json") == {}
 
 
 def test_a_setting_of_many_brackets_is_text():

@@ -4,80 +4,108 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import submitit
 import torch
 
 from jumplora.command_line import main, parse_settings, swept
+from jumplora.data.newsroom import newsroom
 from jumplora.running import grid
-from jumplora.running.grid import (
-    Job,
-    held_lock,
-    job_sequence,
-    job_state,
-    open_grid,
-    places_for,
-    plan,
-    read_job,
-    run_grid,
-    run_job,
-    status,
-)
+from jumplora.running.grid import Job, job_sequence, plan, run_grid, status
+from jumplora.storage.state import held_lock
 from jumplora.storage.record import Run
 
 SMALL = dict(backbone="tiny-llama", rows=dict(train=8, dev=0, test=4), train=dict(max_length=200))
+JOBS = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
+
+
+class InThisProcess:
+    "Does at once what submitit would do in a process of its own; remembers what it was given."
+
+    def __init__(self, work=True):
+        self.work, self.given, self.options, self.cancelled = work, [], [], 0
+
+    def update_parameters(self, **options):
+        self.options.append(options)
+
+    def submit(self, work, key):
+        self.given.append((key, work.keywords))
+        with suppress(ValueError, OSError):
+            work(key) if self.work else None
+        return self
+
+    def map_array(self, work, keys):
+        self.given += [(key, work.keywords) for key in keys]
+
+    def done(self):
+        return True
+
+    def cancel(self):
+        self.cancelled += 1
+
+
+@pytest.fixture
+def here(monkeypatch):
+    executor = InThisProcess()
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda **where: executor)
+    return executor
 
 
 def states(out):
-    table = status(out)
-    return dict(zip(table.index, table["state"], strict=True))
+    return list(status(out)["state"])
 
 
 # ---- plans ------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_has_every_combination_once_and_single_tasks_once():
-    jobs = plan(["IncLoRA", "ELLA", "IncLoRA"], ["order1", "order2"], [1, 2, 1], {"ELLA": 3.0}, **SMALL)
+    jobs = plan(["IncLoRA", "ELLA", "IncLoRA"], iter(["order1", "order2"]), [1, 2, 1], {"ELLA": 3.0}, **SMALL)
     assert len(jobs) == len({job.key for job in jobs}) == 8
     assert [job.strength for job in jobs[:4]] == [None, 3.0, None, 3.0]
+    assert [(job.sequence, job.seed) for job in jobs[::2]] == [
+        ("order1", 1), ("order2", 1), ("order1", 2), ("order2", 2),
+    ]  # fmt: skip
     tasks = [job.sequence for job in plan(["single task"], ["order1", "order2", "order3"], [1], **SMALL)]
     assert tasks == ["dbpedia", "amazon", "yahoo", "agnews"]
     mixed = plan(["ELLA", "single task"], ["order1", "order2"], [1], **SMALL)
     assert [job.method for job in mixed] == ["ELLA", *4 * ["single task"], "ELLA"]
-    everything = plan(["single task"], [f"order{n}" for n in range(1, 7)], [1], **SMALL)
-    assert len(everything) == 15
+    assert len(plan(["single task"], [f"order{n}" for n in range(1, 7)], [1], **SMALL)) == 15
     with pytest.raises(ValueError, match="did you mean 'ELLA'"):
         plan(["Ella"], ["order1"], [1], **SMALL)
 
 
-def test_a_protocol_knows_the_strengths_and_a_flag_overrides_them(monkeypatch, tmp_path):
+def test_a_protocol_has_the_strengths_and_a_flag_overrides_them(monkeypatch):
     asked = {}
     monkeypatch.setattr(grid, "run_grid", lambda jobs, out, **where: asked.update({out: jobs}))
     monkeypatch.setattr(grid, "status", lambda out: pd.DataFrame(dict(state=["done"])))
 
     def strengths(*words):
-        assert main(["grid", "--out", "here", "--seeds", "1", *words]) == 0
+        assert main(["grid", "--out", "here", "--seed", "1", *words]) == 0
         return {(job.method, job.sequence): job.strength for job in asked["here"]}
 
-    paper = strengths("--protocol", "paper", "--orders", "order1", "order4", "order5", "order6-hub")
+    paper = strengths("--protocol", "paper", "--sequence", "order1", "order4", "order5", "order6-hub")
     expected = dict(order1=3e4, order4=[5e5] * 14 + [5e7], order5=[5e6] * 12 + [5e7] * 3)
     expected |= {"order6-hub": 5e5}
     assert {name: paper["ELLA", name] for name in expected} == expected
     assert {name: paper["ELLA + JumpLoRA", name] for name in expected} == expected
     assert paper["IncLoRA", "order1"] is None
-    words = ("--methods", "ELLA", "O-LoRA + JumpLoRA", "--strength", "ELLA=7", "--orders", "order2")
-    reduced = strengths(*words)
-    assert reduced == {("ELLA", "order2"): 7.0, ("O-LoRA + JumpLoRA", "order2"): 0.5}
-    chosen = strengths("--methods", "ELLA", "--orders", "order3", "newsroom", "newsroom20")
+    words = ("--method", "ELLA", "O-LoRA + JumpLoRA", "--strength", "ELLA=7", "--sequence", "order2")
+    assert strengths(*words) == {("ELLA", "order2"): 7.0, ("O-LoRA + JumpLoRA", "order2"): 0.5}
+    assert {(job.dtype, job.split, job.rows["train"]) for job in asked["here"]} == {("float32", "test", 120)}
+    chosen = strengths("--method", "ELLA", "--sequence", "order3", "newsroom", "newsroom20")
     assert [chosen["ELLA", name] for name in ("order3", "newsroom", "newsroom20")] == [3e6, 3e5, None]
+    assert main(["grid", "--out", "here", "--set", "kept=0.05", "rank=4", "kept=0.2", "kept=0.05"]) == 0
+    tries = {job.key: job.train for job in asked["here"]}.values()
+    assert list({str(t): t for t in tries}.values()) == [dict(kept=0.05, rank=4), dict(kept=0.2, rank=4)]
+    assert swept([]) == [{}]
 
 
 def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
@@ -88,36 +116,34 @@ def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
     )  # fmt: skip
     keys = {replace(job, **{name: value}).key for name, value in changes.items()}
     assert len(keys | {job.key}) == len(changes) + 1
-    assert Job("ELLA", "../../x/..", 1, "b").key.strip("-._abcdefghijklmnopqrstuvwxyz0123456789") == ""
-    assert "/" not in Job("ELLA", "../../x/..", 1, "b").key
+    key = Job("ELLA", "../../x/..", 1, "b").key
+    assert key.strip("-._abcdefghijklmnopqrstuvwxyz0123456789") == "" and "/" not in key
 
 
-def test_every_mistake_is_found_before_anything_is_written(tmp_path):
-    jobs = {
-        "is no setting of training": Job("ELLA", "newsroom", 1, "tiny-llama", train={"rang": 4}),
-        "rank=0": Job("ELLA", "newsroom", 1, "tiny-llama", train={"rank": 0}),
-        "order9": Job("ELLA", "order9", 1, "tiny-llama"),
-        "not allowed": Job("ELLA", "newsroom", 1, "tiny-llama", strength=-1.0),
-        "strength has 3 values for 4 tasks": Job(
-            "ELLA", "newsroom", 1, "tiny-llama", strength=[0.0, 1.0, 1.0]
-        ),
-    }
-    for message, job in jobs.items():
-        with pytest.raises(ValueError, match=message):
-            run_grid([job], tmp_path / "grid")
-    with pytest.raises(OSError, match="no such place|does not exist|not shipped"):
-        run_grid(
-            [Job("ELLA", "order1", 1, "tiny-llama")],
-            tmp_path / "grid",
-            folder=str(tmp_path / "no such place"),
-        )
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(train={"rang": 4}), "setting of training='rang' is not known.*did you mean 'rank'"),
+        (dict(train={"rank": 0}), "rank=0"),
+        (dict(sequence="order9"), "order9"),
+        (dict(strength=-1.0), "not allowed"),
+        (dict(strength=[0.0, 1.0, 1.0]), "strength has 3 values for 4 tasks"),
+        (dict(split="foo"), "split='foo'"),
+        (dict(dtype="float23"), "dtype='float23'"),
+        (dict(sequence="order1"), "no such place|does not exist|not shipped"),
+    ],
+    ids=str,
+)
+def test_every_mistake_is_found_before_anything_is_written(change, message, tmp_path):
+    no_rows = dict(sequence="order1")
+    folder = str(tmp_path / "no such place") if change == no_rows else None
+    job = replace(Job("ELLA", "newsroom", 1, "tiny-llama"), **change)
+    with pytest.raises((ValueError, OSError), match=message):
+        run_grid([job] if folder else [*JOBS, job], tmp_path / "grid", folder=folder)
     assert not (tmp_path / "grid").exists()
 
 
 def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
-    from jumplora.data.newsroom import newsroom
-    from jumplora.running import grid
-
     whole = newsroom().limit(train=4, dev=0, test=4)
     monkeypatch.setattr(grid, "load_sequence", lambda name, folder, **rows: whole)
     sequence = job_sequence(Job("single task", "hobbies", 1, "tiny-llama"))
@@ -127,124 +153,127 @@ def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
 # ---- states -----------------------------------------------------------------------------------------------
 
 
-def test_a_done_job_is_done_only_while_its_record_is_good(tmp_path):
-    (job,) = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
-    open_grid(tmp_path, [job])
-    folder = tmp_path / "jobs" / job.key
-    assert job_state(folder) == ("waiting", "")
-    assert run_job(str(tmp_path), job.key) == "done" and job_state(folder)[0] == "done"
+def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
+    bad = plan(["IncLoRA"], ["newsroom"], [1], **SMALL | dict(backbone="no such model"))
+    table = run_grid([*bad, *JOBS], tmp_path, workers=2)
+    assert list(table["state"]) == ["failed", "done"]
+    error = table["note"].iloc[0]
+    assert "no such model" in error and "\n" not in error
+    assert f"{bad[0].key}: failed: {error}" in capsys.readouterr().out
+    assert main(["grid", "--status", "--out", str(tmp_path)]) == 1  # a script can see the failure
+    assert "1 done, 0 running, 1 failed, 0 waiting" in capsys.readouterr().out
+
     record = next(tmp_path.glob("newsroom*/record.json"))
     text = record.read_text()
+    content = json.loads(text)["configuration"]
+    assert all(counts == [8, 0, 4] for counts in content["counts"].values())
+    assert content["train"]["max_length"] == 200
     for damaged in (text[:100], text.replace('"seed": 1', '"seed": 2')):
         record.write_text(damaged)
-        assert job_state(folder) == ("waiting", "its record is gone or damaged")
+        assert states(tmp_path) == ["failed", "waiting"]
+        assert status(tmp_path)["note"].iloc[1] == "no record that can be read"
+    with held_lock(record.parent / "state" / "lock") as ours:
+        assert ours and states(tmp_path) == ["failed", "running"]
+        here.given.clear()
+        run_grid(JOBS, tmp_path)  # somebody is at it
+        assert here.given == []
     record.write_text(text)
-    assert job_state(folder)[0] == "done"
-    (folder / "state.json").write_text('{"state": "done", "record": "../../../etc"}')
-    assert job_state(folder)[0] == "waiting"  # a name is never a path
-    (folder / "state.json").write_text("no json")
-    assert job_state(folder) == ("waiting", "")
+    assert states(tmp_path) == ["failed", "done"]
+
+    note = tmp_path / "jobs" / JOBS[0].key / "run.json"
+    for odd in ('{"run": "../../../etc"}', '{"run": 5}', "no json", "[1]", "[" * 5000):
+        note.write_text(odd)
+        assert states(tmp_path) == ["failed", "waiting"]  # a name is never a path
     before = record.stat().st_mtime_ns
-    run_job(str(tmp_path), job.key)  # finds its record, and learns nothing again
-    assert Run.load(record).complete and record.stat().st_mtime_ns == before
+    run_grid(JOBS, tmp_path)  # finds the run, and learns nothing again
+    assert states(tmp_path) == ["failed", "done"] and record.stat().st_mtime_ns == before
+    assert len(here.given) == 1
+    run_grid(JOBS, tmp_path)  # done: nothing is handed over
+    assert len(here.given) == 1
 
 
-def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from jumplora.running.grid import held_lock\n"
-        "with held_lock(Path(sys.argv[1])) as ours: print(ours, flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "True\n"
-    with held_lock(tmp_path / "lock") as ours:
-        assert not ours
-    holder.kill()
-    holder.wait()
-    with held_lock(tmp_path / "lock") as ours:
-        assert ours
-
-
-def test_a_worker_waits_out_somebody_who_only_looks(tmp_path):
-    lock = tmp_path / "lock"
-    looks = threading.Event()
-
-    def look():
-        with held_lock(lock):
-            looks.set()
-            time.sleep(0.3)
-
-    looker = threading.Thread(target=look)
-    looker.start()
-    looks.wait()
-    with held_lock(lock) as at_once:
-        assert not at_once
-    with held_lock(lock, patience=5) as ours:
-        assert ours
-    looker.join()
-
-
-def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(tmp_path):
-    jobs = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
-    for content in ('{"format": 99}', "no json", "[]"):
-        (tmp_path / "grid.json").write_text(content)
-        with pytest.raises(ValueError, match="is a grid of format"):
-            run_grid(jobs, tmp_path)
-        assert (tmp_path / "grid.json").read_text() == content and not (tmp_path / "jobs").exists()
-        with pytest.raises(ValueError, match="is a grid of format"):
-            status(tmp_path)
-    (tmp_path / "grid.json").unlink()
-    open_grid(tmp_path, jobs)
-    asked = tmp_path / "jobs" / jobs[0].key / "asked.json"
-    for damage in (asked.read_text().replace('"seed": 1', '"seed": 2'), "{}", "[1]", ""):
-        asked.write_text(damage)
-        with pytest.raises(ValueError, match="is damaged; delete"):
-            read_job(asked.parent)
+def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(here, tmp_path):
+    here.work = False
+    path = tmp_path / "jobs.json"
+    run_grid(JOBS, tmp_path)
+    good = path.read_text()
+    odd = {
+        "is a grid of format": ['{"format": 99}', "no json", "[]", ""],
+        "is damaged; delete it": [
+            '{"format": 2}',
+            good.replace('"seed": 1', '"seed": 2'),
+            good.replace('"seed": 1', '"seed": Infinity'),
+            good.replace('"seed"', '"sed"'),
+            good.replace('"jobs": {', '"jobs": {"x": 1, '),
+        ],
+    }
+    for message, contents in odd.items():
+        for content in contents:
+            path.write_text(content)
+            with pytest.raises(ValueError, match=message):
+                status(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            run_grid(JOBS, tmp_path)
+        assert path.read_text() == content
     with pytest.raises(ValueError, match="holds no grid"):
         status(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("workers, processes, each", [(1, 1, 8), (3, 1, 2), (16, 1, 1), (1, 2, 4), (2, 4, 1)])
-def test_workers_share_the_threads_that_torch_was_given(workers, processes, each, tmp_path, monkeypatch):
-    class Executor:
-        def submit(self, job, out, key, folder, device, threads, visible, processes):
-            return device, threads
+# ---- workers ----------------------------------------------------------------------------------------------
 
-    given = []
+
+@pytest.mark.parametrize("workers, processes, each", [(1, 1, 8), (3, 1, 2), (16, 1, 4), (1, 2, 4), (2, 4, 1)])
+def test_workers_share_the_threads_of_torch(workers, processes, each, here, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(grid, "executor_for", lambda *where: Executor())
-    monkeypatch.setattr(grid, "run_local", lambda out, keys, workers, submit: given.append(submit("a", 0)))
-    grid.start_here(tmp_path, ["a"], workers, processes, [("cpu", "all")], None, {})
-    assert given == [("cpu", each)]
+    here.work = False
+    jobs = plan(["IncLoRA"], ["newsroom"], [1, 2] if workers == 16 else [1, 2, 3], **SMALL)
+    run_grid(jobs, tmp_path, workers=workers, processes=processes, device="cpu")
+    assert {given["threads"] for _, given in here.given} == {each} and len(here.given) == len(jobs)
+    assert {given["device"] for _, given in here.given} == {"cpu"}
+    assert {options["tasks_per_node"] for options in here.options} == {processes}
+    assert states(tmp_path) == ["failed"] * len(jobs)  # their processes ended, and left no record
 
 
-def test_jobs_take_gpus_in_turn_and_those_of_several_processes_take_as_many_each(monkeypatch):
+@pytest.mark.parametrize(
+    "device, processes, visible, expected",
+    [
+        ("auto", 1, None, [(f"cuda:{i}", "all") for i in range(5)]),
+        ("cuda:1", 1, None, [("cuda:1", "all")]),
+        ("cpu", 3, None, [("cpu", "all")]),
+        ("auto", 2, None, [("cuda", "0,1"), ("cuda", "2,3")]),
+        ("cuda", 2, "7,2,3,4,GPU-9", [("cuda", "7,2"), ("cuda", "3,4")]),
+    ],
+)
+def test_jobs_take_gpus_in_turn(device, processes, visible, expected, here, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert places_for("auto") == [(f"cuda:{i}", "all") for i in range(5)]
-    assert places_for("cuda:1") == [("cuda:1", "all")] and places_for("cpu", 3) == [("cpu", "all")]
-    assert places_for("auto", 2) == [("cuda", "0,1"), ("cuda", "2,3")]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,2,3,4,GPU-9")
-    assert places_for("cuda", 2) == [("cuda", "7,2"), ("cuda", "3,4")]
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    here.work = False
+    jobs = plan(["IncLoRA"], ["newsroom"], range(6), **SMALL)
+    run_grid(jobs, tmp_path, workers=6, device=device, processes=processes)
+    given = [(given["device"], given["visible"]) for _, given in here.given]
+    assert given == [expected[i % len(expected)] for i in range(6)]
     with pytest.raises(ValueError, match="processes=6, and there are 5 GPUs here; use at most 5"):
-        places_for("auto", 6)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert places_for("auto", 2) == [("auto", "7,2,3,4,GPU-9")]
+        run_grid(jobs, tmp_path, processes=6)
 
 
-# ---- real processes ---------------------------------------------------------------------------------------
+def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
+    here.work = False
+    jobs = plan(["IncLoRA"], ["newsroom"], [1, 2, 3], **SMALL)
+
+    def interrupt(*seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(jobs, tmp_path, workers=2)
+    assert here.cancelled == 2 and states(tmp_path) == ["waiting"] * 3
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-def worker_of(out, key):
-    "The process that holds a job's lock, as the kernel knows it."
-    inode = str((out / "jobs" / key / "lock").stat().st_ino)
+def worker_of(lock):
+    "The process that holds a lock, as the kernel knows it."
+    inode = str(lock.stat().st_ino)
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
         if "FLOCK" in words and words[5].split(":")[-1] == inode:
@@ -252,56 +281,47 @@ def worker_of(out, key):
 
 
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the worker is found through /proc/locks")
-def test_a_killed_worker_stops_no_other_and_a_second_call_runs_only_what_is_missing(tmp_path, capsys):
+def test_a_killed_worker_stops_no_other_and_a_second_call_resumes_it(tmp_path, capsys):
     enough = SMALL | dict(rows=dict(train=64, dev=0, test=4))  # so much that there is time to kill it
     jobs = plan(["IncLoRA"], ["newsroom"], [1], **enough) + plan(["SeqLoRA"], ["newsroom"], [1], **SMALL)
-    victim, other = (job.key for job in jobs)
+    seen = []
 
     def kill_after_the_first_task():
         deadline = time.time() + 120
-        records = "*_inclora_*/record.json"
-        while time.time() < deadline and not any(Run.load(path).finished for path in tmp_path.glob(records)):
+        while time.time() < deadline:
+            for path in tmp_path.glob("*_inclora_*/record.json"):
+                if Run.load(path).finished:
+                    seen.extend(status(tmp_path)["state"])
+                    return os.kill(worker_of(path.parent / "state" / "lock"), signal.SIGKILL)
             time.sleep(0.02)
-        os.kill(worker_of(tmp_path, victim), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_after_the_first_task)
     killer.start()
     table = run_grid(jobs, tmp_path, workers=2)
     killer.join()
-    assert states(tmp_path) == {victim: "failed", other: "done"}
-    said = "its process was killed; a second call goes on where it was"
-    assert table.loc[victim, "note"] == said and f"{victim}: failed: {said}" in capsys.readouterr().out
+    assert seen[0] == "running" and list(table["state"]) == ["failed", "done"]
+    said = "its process was killed; a second call resumes"
+    assert table["note"].iloc[0] == said and f"{jobs[0].key}: failed: {said}" in capsys.readouterr().out
     killed = Run.load(next(tmp_path.glob("*_inclora_*")))
     assert 0 < killed.finished < 4
     stamp = next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns
 
-    run_grid(jobs, tmp_path, workers=2)
-    assert states(tmp_path) == {victim: "done", other: "done"}
+    assert list(run_grid(jobs, tmp_path, workers=2)["state"]) == ["done", "done"]
     assert next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns == stamp  # not done again
-    resumed, done = Run.load(next(tmp_path.glob("*_inclora_*"))), killed.finished
-    assert np.array_equal(resumed.accuracy[:done], killed.accuracy[:done], equal_nan=True)
+    resumed = Run.load(next(tmp_path.glob("*_inclora_*")))
+    rows = slice(killed.finished)
+    assert np.array_equal(resumed.accuracy[rows], killed.accuracy[rows], equal_nan=True)
     assert resumed.extra["loss"]["reuters"] == killed.extra["loss"]["reuters"]
 
 
-def test_a_run_that_fails_says_its_last_line_and_the_others_are_done(tmp_path):
-    good = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
-    bad = plan(["IncLoRA"], ["newsroom"], [1], **SMALL | dict(backbone="no such model"))
-    table = run_grid([*bad, *good], tmp_path, workers=2)
-    assert states(tmp_path) == {bad[0].key: "failed", good[0].key: "done"}
-    error = table.loc[bad[0].key, "note"]
-    assert "no such model" in error and "\n" not in error
-    assert main(["grid", "--status", "--out", str(tmp_path)]) == 1
-
-
-def test_a_job_of_two_processes_has_the_scores_of_one_and_writes_down_how_it_failed(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    good = plan(["ELLA + JumpLoRA"], ["newsroom"], [1], **SMALL)
-    bad = plan(["IncLoRA"], ["newsroom"], [1], **SMALL | dict(backbone="no such model"))
-    table = run_grid([*good, *bad], tmp_path / "two", processes=2, device="cpu")
-    assert states(tmp_path / "two") == {good[0].key: "done", bad[0].key: "failed"}
-    assert "no such model" in table.loc[bad[0].key, "note"]
-    open_grid(tmp_path / "one", good)
-    run_job(str(tmp_path / "one"), good[0].key, device="cpu")
+def test_a_job_of_two_processes_has_the_scores_of_one(here, tmp_path, monkeypatch):
+    jobs = plan(["ELLA + JumpLoRA"], ["newsroom"], [1], **SMALL)
+    run_grid(jobs, tmp_path / "one", device="cpu")
+    monkeypatch.undo()
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
+    assert list(run_grid(jobs, tmp_path / "two", processes=2, device="cpu")["state"]) == ["done"]
     two, one = (Run.load(next((tmp_path / name).glob("newsroom*"))) for name in ("two", "one"))
     assert two.extra["processes"]["reuters"]["processes"] == 2 and "processes" not in one.extra
     assert two.name == one.name and np.array_equal(two.accuracy, one.accuracy, equal_nan=True)
@@ -316,16 +336,17 @@ def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, 
         (tools / name).write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/{name}.sh 2>/dev/null\necho "{says}"\n')
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submitit, "AutoExecutor", lambda **where: InThisProcess())
+        run_grid(JOBS, out)
     jobs = plan(["IncLoRA"], ["newsroom"], [1, 2, 3], **SMALL)
-    open_grid(out, jobs)
-    run_job(str(out), jobs[0].key)
     options = dict(slurm_partition="fast", gpus_per_node=1, timeout_min=90)
     table = run_grid(jobs, out, workers=2, engine="slurm", processes=4, **options)
     script = (tmp_path / "sbatch.sh").read_text()
     assert "#SBATCH --array=0-1%2" in script  # two of three, two at a time
     assert "#SBATCH --partition=fast" in script and "#SBATCH --time=90" in script
     assert "#SBATCH --ntasks-per-node=4" in script
-    assert sorted(table["state"]) == ["done", "waiting", "waiting"]
+    assert list(table["state"]) == ["done", "waiting", "waiting"]
     with pytest.raises(ValueError, match="engine='lsf'"):
         run_grid(jobs, out, engine="lsf")
 
@@ -341,42 +362,30 @@ def test_settings_are_json_or_text():
             parse_settings([word])
 
 
-def test_a_setting_given_twice_is_swept():
-    tries = swept(["kept=0.05", "rank=4", "kept=0.2", "kept=0.05"])
-    assert tries == [dict(kept=0.05, rank=4), dict(kept=0.2, rank=4)]
-    assert swept([]) == [{}]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "Ella"], "did you mean 'ELLA'"),
+        (["--method", "Ella"], "did you mean 'ELLA'"),
         (["--protocol", "big"], "protocol='big'"),
         (["--strength", "ELLA"], "is not NAME=NUMBER"),
-        (["--set", "rang=4"], "is no setting of training"),
-        (["--orders", "order7"], "order7"),
+        (["--set", "rang=4"], "did you mean 'rank'"),
+        (["--sequence", "order7"], "order7"),
         (["--workers", "0"], "workers=0"),
         (["--processes", "0"], "processes=0"),
-        (["--score", "foo"], "score='foo'"),
+        (["--split", "foo"], "split='foo'"),
         (["--dtype", "float23"], "dtype='float23'"),
-        (["--method", "ELLA"], "--method is not a flag; write it out: --methods"),
+        (["--score", "dev"], "--score is called --split"),
+        (["--methods", "ELLA"], "--methods is called --method"),
+        (["--orders", "order1"], "--orders is called --sequence"),
+        (["--seeds=1"], "--seeds is called --seed"),
         (["--strength", "ELLA=1", "ELLA=2"], "ELLA has one already"),
         (["--status"], "holds no grid"),
     ],
+    ids=str,
 )
 def test_wrong_words_are_answered_and_nothing_is_written(words, message, tmp_path, capsys):
     out = tmp_path / "grid"
-    orders = [] if "--orders" in words else ["--orders", "newsroom"]
-    words = ["grid", *orders, "--backbone", "tiny-llama", "--out", str(out), *words]
-    assert main(words) == 2
+    sequence = [] if "--sequence" in words else ["--sequence", "newsroom"]
+    assert main(["grid", *sequence, "--backbone", "tiny-llama", "--out", str(out), *words]) == 2
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err and not out.exists()
-
-
-def test_records_of_a_grid_say_the_protocol_in_numbers(tmp_path):
-    (job,) = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)
-    open_grid(tmp_path, [job])
-    run_job(str(tmp_path), job.key)
-    record = json.loads(next(tmp_path.glob("newsroom*/record.json")).read_text())
-    assert all(counts == [8, 0, 4] for counts in record["configuration"]["counts"].values())
-    assert record["configuration"]["train"]["max_length"] == 200

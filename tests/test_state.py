@@ -364,7 +364,7 @@ def test_the_command_says_how_to_go_on_and_its_status_tells_the_signal(data, tmp
     with send_at(2, signal.SIGTERM):
         assert main(words) == 143
     said = capsys.readouterr().err
-    assert "stopped by SIGTERM; this goes on where it was:\njumplora compare" in said
+    assert "stopped by SIGTERM; resume with:\njumplora compare" in said
     gone, kept = data / "weather" / "test.json", files(tmp_path / "out")
     rows = gone.read_text()
     gone.unlink()
