@@ -212,10 +212,10 @@ def compare(
 
 def _report(runs: Sequence, out: Path) -> None:
     "Print the table, write it beside the records, and draw the two figures."
-    from jumplora.results import grid_tables, run_tables
+    from jumplora.results import run_tables
 
     table = run_tables.comparison_table(runs)
-    print(f"\n{table.to_string()}\n\n{grid_tables.budget_text(runs)}\n")
+    print(f"\n{table.to_string()}\n\n{run_tables.budget_text(runs)}\n")
     write_atomic(out / "table.md", run_tables.markdown_table(table) + "\n")
     with figure_style():
         run_tables.accuracy_figure(runs).savefig(out / "accuracy.png", dpi=150)
@@ -459,9 +459,7 @@ def speed(
     import torch
 
     from jumplora.data.backbones import pick_device, pick_dtype
-    from jumplora.results.speed import load_parts
-    from jumplora.results.run_tables import PARTS
-    from jumplora.results.speed import measure, speed_table
+    from jumplora.results.speed import PARTS, load_parts, measure, speed_table
 
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
@@ -521,7 +519,7 @@ def main(
     speaks = nullcontext()
     try:
         if argv[0] == "benchmark":
-            raise ValueError("`jumplora speed` is called `jumplora speed`")
+            raise ValueError("`jumplora benchmark` is called `jumplora speed`")
         command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
         parser = parser_of(argv[0])
         _check_flags(parser, argv[1:])
