@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -120,29 +119,21 @@ def test_help_is_for_people_and_explains_every_flag_with_its_default(command, ju
 def test_the_help_of_compare_shows_the_flags_and_defaults_of_a_task(jumplora):
     text = " ".join(jumplora("compare", "--help").out.split())
     flags = ("--learning-rate", "--threshold-scope", "--target-modules")
-    assert all(word in text for word in (*flags, "0.001", "newsroom", "smollm2-135m"))
-    assert '"ELLA + JumpLoRA"' in text  # names with spaces are shown in quotes
-
-
-def run_python(code, cwd, *words):
-    environment = dict(PATH="/usr/bin:/bin", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", HOME=str(cwd))
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    assert all(word in text for word in (*flags, "0.001", "newsroom", "smollm2-135m", '"ELLA + JumpLoRA"'))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["compere"]], ids=str)
-def test_the_overview_and_a_slip_need_no_torch(words, tmp_path):
+def test_the_overview_and_a_slip_need_no_torch(words, root, tmp_path):
     code = (
         "import sys; from jumplora.command_line import main; code = main(sys.argv[1:]);"
         "print('imported', *sorted({'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules)));"
         "sys.exit(code)"
     )
-    done = run_python(code, tmp_path, *words)
+    environment = dict(PATH="/usr/bin:/bin", HOME=str(tmp_path), PYTHONPATH=str(root))
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
-    assert done.stdout.splitlines()[-1].split() == ["imported"]
-    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["imported"] and "Traceback" not in done.stderr
 
 
 def test_the_installed_command_is_main(root):
@@ -204,6 +195,7 @@ def test_the_installed_command_is_main(root):
         (["compare", "--methods=ELLA"], "--methods is called --method"),
         (["benchmark"], "`jumplora benchmark` is called `jumplora speed`"),
         (["show"], "run"),
+        (["table", "runs", "--format", "markdwn"], "format='markdwn' is not known.*did you mean 'markdown'"),
         (["show", "one", "two"], "two"),
         (["predict", "somewhere", "--text", "text"], "task"),
     ],
@@ -285,6 +277,8 @@ def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch
 def test_compare_ends_with_a_table_records_and_two_figures(compared, run_folders):
     out, done = compared
     assert done.code == 0, done.err
+    assert done.out.index("topics") < done.out.index("overall accuracy")
+    assert re.search(r"^topics +2 +8 +2 +4", done.out, re.M)  # the tasks come first
     assert len(run_folders) == 2 and str(out) in done.out and "table.md" in done.out
     for heading in ("overall accuracy", "just learned", "backward transfer", "sparsity", "minutes"):
         assert heading in done.out
@@ -294,12 +288,6 @@ def test_compare_ends_with_a_table_records_and_two_figures(compared, run_folders
     for name in ("accuracy.png", "first_task.png"):
         data = (out / name).read_bytes()
         assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000 and name in done.out
-
-
-def test_compare_shows_the_tasks_first(compared):
-    text = compared[1].out
-    assert text.index("topics") < text.index("overall accuracy")
-    assert re.search(r"^topics +2 +8 +2 +4", text, re.M)
 
 
 def test_the_records_of_compare_are_whole(run_folders):
@@ -322,14 +310,11 @@ def test_a_second_call_trains_nothing_and_prints_the_same_table(compared, tasks,
     assert lines and [line for line in done.out.splitlines() if line.startswith("IncLoRA")] == lines
 
 
-def test_a_method_named_twice_is_run_once(compared, tasks, jumplora, no_training):
-    done = jumplora(*flags_for(tasks, compared[0], "IncLoRA", "IncLoRA"))
-    assert done.code == 0, done.err
-
-
-def test_tables_need_no_further_package(compared, tasks, jumplora, no_training, monkeypatch):
+def test_a_method_named_twice_is_run_once_and_tables_need_no_further_package(
+    compared, tasks, jumplora, no_training, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "tabulate", None)  # pandas asks for it; settings.ini does not list it
-    assert jumplora(*flags_for(tasks, compared[0])).code == 0
+    assert jumplora(*flags_for(tasks, compared[0], "IncLoRA", "IncLoRA")).code == 0
     assert jumplora("table", compared[0], "--format", "markdown").code == 0
 
 
@@ -445,7 +430,7 @@ def test_compare_keeps_archives_unless_told_not_to(words, kept, tasks, jumplora,
 # ---- --config and --print_config --------------------------------------------------------------------------
 
 
-def test_print_config_comes_back_through_config(jumplora, tasks, tmp_path):
+def test_print_config_comes_back_through_config(compared, jumplora, tasks, tmp_path, no_training):
     chosen = [*flags_for(tasks, tmp_path, "ELLA")[1:], "--rank", "4", "--kept", "0.1"]
     chosen += ["--target-modules", "q_proj"]
     done = jumplora("compare", *chosen, "--print_config")
@@ -458,10 +443,6 @@ def test_print_config_comes_back_through_config(jumplora, tasks, tmp_path):
         k: v for k, v in vars(given).items() if k != "config"
     }
     assert read.rank == 4 and tuple(read.target_modules) == ("q_proj",) and read.method == ["ELLA"]
-
-
-def test_a_comparison_from_a_file_is_the_same_comparison(compared, tasks, jumplora, tmp_path, no_training):
-    file = tmp_path / "again.yaml"
     file.write_text(jumplora(*flags_for(tasks, compared[0]), "--print_config").out)
     assert jumplora("compare", "--config", file).code == 0  # nothing is trained: it is the finished one
 
@@ -506,12 +487,6 @@ def test_every_format_of_the_table_has_every_method(form, compared, jumplora):
         assert all(line.startswith("|") for line in done.out.strip().splitlines())
     if form == "html":
         assert done.out.lstrip().startswith("<table") and done.out.rstrip().endswith("</table>")
-
-
-def test_an_unknown_format_gives_the_nearest(compared, jumplora):
-    done = jumplora("table", compared[0], "--format", "markdwn")
-    assert done.code == 2 and "format='markdwn' is not known" in done.err
-    assert "did you mean 'markdown'" in done.err
 
 
 def test_a_table_leaves_a_damaged_record_out_and_names_it(compared, run_folders, jumplora, tmp_path):
@@ -560,6 +535,8 @@ def predicted(done, count):
 
 
 def test_predict_answers_texts_and_standard_input_alike(run_folders, jumplora, monkeypatch):
+    done = jumplora("predict", run_folders[0], *FLAGS, "--text", "a\nb\tand a tab")
+    assert predicted(done, 1)[0][3] == "a b and a tab"  # one line per text
     texts = ["the ball", "a {curly} brace", "an atom"]
     lines = predicted(jumplora("predict", run_folders[0], *FLAGS, "--text", *texts), 3)
     for (_, option, share, shown), text in zip(lines, texts, strict=True):
@@ -584,12 +561,6 @@ def test_predict_agrees_with_the_model_that_was_saved(run_folders, jumplora):
     ((_, option, share, _),) = predicted(jumplora("predict", run_folders[0], *FLAGS, "--text", "the ball"), 1)
     best = torch.softmax(scores.double(), 1)[0]
     assert option == options[best.argmax()] and abs(float(share) - best.max().item()) < 0.006
-
-
-def test_predict_prints_one_line_per_text(run_folders, jumplora):
-    done = jumplora("predict", run_folders[0], *FLAGS, "--text", "two\nlines\tand a tab")
-    ((_, _, _, shown),) = predicted(done, 1)
-    assert shown.split() == ["two", "lines", "and", "a", "tab"]
 
 
 def test_predict_without_a_state_says_what_to_do(run_folders, jumplora, tmp_path):
