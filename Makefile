@@ -21,7 +21,7 @@ say = @printf '\n== %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run tables test check env demo lint test-nbs check-nbs docs test-py torture nbs export readme lab lock clean
+.PHONY: help run tables test check env demo lint test-nbs check-nbs docs test-py torture mutations nbs export readme lab lock clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -86,6 +86,9 @@ test-py: env demo  ## pytest, in as many processes as there are cores
 torture: env  ## kill runs at random moments and compare their ends; thousands of wild inputs (writes results/torture)
 	@$(OFFLINE) $(ONE_THREAD) python tests/torture.py --kills 30 --out results/torture/cpu.json
 	@$(OFFLINE) $(ONE_THREAD) python tests/fuzz.py --cases 120 --out results/torture/fuzz.json
+
+mutations: env demo  ## alter the code in one place at a time: the tests must notice (writes results/mutations.json; ARGS="--only PATTERN --jobs N")
+	@$(OFFLINE) $(ONE_THREAD) python tests/mutations.py $(ARGS)
 
 tables: env  ## write the tables of the benchmark's orders to results/tables
 	@jumplora table results/reduced --format markdown --out results/tables

@@ -1,10 +1,10 @@
-"""What trackers are told of a run: every number, once, at its step of the whole run."""
+"""What trackers receive of a run: every number, once, at its step of the whole run."""
 
 import logging
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock, Mock, patch
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ from jumplora.learning import continual
 from jumplora.learning.continual import learn_sequence
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
-from jumplora.learning.training import TrainConfig, attach_adapter
+from jumplora.learning.training import TrainConfig, attach_adapter, train_task
 from jumplora.method.adapter import adapter_layers, dense_update
 from jumplora.method.jumprelu import threshold_gradient
-from jumplora.running.tracking import find_trackers, gate_counts, later
+from jumplora.running.tracking import Tracking, find_trackers, gate_numbers
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics")] * 10
 RAIN = [("rain", "yes"), ("sun", "no")] * 5
@@ -40,8 +40,8 @@ def _quiet():
 
 def learn(out=None, method="ELLA + JumpLoRA", config=QUICK, **options):
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
-    asked = dict(report_to="tensorboard", zero_shot=False, progress=False, checkpoint_every=0.0)
-    run = learn_sequence(model, tokenizer, SEQUENCE, METHODS[method], config, out=out, **(asked | options))
+    options = dict(report_to="tensorboard", zero_shot=False, progress=False, checkpoint_every=0.0) | options
+    run = learn_sequence(model, tokenizer, SEQUENCE, METHODS[method], config, out=out, **options)
     return run, model
 
 
@@ -89,8 +89,10 @@ def test_entries_in_the_window_are_those_that_pull_at_the_threshold():
         alone = [threshold_gradient(one, gate.threshold, torch.ones(1), 0.02, "sum") for one in x.view(-1, 1)]
         pulling, total = pulling + sum(bool(value) for value in alone), total + len(x)
         below += int((x.abs() <= gate.threshold).sum())
-    found = gate_counts(adapted)
-    assert found == dict(sparsity=below / total, entries_in_window=pulling)
+    found = gate_numbers(adapted)
+    assert found["sparsity"] == below / total and found["entries_in_window"] == pulling
+    assert found["interpolation"] == 0 and found["threshold"] == pytest.approx(0.004)
+    assert not {"sparsity", "entries_in_window"} & gate_numbers(adapted, count=False).keys()
     assert 0 < pulling < total - below
 
 
@@ -113,51 +115,40 @@ def test_scores_stand_where_their_task_ended(whole):
     assert found["eval/average"] == ([20, 30], single([first[0], sum(second) / 2]))
 
 
-def test_tracking_changes_no_number(whole):
-    run, model, _ = whole
+def test_tracking_changes_no_number_and_a_complete_run_opens_no_tracker(whole):
+    run, model, folder = whole
     other, same = learn(report_to="none")
     assert other.extra["loss"] == run.extra["loss"] and other.thresholds == run.thresholds
     weights = dict(same.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in model.named_parameters())
-
-
-def test_a_finished_run_opens_no_tracker(whole):
-    run, _, folder = whole
     files = list(folder.rglob("events*"))
     assert learn(folder)[0].to_dict() == run.to_dict()
     assert list(folder.rglob("events*")) == files
 
 
-class Crash(TrainerCallback):
-    "Fails after a step was drawn, before its checkpoint."
+def crash_while_training(*args, callbacks, **options):
+    "`train_task` that fails after a step was drawn, before its checkpoint."
+    crash = TrainerCallback()
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(args, state, control, **kwargs):
         if state.global_step == 4 and state.max_steps == 10:
             raise MemoryError("no room")
 
+    crash.on_log = on_log
+    return train_task(*args, callbacks=[*callbacks, crash], **options)
 
-def test_a_run_that_crashed_goes_on_in_the_same_curve(whole, tmp_path):
-    train = continual.train_task
 
-    def crash(*args, callbacks, **options):
-        return train(*args, callbacks=[*callbacks, Crash()], **options)
-
-    with patch.object(continual, "train_task", crash), pytest.raises(MemoryError):
+@pytest.mark.parametrize(
+    ("name", "fail", "drawn"),
+    [("train_task", crash_while_training, 24), ("evaluate", Mock(side_effect=MemoryError("no room")), 20)],
+)
+def test_a_run_that_crashed_resumes_in_the_same_curves(name, fail, drawn, whole, tmp_path):
+    with patch.object(continual, name, fail), pytest.raises(MemoryError):
         learn(tmp_path)
-    assert curves(tmp_path)["train/loss"][0] == list(range(1, 25))
+    assert curves(tmp_path)["train/loss"][0] == list(range(1, drawn + 1))
+    assert ("eval/topics" in curves(tmp_path)) == (drawn > 20)
     learn(tmp_path)
     assert len(list(tmp_path.rglob("events*"))) == 2
-    assert curves(tmp_path) == curves(whole[2])
-
-
-def test_scores_that_were_interrupted_are_drawn_once(whole, tmp_path):
-    def fail(*args, **options):
-        raise MemoryError("no room")
-
-    with patch.object(continual, "evaluate", fail), pytest.raises(MemoryError):
-        learn(tmp_path)
-    assert "eval/topics" not in curves(tmp_path)
-    learn(tmp_path)
     assert curves(tmp_path) == curves(whole[2])
 
 
@@ -171,32 +162,23 @@ def test_the_axis_counts_the_steps_that_a_method_takes(method, tmp_path):
     assert "train/threshold" not in found and "train/sparsity" not in found
 
 
-def test_every_threshold_has_its_name(tmp_path):
-    run = learn(tmp_path, config=replace(QUICK, threshold_scope="layer", epochs=0.5))[0]
-    names = set(run.thresholds["topics"][0]["threshold"])
-    assert len(names) > 1 and {f"train/threshold/{name}" for name in names} <= set(curves(tmp_path))
-
-
-def test_a_folder_for_all_runs_has_one_folder_for_each(tmp_path, monkeypatch):
+def test_every_threshold_has_its_name_and_a_folder_for_all_runs_one_folder_for_each(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "all"))
-    run = learn(tmp_path / "runs", config=replace(QUICK, epochs=0.5))[0]
+    run = learn(tmp_path / "runs", config=replace(QUICK, threshold_scope="layer", epochs=0.5))[0]
     assert [path.name for path in (tmp_path / "all").iterdir()] == [run.name]
     assert not list((tmp_path / "runs").rglob("events*"))
+    names = set(run.thresholds["topics"][0]["threshold"])
+    read = EventAccumulator(str(tmp_path / "all" / run.name)).Reload().Tags()["scalars"]
+    assert len(names) > 1 and {f"train/threshold/{name}" for name in names} <= set(read)
 
 
-@pytest.mark.parametrize("wrong", ["tensorbord", ["tensorboard", "x"], "all of them"])
-def test_an_unknown_tracker_is_refused_before_anything_is_done(wrong, tmp_path):
-    with pytest.raises(ValueError, match=r"report_to=.* is not supported"):
+@pytest.mark.parametrize("wrong", ["tensorbord", ["tensorboard", "x"], "all of them", "wandb"])
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything_is_done(wrong, tmp_path):
+    message = "report_to=.* is not supported|report_to='wandb': .*pip install wandb"
+    missing = patch("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with missing, pytest.raises(ValueError, match=message):
         learn(tmp_path, report_to=wrong)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install():
-    with (
-        patch("transformers.integrations.integration_utils.is_wandb_available", lambda: False),
-        pytest.raises(ValueError, match="report_to='wandb': .*pip install wandb"),
-    ):
-        find_trackers("wandb")
 
 
 def test_the_command_reports_and_refuses_before_it_loads_anything(tmp_path, capsys):
@@ -221,10 +203,20 @@ def test_only_the_main_process_has_trackers(tmp_path):
         assert not trackers()
 
 
-def test_the_trainers_own_state_is_left_alone():
+def test_a_tracker_gets_a_copy_of_the_trainers_state_and_nothing_without_a_loss():
+    tracker = Mock()
+    tracking = Tracking([tracker], Mock(run_name="a run"))
+    tracking.before = 20
     state = TrainerState(global_step=3, epoch=0.5)
-    assert later(state, 20).global_step == 23 and later(state, 20).epoch == 0.5
-    assert state.global_step == 3
+    tracking.on_train_begin(None, state, None)
+    (_, passed, _), _ = tracker.on_train_begin.call_args
+    assert (passed.global_step, passed.epoch, state.global_step) == (23, 0.5, 3)
+    tracking.on_log(None, state, None, logs={"train_runtime": 1.0})
+    tracking.log_scores(20, {})
+    assert not tracker.on_log.called
+    tracking.close()
+    tracking.close()
+    assert tracker.on_train_end.call_count == 1
 
 
 @pytest.fixture
