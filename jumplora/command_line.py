@@ -261,8 +261,7 @@ def table(
     out: str | None = None,  # folder for all tables in three formats
 ) -> None:
     "Print the tables of all runs in a folder that can be compared."
-    from jumplora.results.run_tables import tables_of, write_tables
-    from jumplora.results.run_tables import load_runs, markdown_table
+    from jumplora.results.run_tables import load_runs, markdown_table, tables_of, write_tables
 
     check_choice(format, ("text", "markdown", "csv", "html"), "format")
     runs = load_runs(folder)

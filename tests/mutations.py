@@ -130,7 +130,7 @@ MUTATIONS = [
         ("backward transfer has the wrong sign", "(a[-1, :-1] - np.diag(a)[:-1])", "(np.diag(a)[:-1] - a[-1, :-1])"),
         ("the micro average weighs tasks", "weights = np.array(rows, dtype=np.float64)", "weights = np.array(rows, dtype=np.float64) * 0 + 1"),
         ("Wilson's centre is off", "(p + z * z / (2 * rows))", "(p + z * z / rows)"),
-        ("the sign test has one side", "min(1.0, 2 * tail / 2**n)", "min(1.0, tail / 2**n)", "test_evaluation.py test_sparsity.py test_comparison.py|sign"),
+        ("the sign test has one side", "min(1.0, 2 * tail / 2**n)", "min(1.0, tail / 2**n)", "test_evaluation.py test_sparsity.py test_run_tables.py|sign"),
         ("a label outside the options may be right", "row.label in task.options and normalize(given)", "normalize(given)"),
         ("the unlikeliest option is chosen", "scores.argmax(1)", "scores.argmin(1)"),
         ("dropout stays on while scoring", "answer(model.eval(), ", "answer(model, "),
@@ -145,7 +145,7 @@ MUTATIONS = [
         ("a method remembers from run to run", "copy.deepcopy(self.method.regularizer)", "self.method.regularizer"),
         ("the regularizer learns of no update", "        self.regularizer.after_task(updates)", "        pass"),
         ("the new task is not scored", "self.sequence if i is None else self.sequence[: i + 1]", "self.sequence if i is None else self.sequence[:i]"),
-        ("dev scores are test scores", "                self.split,\n                max_length", '                "test",\n                max_length', "test_continual.py test_run_record.py|dev or split or score"),
+        ("dev scores are test scores", "                self.split,\n                max_length", '                "test",\n                max_length', "test_continual.py test_record.py|dev or split or score"),
         ("prompts are cut at 128 tokens while scoring", "                max_length=self.config.max_length,\n", "", "test_continual.py"),
         ("a kept adapter is not in the saved weights", "{name: weight + deltas[name] for", "{name: weight for"),
     ),
@@ -158,7 +158,7 @@ MUTATIONS = [
     ),
     # Modules of storage/ change more often: these follow them.
     *of(
-        "storage/checkpoints.py", "test_survival.py",
+        "storage/state.py", "test_state.py",
         ("a resumed run draws other random numbers", 'torch.set_rng_state(tensors["cpu"])', "pass"),
         ("a resumed optimizer starts afresh", '["state"].setdefault(int(i), {})[name] = tensor', '["state"]'),
         ("a signal is not obeyed", "self.checkpoint.stop.obey()", "pass"),

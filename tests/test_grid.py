@@ -20,8 +20,8 @@ from jumplora.command_line import main, parse_settings, swept
 from jumplora.data.newsroom import newsroom
 from jumplora.running import grid
 from jumplora.running.grid import Job, job_sequence, plan, run_grid, status
-from jumplora.storage.state import held_lock
 from jumplora.storage.record import Run
+from jumplora.storage.state import held_lock
 
 SMALL = dict(backbone="tiny-llama", rows=dict(train=8, dev=0, test=4), train=dict(max_length=200))
 JOBS = plan(["IncLoRA"], ["newsroom"], [1], **SMALL)

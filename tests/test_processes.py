@@ -10,6 +10,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -24,10 +25,11 @@ from jumplora.learning.training import attach_adapter, train_task
 from jumplora.method.regularizers import IncLoRA
 from jumplora.running import processes
 from jumplora.running.processes import (
-    check_mergeable,
+    check_processes,
+    fill_batches,
+    fill_rows,
     join_processes,
     own_device,
-    quantised_weights,
     split_batch,
 )
 from jumplora.storage.record import Run, read_tensors
@@ -180,21 +182,22 @@ def test_what_goes_wrong_in_one_process_is_known_to_both(folder):
         assert "the processes have different runs" in found["different"]
         assert found["diverged"].startswith("Diverged: task 'topics': the loss became nan at step 1")
         assert found["request"] == 2 and len(set(found["drawn"])) == 2
+        assert found["batches"] == [[0, 1], [2, 3], [4, None], [None, None]]
     assert main_one["failed"].startswith("ValueError: invalid literal")
     assert other["failed"].startswith("MainFailed: the main process stopped: ValueError: invalid literal")
 
 
 def test_the_command_is_done_together_and_one_process_speaks(folder, capsys):
     main_one, other = of(folder, "command")
-    assert (main_one["code"], other["code"]) == (0, 0) and other["said"] == ""
-    assert main_one["said"].count("overall accuracy") == 2  # in a line, and in the table
-    assert main_one["said"].count("table.md") == 1 and (folder / "command" / "table.md").is_file()
+    assert (main_one["code"], other["code"]) == (0, 0) and other["output"] == ""
+    assert main_one["output"].count("overall accuracy") == 2  # in a line, and in the table
+    assert main_one["output"].count("table.md") == 1 and (folder / "command" / "table.md").is_file()
     two = Run.load(next((folder / "command").glob("*/record.json")))
     assert two.complete and all(two.extra["processes"][task]["rows"] == 2 for task in two.tasks)
     assert main(compare_words(folder / "data", folder / "one")) == 0
     one = Run.load(next((folder / "one").glob("*/record.json")))
     assert one.name == two.name and plain(one)["option_accuracy"] == plain(two)["option_accuracy"]
-    assert main_one["said"].splitlines()[-1].replace("command", "one") in capsys.readouterr().out
+    assert main_one["output"].splitlines()[-1].replace("command", "one") in capsys.readouterr().out
 
 
 def test_a_launcher_can_start_the_module(root):
@@ -208,9 +211,8 @@ def test_a_launcher_can_start_the_module(root):
 
 def test_one_process_is_not_touched():
     rows, collate, loader = [([1], [2])], object(), object()
-    assert processes.fill_rows(rows, collate) == (rows, collate)
-    assert processes.fill_batches(loader) is loader
     before = torch.get_rng_state()
+    assert fill_rows(rows, collate) == (rows, collate) and fill_batches(loader) is loader
     assert join_processes("cpu") == 1
     assert torch.equal(before, torch.get_rng_state()) and not torch.distributed.is_initialized()
 
@@ -231,20 +233,21 @@ def test_a_split_is_the_same_rows_or_refused(processes, accumulation):
 # ---- what is refused ----------------------------------------
 
 
-@pytest.mark.parametrize("flag", processes.REFUSED)
-def test_a_launcher_that_cuts_the_model_is_refused_by_name(flag, monkeypatch):
-    monkeypatch.setenv(flag, "true")
-    said = refused(learn, "llama")
-    assert said.startswith(f"ValueError: {processes.REFUSED[flag]} is not supported") and "DDP" in said
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM", "Parallelism_Config"])
+def test_a_launcher_that_cuts_the_model_is_refused_by_name(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    shown = name.replace("_", "-").replace("Parallelism-Config", "tensor or context parallelism")
+    message = refused(learn, "llama")
+    assert message.startswith(f"ValueError: {shown} is not supported") and "DDP" in message
 
 
-def test_a_kind_that_accelerate_was_told_in_a_program_is_refused_too():
-    kind = processes.DistributedType.FSDP
-    with patch.dict(processes.AcceleratorState._shared_state, distributed_type=kind):
-        assert "FSDP is not supported" in refused(join_processes)
+def test_a_kind_that_a_program_has_set_for_accelerate_is_refused_too():
+    for state in (processes.AcceleratorState, processes.PartialState):
+        with patch.dict(state._shared_state, distributed_type=DistributedType.FSDP):
+            assert "FSDP is not supported" in refused(join_processes)
 
 
-def test_each_process_has_the_gpu_of_its_number(monkeypatch):
+def test_each_process_has_the_gpu_of_its_number_and_must_meet_the_others(monkeypatch):
     assert own_device("cuda:5") == torch.device("cuda:5")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -252,11 +255,6 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch):
     with patch("torch.cuda.is_available", lambda: True):
         assert pick_device("auto") == torch.device("cuda:1")
     assert "process 1 has GPU 1; use 'cuda' or 'auto'" in refused(own_device, "cuda:0")
-
-
-def test_processes_that_have_not_met_are_told(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
     with patch.object(processes, "PartialState", Mock(_shared_state={})):
         assert "2 processes were started, but 1 have met" in refused(join_processes, "cpu")
 
@@ -289,10 +287,10 @@ def quantised_backbone():
 
 def test_a_run_on_quantised_weights_is_refused_with_what_to_do_instead(tmp_path):
     model, tokenizer = quantised_backbone()
-    assert "int8" in quantised_weights(model)
     for method in ("ELLA + JumpLoRA", "SeqLoRA"):
-        said = refused(learn_sequence, model, tokenizer, SEQUENCE, METHODS[method], QUICK, out=tmp_path)
-        assert "are quantised" in said and "full-precision checkpoint" in said and "save_pretrained" in said
+        message = refused(learn_sequence, model, tokenizer, SEQUENCE, METHODS[method], QUICK, out=tmp_path)
+        for part in ("int8", "are quantised", "full-precision checkpoint", "save_pretrained"):
+            assert part in message
     assert not list(tmp_path.iterdir())
 
 
@@ -336,11 +334,11 @@ def test_a_task_is_learned_beside_a_base_of_bitsandbytes(bits, tmp_path):
 def test_every_sign_of_quantised_weights_is_seen(dtype):
     model = nn.Sequential(nn.Linear(2, 2))
     for ordinary in (torch.float32, torch.bfloat16, torch.float16):
-        check_mergeable(model.to(ordinary))
+        check_processes(model.to(ordinary), 1, 1)
     model.is_quantized = True
-    assert "is_quantized" in refused(check_mergeable, model)
+    assert "is_quantized" in refused(check_processes, model, 1, 1)
     model.is_quantized = False
     model[0].weight.quant_state = object()  # four bits may be stored in bfloat16
-    assert "0 holds float16" in refused(check_mergeable, model)
+    assert "0 holds float16" in refused(check_processes, model, 1, 1)
     model[0].weight = nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
-    assert str(dtype).removeprefix("torch.") in refused(check_mergeable, model)
+    assert str(dtype).removeprefix("torch.") in refused(check_processes, model, 1, 1)

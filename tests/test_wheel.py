@@ -86,7 +86,8 @@ def example() -> str:
 
 
 SMALL = """
-from jumplora import Example, Task, TaskSequence
+from jumplora import Task, TaskSequence
+from jumplora.learning.tasks import Example
 def task(name, yes, no):
     rows = tuple(Example(f"{name} {i} {word}", word) for i in range(4) for word in (yes, no))
     return Task(name, "Which word is in the text?", (yes, no), rows, rows[:2], rows[:4])

@@ -18,10 +18,12 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import BatchSampler
 
 from jumplora.command_line import main
 from jumplora.data.backbones import load_backbone
@@ -31,7 +33,7 @@ from jumplora.learning.evaluation import evaluate
 from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig
-from jumplora.running.processes import draw_apart, gathered, is_main, join_processes, on_main, process_index
+from jumplora.running.processes import fill_batches, gathered, is_main, join_processes, on_main, process_index
 from jumplora.storage.state import Stopped, StopRequest, weights_fingerprint
 
 BALL = [("a ball" + " and a bat" * n, "sport") for n in range(8)]
@@ -101,11 +103,12 @@ def at_step(number, call):
     real = continual.train_task
 
     def train(*args, callbacks, **options):
-        def advanced(steps, done=[0]):  # noqa: B006
-            done[0] += steps
-            if done[0] == number and args[2].name == "weather":
+        def advanced(steps):
+            done.append(steps)
+            if sum(done) == number and args[2].name == "weather":
                 call()
 
+        done = []
         return real(*args, callbacks=[Progress(advanced), *callbacks], **options)
 
     return patch.object(continual, "train_task", train)
@@ -119,7 +122,7 @@ def refused(call, *arguments, **options):
         return f"{type(error).__name__}: {error}"
 
 
-# ---- what a group does: each returns what is to be written down ----------------------------------------
+# Each of these is done by a group; what it returns is written to a file
 
 
 def cases(folder):
@@ -166,27 +169,27 @@ def refusals(folder):
         request.receive(signal.SIGINT)
         request.receive(signal.SIGINT)  # the launcher passes on what the terminal has sent already
     torch.manual_seed(0)
-    draw_apart()
-    return found | dict(request=request.number, drawn=gathered(torch.rand(()).item()))
+    loader = SimpleNamespace(batch_sampler=SimpleNamespace(batch_sampler=BatchSampler(range(5), 2, False)))
+    batches = list(fill_batches(loader).batch_sampler.batch_sampler)  # draws apart from here on
+    return found | dict(request=request.number, drawn=gathered(torch.rand(()).item()), batches=batches)
 
 
-def whole(folder):
-    "A run with dropout that nobody disturbs, with a checkpoint after every step."
+def whole(folder, place="whole"):
+    "A run with dropout that is not disturbed, with a checkpoint after every step."
     written = count_files()
-    run, model, _ = learn("dropout", folder / "whole", zero_shot=False, checkpoint_every=0.0)
+    run, model, _ = learn("dropout", folder / place, zero_shot=False, checkpoint_every=0.0)
     return dict(run=run.to_dict(), weights=weights_fingerprint(model), written=len(written))
 
 
 def killed(folder):
-    "The same, with a checkpoint after every step; in the second task nobody survives."
+    "The same, killed in the second task."
     with at_step(3, lambda: os.killpg(0, signal.SIGKILL) if process_index() == 1 else None):
-        learn("dropout", folder / "killed", zero_shot=False, checkpoint_every=0.0)
+        whole(folder, "killed")
 
 
 def resumed(folder):
     "The same call once more."
-    run, model, _ = learn("dropout", folder / "killed", zero_shot=False, checkpoint_every=0.0)
-    return dict(run=run.to_dict(), weights=weights_fingerprint(model))
+    return whole(folder, "killed")
 
 
 def stopped(folder):
@@ -213,9 +216,9 @@ def command(folder):
             (place / f"{split}.json").write_text(json.dumps(rows))
         (place / "labels.json").write_text(json.dumps(list(task.options)))
     gathered("written")
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as output:
         code = main(compare_words(folder / "data", folder / "command"))
-    return dict(code=code, said=said.getvalue())
+    return dict(code=code, output=output.getvalue())
 
 
 GROUPS = (cases, refusals, whole, killed, resumed, stopped, command)

@@ -214,7 +214,8 @@ def overlap_report(
     tasks = pd.DataFrame(columns, index=pd.Index(overlap.tasks, name="task")).round(2)
     parts = [f"# Where the updates of {run.name} lie", text, markdown(tasks)]
     if len(overlap.tasks) > 1:
-        parts += ["## Shared entries", "Chance is computed for every layer by itself.", markdown(overlap.table())]
+        parts += ["## Shared entries", "Chance is computed for every layer by itself."]
+        parts += [markdown(overlap.table())]
     kept = 100 * (1 - pd.DataFrame(run.sparsity)[list(run.sparsity)].rename_axis("layer"))
     kept = kept.loc[kept.mean(axis=1).sort_values(ascending=False, kind="stable").index].round(2)
     some = f"The {min(len(kept), 10)} densest of {len(kept)}, percent of entries kept."

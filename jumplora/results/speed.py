@@ -134,8 +134,8 @@ def _naive_penalty(model: nn.Module, regularizer: ELLA | IncLoRA) -> Callable[[]
 
 @torch.no_grad()
 def _naive_answer(
-    model, tokenizer, task, texts,
-    max_length=128, truncation="field", batch_size=16, max_new_tokens=8, advance=lambda rows: None, share=False, options=True,
+    model, tokenizer, task, texts, max_length=128, truncation="field", batch_size=16, max_new_tokens=8,
+    advance=lambda rows: None, share=False, options=True,
 ):  # fmt: skip
     "What `answer` gives for a decoder, in file order and without sharing; options=False: exact match only."
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
@@ -185,7 +185,7 @@ def _random_update(model: nn.Module) -> nn.Module:
 
 
 def _layer_works(tokens: int, size: int, device="cpu", dtype=torch.float32) -> dict[str, Callable[[], None]]:
-    "One forward and backward pass of a frozen layer: alone, with LoRA, with a gate, with a gate the naive way."
+    "A forward and backward pass of a frozen layer: alone, with LoRA, with a gate, with the naive gate."
     set_seed(0)
     base = nn.Sequential(nn.Linear(size, size, bias=False)).to(device, dtype).requires_grad_(False)
     x = torch.randn(tokens, size, device=device, dtype=dtype, requires_grad=True)
@@ -493,9 +493,7 @@ def _verdict(what: str, value: float, target: float, low=None, high=None, at_mos
 
 def speed_table(
     parts: dict[str, "pd.DataFrame"],  # from `load_parts`
-) -> (
-    "pd.DataFrame"
-):  # what, measured, spread, target, met: "yes", "no", "not decided", or "" without a target
+) -> "pd.DataFrame":  # what, measured, spread, target, met: yes, no, not decided, or "" without a target
     "Everything that was measured, beside its target."
     import pandas as pd
 

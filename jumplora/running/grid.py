@@ -20,17 +20,15 @@ import torch
 
 from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device, pick_dtype
-from ..data.benchmark import HUB_SEQUENCES
+from ..data.benchmark import HUB_SEQUENCES, ORDERS
 from ..data.sequences import load_sequence
-from ..data.benchmark import ORDERS
 from ..learning.continual import Method, learn_sequence
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
 from ..learning.training import TrainConfig
 from .processes import is_main, join_processes, on_main
-from ..storage.state import held_lock
 from ..storage.record import Damaged, Run, digest
-from ..storage.state import new_run
+from ..storage.state import held_lock, new_run
 
 # %% ../../nbs/5_inside/grid.ipynb #2f11dbaf
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
