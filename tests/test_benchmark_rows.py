@@ -36,7 +36,7 @@ from jumplora.data.benchmark import (
 )
 from jumplora.data.sequences import load_sequence
 from jumplora.learning.tasks import SPLITS, Example, Task
-from jumplora.running.grid import Job, job_sequence, sequences_for
+from jumplora.running.grid import Job, job_sequence, plan
 from jumplora.storage.record import Run
 
 # ---------------------------------------------------------------- facts
@@ -616,9 +616,10 @@ def test_orders_are_opened_by_name_in_the_papers_order(hub, monkeypatch):
 def test_a_grid_takes_them_by_name_and_no_other_job_gets_another_key(hub):
     job = Job("ELLA + JumpLoRA", "order1", 42, "smollm2-135m", strength=3e5)
     assert job.key == "order1_ella-jumplora_seed42_7326e576"  # as before there were rows from the Hub
-    tasks = sequences_for("single task", ["order1", "order1-hub", "order2-hub"])
+    alone = plan(["single task"], ["order1", "order1-hub", "order2-hub"], [1], backbone="tiny-llama")
+    tasks = [job.sequence for job in alone]
     assert tasks == [*ORDERS[1], *(f"{name}-hub" for name in ORDERS[1])]
-    assert sequences_for("ELLA", ["order1-hub"]) == ["order1-hub"]
+    assert [job.sequence for job in plan(["ELLA"], ["order1-hub"], [1], backbone="x")] == ["order1-hub"]
     few = dict(train=4, dev=2, test=4)
     alone = job_sequence(Job("single task", "yahoo-hub", 1, "tiny-llama", few))
     whole = job_sequence(Job("ELLA", "order1-hub", 1, "tiny-llama", few))

@@ -583,7 +583,7 @@ def test_a_damaged_record_is_named_set_aside_and_not_used(damage, lost, monkeypa
     record.write_bytes(bad)
     train, begun = stop_in_task(1)
     monkeypatch.setattr(continual, "train_task", train)
-    said = r"record\.json: .*record\.damaged-1\.json; the run goes on after 1 learned tasks"
+    said = r"record\.json: .*record\.damaged-1\.json; the run resumes after 1 learned tasks"
     with pytest.warns(UserWarning, match=said), pytest.raises(Stopped):
         learn("ELLA + JumpLoRA", lost.parent, zero_shot=False)
     assert begun == ["weather"] and Run.load(record).finished == 1  # its copy knows the first task

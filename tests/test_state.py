@@ -483,7 +483,7 @@ def test_a_damaged_state_is_set_aside_and_the_run_goes_on_from_the_one_before(fo
         learn("ELLA + JumpLoRA", folder.parent)  # after the second task, before it is scored
     assert [state_path(folder, n).exists() for n in (1, 2)] == [True, True]
     spoil(state_path(folder, 2))
-    with pytest.warns(UserWarning, match=r"now after-2\.damaged-1\.safetensors.* from the state before"):
+    with pytest.warns(UserWarning, match=r"now after-2\.damaged-1\.safetensors.* after 1 learned tasks"):
         run, model = learn("ELLA + JumpLoRA", folder.parent)
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
     kept = sorted(path.name for path in (folder / "state").iterdir())
@@ -621,3 +621,23 @@ def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(who
     step_path(folder).write_bytes(b"of the last task, which is finished")
     assert content(learn("ELLA + JumpLoRA", tmp_path)[0]) == content(whole[0])
     assert sorted(path.name for path in folder.glob("state/*.safetensors")) == ["after-2.safetensors"]
+
+
+def test_a_record_that_was_set_aside_by_hand_loses_nothing_that_a_state_holds(folder, whole):
+    (folder / "record.json").rename(folder / "aside.json")
+    run, model = learn("ELLA + JumpLoRA", folder.parent)
+    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+    assert run.seconds["train"][0] == Run.load(folder / "aside.json").seconds["train"][0]  # not trained again
+
+
+def test_leaving_a_run_after_its_first_task_keeps_its_state(whole, tmp_path):
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    method = METHODS["ELLA + JumpLoRA"]
+    options = dict(seed=1, out=tmp_path, progress=False)
+    learner = continual.Learner(model, tokenizer, SEQUENCE, method, QUICK, **options)
+    with learner.running():
+        learner.score()
+        learner.finish(0, learner.train(0))
+    assert state_path(learner.folder, 1).exists()
+    run, model = learn("ELLA + JumpLoRA", tmp_path)
+    assert content(run) == content(whole[0]) and same_weights(model, whole[1])

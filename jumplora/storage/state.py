@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -327,8 +327,6 @@ def find_progress(
 
 
 def _find_progress(asked, folder):
-    if not (folder / "record.json").exists():
-        return asked, None
     numbers = [re.fullmatch(r"after-(\d+)\.json", path.name) for path in folder.glob("state/*")]
     copies = [
         f"state/{found[0]}" for found in sorted(filter(None, numbers), key=lambda found: -int(found[1]))
@@ -337,6 +335,8 @@ def _find_progress(asked, folder):
     for name in ["record.json", *copies]:
         try:
             record = Run.load(folder / name)
+        except FileNotFoundError:  # never written, or set aside: then its copy beside the state counts
+            continue
         except Damaged as error:
             damaged += [(folder / name, error)] if not records else []
             continue
@@ -369,7 +369,9 @@ def _find_progress(asked, folder):
             continue
         for path, error in damaged:
             name = f" (now {set_aside(path).name})" if path.exists() else ""
-            warnings.warn(f"{error}{name}; the run resumes from the state before", stacklevel=6)
+            warnings.warn(
+                f"{error}{name}; the run resumes after {record.tasks_learned} learned tasks", stacklevel=6
+            )
         return record, parts
     raise Damaged(f"{damaged[0][1]}; delete {folder} to learn the sequence again")
 
@@ -402,18 +404,20 @@ def held_folder(
         except (OSError, Damaged):
             return False
 
-    if folder is None or on_main(complete):
-        yield StopRequest()
-    else:
-        with _alone_in(folder), graceful_shutdown() as stop:
-            yield stop
-    if folder is not None:  # a killed process may have left a checkpoint
-
-        def clean():
+    def clean():  # a process that was killed after the last score may have left a checkpoint
+        if complete():
             (folder / "state" / "step.safetensors").unlink(missing_ok=True)
             _remove_states(folder, keep={tasks})
 
+    if folder is None:
+        yield StopRequest()
+    elif on_main(complete):
+        yield StopRequest()
         on_main(clean)
+    else:
+        with _alone_in(folder), graceful_shutdown() as stop:
+            yield stop
+            on_main(clean)
 
 
 @contextmanager
@@ -423,10 +427,10 @@ def _alone_in(folder):
         yield
         return
     lock = folder / "state" / "lock"
-    with held_lock(lock, patience=1) as ours:
-        if not ours:
+    with ExitStack() as held:
+        if not held.enter_context(held_lock(lock, patience=1)):
             warnings.warn(f"another process works in {folder}; this one waits for its end", stacklevel=5)
-    with held_lock(lock, patience=math.inf):
+            held.enter_context(held_lock(lock, patience=math.inf))
         for left in folder.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         yield
