@@ -253,7 +253,7 @@ def show(
     for task, note in found.extra.get("notes", {}).items():
         print(f"{task}: {note}")
 
-
+# %% ../nbs/command_line.ipynb #1110b084
 def table(
     folder: str = "runs/laptop",  # folder of runs
     *,
@@ -275,7 +275,7 @@ def table(
     for path in write_tables(tables, out) if out else ():
         print(path)
 
-
+# %% ../nbs/command_line.ipynb #dace8166
 def predict(
     run: str,  # a run's folder, with its state
     *,
@@ -306,7 +306,7 @@ def predict(
         line = [" ".join(words.split()), options[best], f"{likely[best]:.2f}", " ".join(asked.split())[:60]]
         print("\t".join(line))
 
-
+# %% ../nbs/command_line.ipynb #02e21cc3
 def sparsity(
     run: str,  # a run's folder, or its record.json
     *,
@@ -348,11 +348,11 @@ def rollback(
     print(archives.rollback_report(found))
     print(f"weights and report are in {archives.rollback_folder(place, found.task)}; the run is as it was")
 
-
+# %% ../nbs/command_line.ipynb #944e8fc0
 def export(
     run: str,  # a run's folder, with its state
     *,
-    format: str = "merged",  # merged, jumplora, supertuning or shira
+    format: str = "merged",  # merged, jumplora or supertuning
     out: str,  # folder for the files; it must be empty or not there yet
     task: str | None = None,  # write the update of this task alone
     push: str | None = None,  # OWNER/NAME on the Hub, to send the files to

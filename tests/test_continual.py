@@ -661,3 +661,21 @@ def test_a_wrong_argument_is_found_before_anything_is_computed(options, message,
     with pytest.raises(ValueError, match=message):
         learn("IncLoRA", tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rows_of_the_split_are_scored_with_the_lengths_of_the_settings(monkeypatch):
+    calls = []
+
+    def evaluate_and_note(model, tokenizer, task, split, real=continual.evaluate, **settings):
+        lengths = settings["max_length"], settings["truncation"], settings["batch_size"]
+        calls.append((task.name, split, *lengths))
+        return real(model, tokenizer, task, split, **settings)
+
+    monkeypatch.setattr(continual, "evaluate", evaluate_and_note)
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    config = TrainConfig(batch_size=8, max_length=77, truncation="reference")
+    run = learn_sequence(
+        model, tokenizer, SEQUENCE, METHODS["IncLoRA"], config, split="dev", zero_shot=False, progress=False
+    )
+    assert calls == [(name, "dev", 77, "reference", 16) for name in ("topics", "topics", "weather")]
+    assert run.test_rows == [2, 2] and run.configuration["scored_split"] == "dev"

@@ -36,6 +36,7 @@ from jumplora.learning.evaluation import (
     just_learned,
     micro_average,
     normalize,
+    sign_test,
     standard_error,
 )
 from jumplora.learning.tasks import Example, Task, encode_answer, encode_prompt
@@ -583,3 +584,20 @@ def test_an_interval_needs_percent_and_rows(percent, rows):
 def test_the_interval_of_a_mean_needs_one_count_of_rows_for_every_score(percents, rows):
     with pytest.raises(ValueError, match=f"{len(percents)} scores and {len(rows)} counts of rows"):
         average_interval(percents, rows)
+
+
+@pytest.mark.parametrize(
+    "only_first, only_second, both", [(10, 2, 5), (2, 10, 0), (3, 3, 9), (0, 6, 1), (0, 0, 4)]
+)
+def test_the_sign_test_is_the_two_sided_binomial_test_of_the_rows_that_differ(only_first, only_second, both):
+    first = [True] * only_first + [False] * only_second + [True] * both + [False]
+    second = [False] * only_first + [True] * only_second + [True] * both + [False]
+    n = only_first + only_second
+    # all outcomes of n fair coins that are at least as far from n / 2
+    far = sum(math.comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(only_first - only_second))
+    assert sign_test(first, second) == (only_first, only_second, pytest.approx(far / 2**n))
+
+
+def test_the_sign_test_takes_the_same_rows_only():
+    with pytest.raises(ValueError, match="3 and 2 rows; both methods must be scored on the same rows"):
+        sign_test([True] * 3, [True] * 2)

@@ -350,3 +350,15 @@ def test_settings_of_ones_own_are_fields_of_a_dataclass_and_enter_the_record():
     undecorated = Method("mine", regularizer=type("Mine", (IncLoRA,), {"strength": 1.0})())
     assert with_settings(undecorated, strength=2.0) == undecorated
     assert undecorated.describe()["regularizer"] == {"name": "Mine"}
+
+
+def test_the_importance_of_parameters_is_taken_without_dropout():
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    dropped = replace(QUICK, lora_dropout=0.5)
+    torch.manual_seed(0)
+    adapted = attach_adapter(model, dropped, gated=False).train()
+    for layer in adapter_layers(adapted).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+    first, second = (list(row_gradients(adapted.train(), tokenizer, TASKS[0], dropped)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) and one[name].any() for name in one)

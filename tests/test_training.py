@@ -4,6 +4,7 @@ import gc
 import inspect
 import json
 import math
+import re
 import weakref
 from functools import cache
 from types import SimpleNamespace
@@ -151,6 +152,22 @@ def test_field_truncation_uses_the_room_there_is(kind):
     tokenizer, text = TOKENIZERS[kind](), "0123456789 " * 40
     for limit in range(60, 90):
         assert limit - 3 <= len(encode_prompt(tokenizer, TASK, text, limit)) <= limit
+
+
+class PairTokenizer:
+    """A token for "ab" and for each other character; an "ab" before a line break is two tokens."""
+
+    def __call__(self, text, **options):
+        places = [found.span() for found in re.finditer(r"ab(?!\n)|.", text, re.DOTALL)]
+        return SimpleNamespace(input_ids=[hash(text[a:b]) for a, b in places], offset_mapping=places)
+
+
+def test_field_truncation_uses_all_the_room_where_a_cut_splits_a_token():
+    tokenizer, text = PairTokenizer(), "ab" * 20 + "x"
+    room = len(tokenizer(TASK.prompt("")).input_ids)
+    for more in range(2, 20):
+        ids = encode_prompt(tokenizer, TASK, text, room + more)
+        assert ids == tokenizer(TASK.prompt("ab" * (more - 1))).input_ids and len(ids) == room + more
 
 
 def test_reference_truncation_cuts_from_the_right():

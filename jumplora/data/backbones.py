@@ -117,7 +117,7 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
     except OSError as error:
         allowed = f"use {', '.join(BACKBONES)}, or a folder or Hub id with safetensors"
-        raise OSError(f"backbone={place!r} cannot be loaded; {allowed}: {error}") from error
+        raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {error}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -68,6 +68,8 @@ class Source(NamedTuple):
 
 _FACTS = json.loads(files("jumplora.data").joinpath("benchmark.json").read_text("utf-8"))
 NEWSROOM_FILES: dict[str, str] = _FACTS["newsroom files"]  # name -> sha256
+for _fact in (*_FACTS["newsroom"].values(), *_FACTS["newsroom20"].values()):
+    _fact["columns"] = tuple(_fact["columns"])
 NEWSROOM: dict[str, Source] = {name: Source(**fact) for name, fact in _FACTS["newsroom"].items()}
 TWENTY: dict[str, Source] = {  # each is cut into ten tasks of two labels
     name: Source(**fact) for name, fact in _FACTS["newsroom20"].items()

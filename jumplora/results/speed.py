@@ -57,13 +57,15 @@ def alternate(
     device: torch.device | str = "cpu",  # where the work is
 ) -> dict[str, list[float]]:  # name -> seconds, one per round
     "Time variants in turn, round by round. A single round has no round before it: the work is done once."
+    cuda = torch.device(device).type == "cuda"
+    wait = partial(torch.cuda.synchronize, device) if cuda else (lambda: None)
     seconds = {name: [] for name in variants}
     for turn in range(rounds + (rounds > 1)):
         for name, work in variants.items():
+            wait()
             start = time.perf_counter()
             work()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize(device)
+            wait()
             if turn or rounds == 1:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

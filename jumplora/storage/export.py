@@ -147,7 +147,7 @@ def _cell(value: object) -> str:
     "A value as one line that ends no cell of a Markdown table."
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
-
+# %% ../../nbs/5_inside/export.ipynb #0bbbe02b
 @dataclass(frozen=True, eq=False)
 class Finished:
     "What a run has learned, and the model that it began with."
@@ -276,7 +276,7 @@ class Finished:
         text += f"## Base and licence\n\n{end}\n"
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
-
+# %% ../../nbs/5_inside/export.ipynb #53bb670d
 def load_finished(
     folder: str | Path,  # a run's folder, with record and state
     task: str | None = None,  # one of its tasks; None: all that was learned

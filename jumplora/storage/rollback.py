@@ -7,7 +7,6 @@ __all__ = ['add_archives', 'load_archives', 'without_task', 'TakenOut', 'rollbac
            'rollback', 'load_without']
 
 # %% ../../nbs/5_inside/rollback.ipynb #4112b526
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +21,17 @@ from ..conventions import check_choice, write_atomic
 from ..data.sequences import load_sequence
 from ..learning.evaluation import evaluate
 from ..learning.tasks import TaskSequence
-from .record import Run, digest, plain, read_record, tensors_checksum
+from jumplora.storage.record import (
+    FORMAT,
+    Damaged,
+    Run,
+    digest,
+    plain,
+    read_record,
+    read_tensors,
+    tensors_checksum,
+    write_tensors,
+)
 from .state import load_start, load_state
 from jumplora.storage.updates import (
     UpdateArchive,
@@ -226,11 +234,11 @@ def rollback(
     entries = sum(weight.numel() for weight in merged.values())
     scores = _score_again(run, weights, sequence, options) if sequence is not None else None
     found = TakenOut(run.name, task, names, changed, entries, bound, scores)
-    data = save({f"{layer}.weight": weight.contiguous() for layer, weight in weights.items()})
-    facts = plain(asdict(found) | dict(format=1, weights_sha256=hashlib.sha256(data).hexdigest()))
+    facts = plain(asdict(found) | dict(format=FORMAT))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".rollback-") as temporary:
         fresh = Path(temporary) / "fresh"
-        write_atomic(fresh / "weights.safetensors", data)
+        named = {f"{layer}.weight": weight for layer, weight in weights.items()}
+        facts["weights_sha256"] = write_tensors(fresh / "weights.safetensors", named, dict(task=task))
         write_atomic(fresh / "rollback.json", json.dumps(facts | {"checksum": digest(facts)}, indent=1))
         write_atomic(fresh / "report.md", rollback_report(found))
         try:
@@ -250,12 +258,15 @@ def load_without(
     if not place.is_dir():
         raise ValueError(f"{task!r} was not taken out of {run.name}; call rollback first")
     facts, path = read_record(place / "rollback.json"), place / "weights.safetensors"
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != facts["weights_sha256"]:
-        raise ValueError(f"{path} is damaged; delete {place} and call rollback again")
+    try:
+        tensors, _, checksum = read_tensors(path)
+    except Damaged as error:
+        raise Damaged(f"{error}; delete {place} and call rollback again") from None
+    if checksum != facts["weights_sha256"]:
+        raise Damaged(f"{path} is not what rollback wrote; delete {place} and call rollback again")
     if facts["tasks"] != (now := merged_tasks(run)):
         grown = f"{task!r} was taken out of {facts['tasks']}, and the run has learned {now} since"
         raise ValueError(f"{grown}; delete {place} and call rollback again")
-    weights = {name.removesuffix(".weight"): weight for name, weight in load(data).items()}
+    weights = {name.removesuffix(".weight"): weight for name, weight in tensors.items()}
     model, tokenizer = _load_with(run, weights, options)
     return model, tokenizer, run
