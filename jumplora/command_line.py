@@ -447,7 +447,7 @@ def grid(
 
 def speed(
     *,
-    parts: Sequence[str] = (),  # layer, step, start, evaluation, batches, run, growth, path, startup; by default all
+    parts: Sequence[str] = (),  # layer step start evaluation batches run growth path startup; else all
     quick: bool = False,  # fewer rounds and smaller sizes
     out: str = "runs/speed",  # folder of the records
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
@@ -509,14 +509,15 @@ def main(
 ) -> int:  # exit code: 0 fine, 1 failed, 2 wrong usage
     "The command `jumplora`."
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: jumplora COMMAND [flags]\n\nSparse low-rank continual learning of language models.\n")
-        print("commands:", *(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items()), sep="\n")
-        print("\n`jumplora COMMAND --help` lists a command's flags.")
-        return 0 if argv else 2
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     speaks = nullcontext()
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print("usage: jumplora COMMAND [flags]\n")
+            print("Sparse low-rank continual learning of language models.\n")
+            print("commands:", *(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items()), sep="\n")
+            print("\n`jumplora COMMAND --help` lists a command's flags.", flush=True)
+            return 0 if argv else 2
         if argv[0] == "benchmark":
             raise ValueError("`jumplora benchmark` is called `jumplora speed`")
         command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
@@ -536,7 +537,12 @@ def main(
             join_processes(values["device"])
             speaks = only_main_speaks()
         with speaks:
-            return command(**values) or 0
+            code = command(**values) or 0
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except SystemExit as stop:  # the parser has printed what is wrong
         return stop.code
     except (ValueError, RuntimeError, OSError) as error:

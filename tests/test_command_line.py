@@ -573,3 +573,13 @@ def test_predict_names_the_tasks_of_the_run(run_folders, jumplora):
     done = jumplora("predict", run_folders[0], "--task", "topic", "--text", "text")
     assert done.code == 2 and "task='topic' is not known; use 'topics' or 'weather'" in done.err
     assert "did you mean 'topics'" in done.err
+
+
+@pytest.mark.parametrize("words", ["", "table results/reduced", "show RUN"])
+def test_output_that_nobody_reads_to_its_end_is_no_traceback(words, root):
+    run = next((root / "results" / "laptop").iterdir())
+    command = [sys.executable, "-m", "jumplora.command_line", *words.replace("RUN", str(run)).split()]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1

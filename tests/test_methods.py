@@ -352,7 +352,7 @@ def test_settings_of_ones_own_are_fields_of_a_dataclass_and_enter_the_record():
     assert undecorated.describe()["regularizer"] == {"name": "Mine"}
 
 
-def test_the_importance_of_parameters_is_taken_without_dropout():
+def test_the_gradients_for_the_importance_of_parameters_are_taken_without_dropout():
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
     dropped = replace(QUICK, lora_dropout=0.5)
     torch.manual_seed(0)
