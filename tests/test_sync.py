@@ -94,3 +94,14 @@ def test_the_lock_has_one_exact_version_of_every_requirement():
         assert wanted.specifier.contains(names[canonicalize_name(wanted.name)]), wanted
     assert not [n for n in names if n.startswith(("nvidia-", "cuda-", "triton"))], "torch brings these itself"
     assert "+" not in names["torch"], "a local build's version cannot be installed elsewhere"
+
+
+def test_every_mutation_of_the_table_still_fits_the_code_and_was_noticed():
+    import mutations
+
+    mutations.check_table()
+    record = json.loads(mutations.STORED.read_text("utf-8"))
+    assert {m.name: (m.module, m.old, m.new) for m in mutations.MUTATIONS} == {
+        name: (found["module"], found["old"], found["new"]) for name, found in record["mutations"].items()
+    }
+    assert record["counts"] == {"killed": len(mutations.MUTATIONS)}
