@@ -1,4 +1,4 @@
-"""Groups of two processes, for tests/test_processes.py: `python tests/two_processes.py FOLDER`.
+"""Groups of two processes, for tests/running/test_processes.py: `python tests/two_processes.py FOLDER`.
 
 Everything is imported once, and every group is forked from here.
 What a process of a group finds is in FOLDER/NAME-PROCESS.json.

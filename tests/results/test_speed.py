@@ -15,7 +15,7 @@ from jumplora.method import adapter
 from jumplora.method.gated_linear import gated_linear
 from jumplora.results import speed
 
-RECORDS = Path(__file__).resolve().parent.parent / "results" / "speed"
+RECORDS = Path(__file__).resolve().parents[2] / "results" / "speed"
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from jumplora.results.run_tables import (
 )
 from jumplora.storage.record import Run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REPORTED = ROOT / "results" / "reported.json"
 
 

@@ -30,7 +30,7 @@ from jumplora.storage.record import (
     set_aside,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(**changes):
