@@ -35,7 +35,6 @@ def test_the_prompt_is_the_one_of_the_paper():
         "Text: The cup final.\n"
         "Answer:"
     )
-    assert prompt(instruction, ["World", "Sports"], "The cup final.") == expected
     assert Question("q", instruction, ["World", "Sports"]).prompt("The cup final.") == expected
 
 
@@ -76,17 +75,6 @@ def test_a_label_outside_the_options_is_refused_in_train_and_dev_and_counted_in_
     found = task(test=[("x", "-"), *ROWS, ("y", "Yes")])
     assert found.outside_options == 2
     assert list(found.counts()["test"].items()) == [("yes", 1), ("no", 1), ("-", 1), ("Yes", 1)]
-
-
-def test_a_task_cannot_be_changed():
-    with pytest.raises(AttributeError):
-        task().name = "other"
-
-
-def test_rows_given_as_mappings_pairs_or_an_iterator_are_the_same():
-    dicts = task(train=[{"sentence": "one", "label": "yes"}, {"text": "two", "label": "no", "id": 3}])
-    assert dicts.train == task().train == (Example("one", "yes"), Example("two", "no"))
-    assert task(train=iter(ROWS)).train == dicts.train
 
 
 @pytest.mark.parametrize(
@@ -165,9 +153,17 @@ def test_a_file_of_any_kind_gives_the_texts_as_they_are_written(tmp_path, ending
     assert list(found.train) == ODD == list(found.test) and found.options == ("no", "yes")
 
 
-@pytest.mark.parametrize("source", [FRAME, FRAME.to_dict("records"), datasets.Dataset.from_pandas(FRAME)])
+@pytest.mark.parametrize(
+    "source",
+    [
+        FRAME,
+        FRAME.to_dict("records"),
+        datasets.Dataset.from_pandas(FRAME),
+        [{"sentence": text, "label": label, "id": 3} for text, label in ODD],
+    ],
+)
 def test_a_table_in_memory_gives_the_rows_of_its_file(source):
-    expected = Task("t", "Which?\n", ("no", "yes"), ODD, (), ODD).fingerprint()
+    expected = Task("t", "Which?\n", ("no", "yes"), iter(ODD), (), ODD).fingerprint()
     assert Task.load("t", {"train": source, "test": source}, "Which?\n").fingerprint() == expected
     assert Task("t", "Which?\n", ("no", "yes"), source, (), source).fingerprint() == expected
 
@@ -270,13 +266,10 @@ def test_limited_rows_are_balanced_complete_and_nested(labels, n, m):
 def test_limits_depend_on_the_seed_the_task_and_nothing_else():
     rows = [(f"text {i}", YES_NO[i % 2]) for i in range(50)]
     whole = task(train=rows, dev=rows, test=rows)
-    assert whole.limit(10, 10, 10, seed=1) == whole.limit(10, 10, 10, seed=1)
-    assert whole.limit(10, seed=1).train != whole.limit(10, seed=2).train
-    assert whole.limit(10).train != task(name="u", train=rows).limit(10).train
-    random.seed(0)
-    first = whole.limit(10)
+    first = whole.limit(10, 10, 10, seed=1)
     random.seed(1)
-    assert whole.limit(10) == first
+    assert whole.limit(10, 10, 10, seed=1) == first
+    assert whole.limit(10, seed=2).train != first.train != task("u", train=rows).limit(10, seed=1).train
     assert whole.limit() == whole and len(whole.limit(dev=0).dev) == 0
     assert sorted(whole.limit(train=99).train) == sorted(whole.train)
 
@@ -361,12 +354,13 @@ def test_a_folder_of_any_name_is_opened(tmp_path, name, expected):
 
 def test_labels_json_gives_the_options_of_an_unknown_task(tmp_path):
     olora(tmp_path, "XX/mine", train=ONE, dev=[], test=TWO)
-    assert read_folder(tmp_path)["mine"].options == ("Sports",)  # from train
-    (tmp_path / "XX/mine/labels.json").write_text('["World", "Sports"]')
-    found = read_folder(tmp_path)["mine"]
-    assert found.options == ("World", "Sports") and found.outside_options == 0
-    assert "general instruction" in found.note and found.instruction.endswith("option.\n")
-    (tmp_path / "XX/mine/labels.json").write_text('["World"]')
+    for labels, options in ((None, ("Sports",)), (["World", "Sports"], ("World", "Sports"))):
+        if labels:
+            olora(tmp_path, "XX/mine", labels=labels)
+        found = read_folder(tmp_path)["mine"]
+        assert found.options == options and "general instruction" in found.note
+    assert found.outside_options == 0 and found.instruction.endswith("option.\n")
+    olora(tmp_path, "XX/mine", labels=["World"])
     with pytest.raises(ValueError, match="task 'mine', train row 0: label 'Sports' is not in World"):
         read_folder(tmp_path)
 
@@ -390,9 +384,6 @@ def test_a_task_that_is_not_in_the_folder_is_named_with_those_that_are(tmp_path)
     olora(tmp_path, "Other/AGNEWS", train=ONE, dev=TWO, test=TWO)
     with pytest.raises(ValueError, match="two tasks named 'agnews'"):
         read_folder(tmp_path)
-
-
-def test_a_path_that_is_no_folder_is_refused(tmp_path):
     for path in (tmp_path / "nowhere", __file__):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             read_folder(path)
@@ -440,19 +431,15 @@ def test_use_decides_which_file_is_read(tmp_path):
     assert not read_folder(listed(tmp_path, files=files, use={"train": "small"}))["mine"].dev
 
 
-def test_a_changed_file_is_refused_by_its_checksum(tmp_path):
-    folder = listed(tmp_path)
-    save(folder / "dev.parquet", [("other", "yes")])
-    with pytest.raises(ValueError, match="task 'mine', dev: .* is not the file that tasks.json lists"):
-        read_folder(folder)
-
-
-@pytest.mark.parametrize("path", ["../secret.json", "/etc/passwd", "sub/../../secret.json"])
-def test_a_folder_cannot_name_files_outside_it(tmp_path, path):
+def test_a_listed_folder_cannot_swap_a_file_or_name_one_outside(tmp_path):
     (tmp_path / "secret.json").write_text("[]")
-    folder = listed(tmp_path / "data", files={"train": path, "dev": "dev.parquet", "test": "test.parquet"})
-    with pytest.raises(ValueError, match="leads out of the folder"):
-        read_folder(folder)
+    for path in ("../secret.json", "/etc/passwd", "sub/../../secret.json"):
+        files = {"train": path, "dev": "dev.parquet", "test": "test.parquet"}
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            read_folder(listed(tmp_path / "data", files=files))
+    save(listed(tmp_path / "data") / "dev.parquet", [("other", "yes")])
+    with pytest.raises(ValueError, match="task 'mine', dev: .* is not the file that tasks.json lists"):
+        read_folder(tmp_path / "data")
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"name": 1}]', "not json", "[]", ""])
