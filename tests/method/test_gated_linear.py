@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from jumplora.method.gated_linear import (
+    _sum_is_safe,
     dense_product,
     gated_linear,
     gated_update,
     naive_gated_linear,
     naive_gated_update,
-    sum_is_safe,
 )
 
 both_layers = pytest.mark.parametrize("layer", [naive_gated_linear, gated_linear])
@@ -286,7 +286,7 @@ def test_only_fp64_and_unrounded_fp32_take_one_product(dtype, precision):
         with torch.no_grad():
             fused = flops(lambda: gated_linear(**given, interpolation=0.5))
             naive = flops(lambda: naive_gated_linear(**given, interpolation=0.5))
-        assert [sum_is_safe(dtype, device) for device in ("cpu", "cuda")] == [safe, safe]
+        assert [_sum_is_safe(dtype, device) for device in ("cpu", "cuda")] == [safe, safe]
     finally:
         torch.set_float32_matmul_precision(before)
     assert fused == (1 if safe else 2) * one + dense and naive == 2 * one + dense
@@ -296,7 +296,7 @@ def test_each_device_is_asked_for_its_own_rounding_of_fp32():
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert sum_is_safe(torch.float32, "cpu") and not sum_is_safe(torch.float32, "cuda")
+        assert _sum_is_safe(torch.float32, "cpu") and not _sum_is_safe(torch.float32, "cuda")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
