@@ -93,16 +93,24 @@ def path(request, monkeypatch):
 # ---------------------------------------------------------------- the equations
 
 
-@both_layers
+def by_update(x, weight, A, B, threshold, interpolation, *, bias, **settings):
+    "The layer from the update alone."
+    update = gated_update(A, B, threshold, interpolation, **settings)
+    assert update.dtype == torch.promote_types(A.dtype, torch.float32)
+    y = F.linear(x, update.to(x.dtype), bias)
+    return y if weight is None else y + F.linear(x, weight)
+
+
+@pytest.mark.parametrize("layer", [naive_gated_linear, gated_linear, by_update])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("tau", [0.0, 0.03, 0.15, 50.0])
 def test_value_and_gradients_are_the_papers_for_every_dtype_and_shape(path, layer, dtype, gamma, tau):
-    wide = torch.promote_types(dtype, torch.float32)
-    forms = (True, True, "mean"), (True, False, "sum"), (False, True, "sum"), (False, False, "mean")
+    wide = torch.promote_types(dtype, torch.float32)  # factors in half precision, too
+    forms = (True, True, "mean", wide), (True, False, "sum", dtype), (False, True, "sum", wide)
     for tokens in ((), (1,), (0,), (5,), (2, 3), (0, 3)):
-        for weight, bias, reduction in forms:
-            given = inputs(tokens, dtype, wide, tau, weight, bias)
+        for weight, bias, reduction, factors in (*forms, (False, False, "mean", dtype)):
+            given = inputs(tokens, dtype, factors, tau, weight, bias)
             found = run(layer, given, torch.tensor([gamma]), reduction=reduction)
             assert found["y"].dtype == dtype and found["y"].shape == (*tokens, OUT)
             assert_close(found, reference(given, float(np.float32(gamma)), reduction), TOLERANCE[dtype])
@@ -130,26 +138,6 @@ def test_an_entry_at_the_threshold_is_zeroed_and_one_on_a_windows_edge_is_outsid
     assert (sizes == 0.25).any() and (sizes == 0.5).any() and (sizes == 0.0).any()
     found = run(layer, given, gamma, bandwidth=bandwidth)
     assert_close(found, reference(given, gamma, bandwidth=bandwidth), 1e-5)
-
-
-@pytest.mark.parametrize("update", [gated_update, naive_gated_update])
-@pytest.mark.parametrize("factors", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_update_alone_is_the_layer_without_a_weight(path, update, factors, gamma, reduction):
-    "x is the identity, so that the output of the layer is the transposed update."
-    wide = torch.promote_types(factors, torch.float32)
-    given = inputs((4,), dtype=wide, factors=factors, weight=False, bias=False)
-    given["x"] = torch.eye(IN, dtype=wide, requires_grad=True)
-    expected = reference(given, gamma, reduction)
-    factor = {name: given[name] for name in ("A", "B", "threshold")}
-    found = update(**factor, interpolation=gamma, scaling=SCALING, bandwidth=EPSILON, reduction=reduction)
-    found.backward(random(IN, OUT, seed=6, dtype=wide).T)
-    assert found.dtype == wide and given["A"].grad.dtype == given["B"].grad.dtype == factors
-    gradients = {name: value.grad for name, value in factor.items()}
-    tolerance = TOLERANCE[torch.bfloat16] if factors == torch.bfloat16 else 1e-5
-    wanted = {name: expected[name] for name in ("y", *gradients)}
-    assert_close({"y": found.detach().T} | gradients, wanted, tolerance)
 
 
 # ---------------------------------------------------------------- identities

@@ -9,9 +9,6 @@ import torch
 from safetensors.torch import load, save
 
 from jumplora.data.backbones import load_backbone
-from jumplora.learning.continual import learn_sequence
-from jumplora.learning.methods import METHODS
-from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig, attach_adapter, named_updates, penalty_function
 from jumplora.method.regularizers import ELLA, IncLoRA, NLoRA, OLoRA, Regularizer, Update, overlap_energy
 
@@ -100,15 +97,6 @@ def test_n_lora_is_the_sum_of_all_entries_of_the_dense_update():
     current = random_updates(0)
     expected = 0.25 * sum(np.abs(double(u.B) @ double(u.A)).sum() for u in current.values())
     np.testing.assert_allclose(NLoRA(0.25).penalty(current).item(), expected, rtol=1e-5)
-
-
-@each_penalty
-def test_the_penalty_of_all_layers_is_the_sum_of_their_penalties(make):
-    regularizer, current = make(), random_updates(9)
-    for _ in range(2):  # without a past, and with one
-        parts = [regularizer.layer_penalty(name, update) for name, update in current.items()]
-        torch.testing.assert_close(sum(parts), regularizer.penalty(current))
-        regularizer.after_task(random_updates(0))
 
 
 def test_the_first_task_has_no_penalty_nor_have_strength_zero_and_no_layers():
@@ -329,17 +317,3 @@ def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other)
     assert any(gradient.any() for gradient in whole)
-
-
-@pytest.mark.parametrize("name", ["O-LoRA", "O-LoRA + JumpLoRA", "N-LoRA"])
-def test_a_run_learns_resumes_and_remembers(name, tmp_path):
-    rows = [(f"one {word} and {n} more", word) for n in range(8) for word in ("cat", "dog")]
-    tasks = [Task(f"task {i}", "Which?\n", ("cat", "dog"), rows, [], rows[:4]) for i in range(2)]
-    config, sequence, runs = TrainConfig(batch_size=4, max_length=200), TaskSequence("pair", tasks), []
-    for _ in range(2):  # the second finds the record of the first
-        model, tokenizer = load_backbone("tiny-llama")
-        options = {"config": config, "out": tmp_path, "zero_shot": False, "progress": False}
-        runs.append(learn_sequence(model, tokenizer, sequence, METHODS[name], **options))
-    assert runs[0].complete and np.array_equal(runs[0].accuracy, runs[1].accuracy, equal_nan=True)
-    assert runs[0].extra["penalty"]["task 1"][-1] > 0
-    assert (runs[0].mean_sparsity > 0) == ("JumpLoRA" in name)
