@@ -129,23 +129,17 @@ def _linear_with_update(x, weight, update, rest, bias=None):
     return F.linear(x, weight, bias).add_(F.linear(x, update))
 
 # %% ../../nbs/1_method/gated_linear.ipynb #4ab39d96
-def _factor_gradients(delta, tau, gamma, G, A, B, gate, need_tau):
-    "Gradients of A, B and τ from G, that of the gated update."
-    d_delta, rest, grad_tau = gate.backward(delta, tau, gamma, G.to(delta.dtype), need_tau)
-    grad_A = rest * B.to(delta.dtype).T @ d_delta  # (r, out) @ (out, in)
-    grad_B = d_delta @ (rest * A.to(delta.dtype).T)  # (out, in) @ (in, r)
-    return grad_A, grad_B, grad_tau
-
-
 class _GatedLinear(torch.autograd.Function):
-    "The gated layer; backward computes the dense update again instead of storing it."
+    "The gated layer, or its update where x is None; backward computes ΔW again instead of storing it."
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, tau, gamma, gate):
         ctx.save_for_backward(x, weight, A, B, tau, gamma)
         ctx.gate = gate
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(A.device.type, enabled=False):
             update, rest = gate.forward(dense_product(A, B), tau, gamma)  # (out, in)
+            if x is None:
+                return update if rest == 1 else update.mul_(rest)
             return _linear_with_update(x, weight, update, rest, bias)
 
     @staticmethod
@@ -163,10 +157,13 @@ class _GatedLinear(torch.autograd.Function):
             if need_bias:
                 grad_bias = rows.sum(0)
             if need_weight or need_A or need_B or need_tau:
-                G = rows.T @ x.reshape(-1, x.shape[-1])  # (out, tokens) @ (tokens, in)
+                G = grad if x is None else rows.T @ x.reshape(-1, x.shape[-1])  # (out, in), of the update
                 grad_weight = G if need_weight else None
             if need_A or need_B or need_tau:
-                grad_A, grad_B, grad_tau = _factor_gradients(delta, tau, gamma, G, A, B, ctx.gate, need_tau)
+                G = G.to(delta.dtype)
+                d_delta, rest, grad_tau = ctx.gate.backward(delta, tau, gamma, G, need_tau)
+                grad_A = rest * B.to(delta.dtype).T @ d_delta  # (r, out) @ (out, in)
+                grad_B = d_delta @ (rest * A.to(delta.dtype).T)  # (out, in) @ (in, r)
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_tau, None, None
 
 # %% ../../nbs/1_method/gated_linear.ipynb #d07d4e4c
@@ -196,26 +193,6 @@ def gated_linear(
     return _GatedLinear.apply(x, weight, bias, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction))
 
 # %% ../../nbs/1_method/gated_linear.ipynb #7076a402
-class _GatedUpdate(torch.autograd.Function):
-    "The gated update; backward computes the dense one again instead of storing it."
-
-    @staticmethod
-    def forward(ctx, A, B, tau, gamma, gate):
-        ctx.save_for_backward(A, B, tau, gamma)
-        ctx.gate = gate
-        update, rest = gate.forward(dense_product(A, B), tau, gamma)
-        return update if rest == 1 else update.mul_(rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        A, B, tau, gamma = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            delta = dense_product(A, B)
-            grads = _factor_gradients(delta, tau, gamma, grad, A, B, ctx.gate, ctx.needs_input_grad[2])
-        return *grads, None, None
-
-
 def gated_update(
     A: Tensor,  # (r, in)
     B: Tensor,  # (out, r)
@@ -227,5 +204,6 @@ def gated_update(
 ) -> Tensor:  # ΔW_eff, (out, in), fp32 or wider
     "Values and gradients of `naive_gated_update`, nothing of size (out, in) stored."
     check_gate(bandwidth, reduction)
-    gate = _Gate(scaling, bandwidth, reduction)
-    return _GatedUpdate.apply(A, B, gate_scalar(threshold, A), gate_scalar(interpolation, A), gate)
+    tau = gate_scalar(threshold, A)
+    gamma = gate_scalar(interpolation, A)
+    return _GatedLinear.apply(None, None, None, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction))
