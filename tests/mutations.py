@@ -93,8 +93,8 @@ MUTATIONS = [
     ),
     *of(
         "method/adapter.py", "method/test_adapter.py",
-        ("a zero update may alter a weight's bits", "return torch.where(delta == 0, weight, merged)", "return merged"),
-        ("a merge rounds the update first", "(weight.float() + delta).to(weight.dtype)", "weight + delta.to(weight.dtype)"),
+        ("a zero update may alter a weight's bits", "return torch.where(delta == 0, orig_weight, merged)", "return merged"),
+        ("a merge rounds the update first", "(orig_weight.float() + delta).to(orig_weight.dtype)", "orig_weight + delta.to(orig_weight.dtype)"),
         ("dropout is dropped", "x = module.lora_dropout[active_adapter](x)", "pass"),
         ("the update of plain LoRA is not scaled", "return layer.scaling[adapter_name] * product", "return product"),
         ("a penalty moves the threshold", "gate.threshold.detach() if detach_threshold else gate.threshold", "gate.threshold"),

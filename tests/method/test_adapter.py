@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -12,16 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers.pytorch_utils import Conv1D
 
-from jumplora.learning.training import named_updates
+from jumplora.data.backbones import load_backbone
 from jumplora.method.adapter import (
     JumpLoraConfig,
     JumpLoraLinear,
@@ -32,52 +24,35 @@ from jumplora.method.adapter import (
     dense_update,
     gate_groups,
 )
-from jumplora.method.regularizers import ELLA
+from jumplora.method.gated_linear import naive_gated_linear, naive_gated_update
 
 IDS = torch.arange(3, 19).view(2, 8)
 SCOPES = {"model": 1, "block": 2, "layer": 4}  # gates of a Llama of two blocks with two targets each
+both_models = pytest.mark.parametrize("base", ["llama", "t5"])
 # a dropout of 1e-12 drops nothing, and keeps the layer from its fused path
 both_paths = pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fused path", "PEFT's path"])
 low_memory = pytest.mark.parametrize("low_memory", [False, True], ids=["normal", "low_cpu_mem_usage"])
-
-
-def llama():
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-
-
-def t5():
-    sizes = dict(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
-
-
-MODELS = {"llama": llama, "t5": t5}
-both_models = pytest.mark.parametrize("base", MODELS)
+both_merges = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe merge"])
 
 
 def backbone(base="llama", dtype=torch.float32):
-    torch.manual_seed(0)
-    return MODELS[base]().to(dtype).eval()
+    return load_backbone(f"tiny-{base}")[0].to(dtype)
 
 
-def fill(model, name="default", threshold=0.1, gamma=1.0, seed=1):
+def fill(model, name="default", threshold=0.03, gamma=1.0, seed=1):
     "Random factors, so that the update is not zero, and the same τ and γ in every gate."
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter_layers(model).values():
         for factor in (layer.lora_A, layer.lora_B):
             weight = factor[name].weight
-            weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    set_gates(model, threshold, gamma, name)
-    return model
-
-
-def set_gates(model, threshold, gamma, name="default"):
+            weight.data.copy_(0.15 * torch.randn(weight.shape, generator=generator))
     for group in gate_groups(model, name).values():
         group.gate.set_threshold(threshold)
         group.gate.interpolation.fill_(gamma)
+    return model
 
 
-def adapted(base="llama", dtype=torch.float32, threshold=0.1, gamma=1.0, config=JumpLoraConfig, **settings):
+def adapted(base="llama", dtype=torch.float32, threshold=0.03, gamma=1.0, config=JumpLoraConfig, **settings):
     model = get_peft_model(backbone(base, dtype), config(**dict(r=2, lora_alpha=6) | settings))
     return fill(model, threshold=threshold, gamma=gamma)
 
@@ -85,7 +60,7 @@ def adapted(base="llama", dtype=torch.float32, threshold=0.1, gamma=1.0, config=
 def two_adapters():
     model = adapted()
     model.add_adapter("second", JumpLoraConfig(r=3, threshold_scope="layer"))
-    return fill(model, "second", 0.2, 0.5, seed=2).eval()
+    return fill(model, "second", 0.05, 0.5, seed=2).eval()
 
 
 def logits(model, **kwargs):
@@ -98,13 +73,12 @@ def a_layer(model):
     return next(layer for name, layer in adapter_layers(model).items() if name.endswith("q_proj"))
 
 
-def the_gate(model, name="default"):
-    (group,) = gate_groups(model, name).values()
-    return group.gate
+def gates(model, name="default"):
+    return [group.gate for group in gate_groups(model, name).values()]
 
 
 def gate_state(model, name="default"):
-    gate = the_gate(model, name)
+    (gate,) = gates(model, name)
     return round(gate.threshold.item(), 6), gate.interpolation.item()
 
 
@@ -112,14 +86,15 @@ def n_gates(model, name="default"):
     return len({id(layer.lora_gate[name]) for layer in adapter_layers(model).values()})
 
 
-def weights(model, bits=False):
-    "The frozen weights, or their bytes, which distinguish 0 from -0."
-    found = {n: layer.get_base_layer().weight.detach().clone() for n, layer in adapter_layers(model).items()}
-    return {name: weight.view(torch.uint8) for name, weight in found.items()} if bits else found
+def weights(model):
+    return {n: layer.get_base_layer().weight.detach().clone() for n, layer in adapter_layers(model).items()}
 
 
 def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    "Whether named tensors have the same bytes, which distinguish 0 from -0."
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one
+    )
 
 
 def double(tensor):
@@ -147,7 +122,7 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output_and_uses_jumplora_layers(b
 
 
 @both_models
-@pytest.mark.parametrize(("gamma", "threshold"), [(0.0, 0.1), (1.0, 0.0)], ids=["gamma 0", "tau 0"])
+@pytest.mark.parametrize(("gamma", "threshold"), [(0.0, 0.03), (1.0, 0.0)], ids=["gamma 0", "tau 0"])
 def test_zero_gamma_or_zero_threshold_gives_pefts_lora_and_its_gradients(base, gamma, threshold):
     ours, stock = adapted(base, gamma=gamma, threshold=threshold), adapted(base, config=LoraConfig)
     theirs = adapter_layers(stock)
@@ -156,53 +131,36 @@ def test_zero_gamma_or_zero_threshold_gives_pefts_lora_and_its_gradients(base, g
     for model in (ours, stock):
         logits(model).log_softmax(-1)[..., 3].mean().backward()
     for name, layer in adapter_layers(ours).items():
-        x = torch.randn(4, 16)
+        x = torch.randn(4, 64)
         assert relative(layer(x), theirs[name](x)) < 1e-6
         for factor in ("lora_A", "lora_B"):
             mine, reference = (getattr(o, factor)["default"].weight.grad for o in (layer, theirs[name]))
             assert relative(mine, reference) < 1e-5
-
-
-def numpy_layer(x, W, A, B, grad, tau, gamma, scaling, epsilon, reduction):
-    "The layer of the paper and its three gradients, in float64."
-    delta = B @ A
-    mask = (np.abs(delta) > tau).astype(np.float64)
-    update = scaling * (gamma * delta * mask + (1 - gamma) * delta)
-    G = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (out, in)
-    grad_delta = scaling * G * (gamma * mask + (1 - gamma))
-    window = (np.abs(delta - tau) < epsilon / 2).astype(float) - (np.abs(-delta - tau) < epsilon / 2)
-    reduce = np.mean if reduction == "mean" else np.sum
-    grad_tau = -(tau / epsilon) * reduce(window * scaling * gamma * G)
-    return x @ (W + update).T, update, B.T @ grad_delta, grad_delta @ A.T, grad_tau
+    assert torch.equal(gates(ours)[0].theta.grad, torch.zeros(1))  # in the graph all the same
 
 
 @both_paths
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("threshold", [0.1, 0.01], ids=["apart", "overlapping windows"])
-def test_forward_gradients_and_merge_are_the_papers(threshold, reduction, dropout):
-    settings = dict(bandwidth=0.05, threshold_reduction=reduction, lora_dropout=dropout)
-    layer = a_layer(adapted(threshold=threshold, gamma=0.6, threshold_scope="layer", **settings))
+@pytest.mark.parametrize("form", ["log", "raw"])
+def test_forward_gradients_and_merge_are_those_of_the_naive_layer(form, reduction, dropout):
+    torch.manual_seed(0)
+    settings = dict(bandwidth=0.02, threshold_reduction=reduction, threshold_parametrization=form)
+    settings |= dict(r=2, lora_alpha=6, lora_dropout=dropout, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 14)), JumpLoraConfig(**settings))
+    layer = adapter_layers(fill(model, gamma=0.6))["0"]
     A, B, gate = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_gate["default"]
-    W, tau, gamma = layer.get_base_layer().weight, gate.threshold.item(), gate.interpolation.item()
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(3, 5, 16, generator=generator)
-    out = layer(x)
-    grad = torch.randn(out.shape, generator=generator)
-    out.backward(grad)
-    before = double(W)
-    y, update, grad_A, grad_B, grad_tau = numpy_layer(
-        *map(double, (x, W, A, B, grad)), tau, gamma, scaling=3.0, epsilon=0.05, reduction=reduction
-    )
-    margins = np.abs(np.abs(np.abs(double(B) @ double(A)) - tau)[..., None] - [0, 0.025])
-    assert margins.min() > 1e-6  # no entry on an edge, where fp32 and fp64 could disagree
-    assert grad_tau != 0
-    assert relative(out, y) < 1e-5
-    assert relative(layer.get_delta_weight("default"), update) < 1e-5
-    assert relative(A.grad, grad_A) < 1e-5
-    assert relative(B.grad, grad_B) < 1e-5
-    assert relative(gate.theta.grad, np.array([tau * grad_tau])) < 1e-5
+    W, bias, x, grad = layer.weight, layer.bias, torch.randn(3, 5, 16), torch.randn(3, 5, 14)
+    same, found = dict(interpolation=0.6, scaling=3.0, bandwidth=0.02, reduction=reduction), []
+    for run in (layer, lambda x: naive_gated_linear(x, W, A, B, gate.threshold, bias=bias, **same)):
+        layer.zero_grad()
+        out = run(x)
+        out.backward(grad)
+        found.append([out, *(p.grad.clone() for p in (A, B, gate.theta))])
+    for measured, expected in zip(*found, strict=True):
+        assert relative(measured, expected) < 1e-5
+    before, update = W.clone(), naive_gated_update(A, B, gate.threshold, **same)
     layer.merge()
-    assert relative(double(W) - before, update) < 1e-5
+    assert relative(W - before, update) < 1e-5
 
 
 def test_the_fused_path_serves_one_active_adapter_on_a_plain_float32_layer_without_dropout():
@@ -223,35 +181,16 @@ def test_the_fused_path_serves_one_active_adapter_on_a_plain_float32_layer_witho
         assert other.fused_adapter() is None
 
 
-@both_models
-def test_a_shared_threshold_receives_the_sum_of_its_layers_gradients(base):
-    together, apart = (adapted(base, bandwidth=0.1, threshold_scope=scope) for scope in ("model", "layer"))
-    for model in (together, apart):
-        logits(model).square().mean().backward()
-    gates = [group.gate for group in gate_groups(apart).values()]
-    assert len(gates) == len(adapter_layers(apart)) > 1
-    assert relative(the_gate(together).theta.grad, sum(double(gate.theta.grad) for gate in gates)) < 1e-4
-
-
-def test_the_threshold_stays_in_the_graph_while_gamma_is_zero():
-    model = adapted(gamma=0.0)
-    logits(model).sum().backward()
-    assert torch.equal(the_gate(model).theta.grad, torch.zeros(1))
-
-
 def test_lora_dropout_falls_on_the_updates_input_alone():
-    layer = a_layer(adapted(lora_dropout=0.5))
-    x = torch.randn(4, 16)
-    with torch.no_grad():
-        base, update = layer.get_base_layer()(x), layer.get_delta_weight("default")
-        still = layer.eval()(x)
-        layer.train()
-        torch.manual_seed(3)
-        dropped = layer(x)
-        torch.manual_seed(3)
-        expected = base + nn.functional.dropout(x, 0.5) @ update.T
+    layer, x = a_layer(adapted(lora_dropout=0.5)), torch.randn(4, 64)
+    base, update = layer.get_base_layer()(x), layer.get_delta_weight("default")
+    still = layer.eval()(x)
+    layer.train()
+    torch.manual_seed(3)
+    dropped = layer(x)
+    torch.manual_seed(3)
+    assert relative(dropped, base + nn.functional.dropout(x, 0.5) @ update.T) < 1e-5
     assert relative(still, base + x @ update.T) < 1e-5
-    assert relative(dropped, expected) < 1e-5
     assert relative(dropped, still) > 1e-2
 
 
@@ -270,7 +209,7 @@ def test_a_bf16_model_stays_close_to_fp32(base):
 
 def test_autocast_runs_both_ways_through_pefts_own_forward(monkeypatch):
     model = adapted()
-    layer, x = a_layer(model), torch.randn(2, 16)
+    layer, x = a_layer(model), torch.randn(2, 64)
     expected = logits(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         measured = logits(model)
@@ -287,39 +226,39 @@ def test_autocast_runs_both_ways_through_pefts_own_forward(monkeypatch):
 
 
 def test_query_and_value_are_the_default_targets_and_blocks_are_found_in_each_architecture():
-    ours = {base: adapted(base, threshold_scope="block") for base in MODELS}
+    llama, t5 = (adapted(base, threshold_scope="block") for base in ("llama", "t5"))
     blocks = [f"model.layers.{i}" for i in range(2)]
-    names = [f"{block}.self_attn.{p}_proj" for block in blocks for p in "qv"]
-    assert (list(gate_groups(ours["llama"])), list(adapter_layers(ours["llama"]))) == (blocks, names)
-    blocks = [f"{part}.block.{i}" for part in ("encoder", "decoder") for i in range(2)]
-    assert list(gate_groups(ours["t5"])) == blocks
-    assert {name.rsplit(".", 1)[-1] for name in adapter_layers(ours["t5"])} == {"q", "v"}
-    assert len(adapter_layers(ours["t5"])) == 2 * (2 + 2 * 2)  # encoder; decoder with cross-attention
+    assert list(gate_groups(llama)) == blocks
+    assert list(adapter_layers(llama)) == [f"{block}.self_attn.{p}_proj" for block in blocks for p in "qv"]
+    assert list(gate_groups(t5)) == [f"{part}.block.{i}" for part in ("encoder", "decoder") for i in range(2)]
+    assert {name.rsplit(".", 1)[-1] for name in adapter_layers(t5)} == {"q", "v"}
+    assert len(adapter_layers(t5)) == 2 * (2 + 2 * 2)  # encoder; decoder with cross-attention
     found = JumpLoraModel.BLOCK.match
     assert found("transformer.h.11.attn.c_attn")[0] == "transformer.h.11"
     assert found("a.layers.1.b.blocks.2.q")[0] == "a.layers.1"
-    assert found("lm_head") is None
-    targets = dict(target_modules=["q_proj", "lm_head"], threshold_scope="block")
-    outside = gate_groups(adapted(**targets))["outside blocks"]
-    assert list(outside.layers) == ["lm_head"]
+    outside = gate_groups(adapted(target_modules=["q_proj", "lm_head"], threshold_scope="block"))
+    assert list(outside["outside blocks"].layers) == ["lm_head"]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_group_holds_its_layers_and_only_they_follow_its_gate(scope):
+def test_a_gate_acts_on_its_group_alone_also_in_a_copy_and_only_factors_and_thresholds_are_trained(scope):
     model = adapted(threshold_scope=scope)
-    groups = gate_groups(model)
-    assert len(groups) == SCOPES[scope] == n_gates(model)
-    assert [name for group in groups.values() for name in group.layers] == list(adapter_layers(model))
-    before = delta_weights(model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    kinds = [next(o for o in ("lora_A", "lora_B", "theta") if o in name) for name in trained]
+    assert sorted(kinds) == ["lora_A"] * 4 + ["lora_B"] * 4 + ["theta"] * SCOPES[scope]
+    before, twin = delta_weights(model), copy.deepcopy(model)
+    groups = gate_groups(twin)
+    assert len(groups) == SCOPES[scope] == n_gates(twin)
+    assert [name for group in groups.values() for name in group.layers] == list(adapter_layers(twin))
     first = next(iter(groups.values()))
     first.gate.set_threshold(1e9)  # nothing passes
-    for name, delta in delta_weights(model).items():
+    for name, delta in delta_weights(twin).items():
         assert (not delta.any()) if name in first.layers else torch.equal(delta, before[name])
+    assert same_bits(delta_weights(model), before)
 
 
 def test_a_group_gives_the_sizes_of_its_dense_entries_neither_gated_nor_scaled():
-    model = two_adapters()
-    set_gates(model, 1e9, 1.0)
+    model = fill(two_adapters(), threshold=1e9)
     for name in ("default", "second"):
         groups = gate_groups(model, name).values()
         for layer, sizes in zip(adapter_layers(model).values(), (o for g in groups for o in g), strict=True):
@@ -327,20 +266,6 @@ def test_a_group_gives_the_sizes_of_its_dense_entries_neither_gated_nor_scaled()
             assert relative(dense_update(layer, name), product) < 1e-6
             assert relative(sizes, np.abs(product)) < 1e-6
     assert not a_layer(model).get_delta_weight("default").any()
-
-
-def test_entries_to_keep_are_as_many_as_lora_has_parameters_or_a_count_or_a_share():
-    (group,) = gate_groups(adapted()).values()  # per block: q is 16 by 16, v is 8 by 16, rank 2
-    assert group.entries_to_keep() == 2 * 2 * (16 + 16 + 8 + 16)
-    (large,) = gate_groups(adapted(r=30)).values()
-    entries = 2 * (16 * 16 + 8 * 16)
-    assert large.entries_to_keep() == large.entries_to_keep(1.0) == large.entries_to_keep(entries) == entries
-    assert [group.entries_to_keep(kept) for kept in (1, 0.5, 1e-9)] == [1, entries // 2, 1]
-    for bad in (0, -1, entries + 1, 0.0, 1.5, float("nan"), True, "half"):
-        with pytest.raises(
-            ValueError, match=f"kept={bad!r} is not possible for 'model' with {entries} entries"
-        ):
-            group.entries_to_keep(bad)
 
 
 @pytest.mark.parametrize("config", [JumpLoraConfig, LoraConfig], ids=["gated", "plain"])
@@ -355,12 +280,12 @@ def test_delta_weights_is_what_merging_adds_and_has_gradients(config):
 
 
 def test_a_penalty_may_leave_the_threshold_alone():
-    model = adapted(bandwidth=0.1, gamma=0.5)
+    model = adapted(bandwidth=0.02, gamma=0.5)
+    theta = gates(model)[0].theta
     for detach in (True, False):
-        deltas = delta_weights(model, detach_threshold=detach)
-        sum(d.square().sum() for d in deltas.values()).backward()
-        assert (the_gate(model).theta.grad is None) == detach
-    assert the_gate(model).theta.grad.item() != 0
+        sum(d.square().sum() for d in delta_weights(model, detach_threshold=detach).values()).backward()
+        assert (theta.grad is None) == detach
+    assert theta.grad.item() != 0
 
 
 def test_wrapped_models_keep_their_layers_names():
@@ -385,10 +310,10 @@ def test_wrapped_models_keep_their_layers_names():
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_reloaded_adapter_keeps_gate_and_sharing(tmp_path, scope, low_memory):
     model = adapted(threshold_scope=scope)
-    for i, group in enumerate(gate_groups(model).values()):
-        group.gate.set_threshold(0.1 + 0.05 * i)
-        group.gate.theta.data.fill_(0.25)
-        group.gate.interpolation.fill_(0.5 + 0.1 * i)
+    for i, gate in enumerate(gates(model)):
+        gate.set_threshold(0.1 + 0.05 * i)
+        gate.theta.data.fill_(0.25)
+        gate.interpolation.fill_(0.5 + 0.1 * i)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(backbone(), tmp_path, low_cpu_mem_usage=low_memory).eval()
     assert not any(tensor.is_meta for tensor in again.state_dict().values())
@@ -417,30 +342,21 @@ def test_an_adapter_may_be_loaded_beside_another(tmp_path):
     adapted(threshold=0.25, gamma=0.5).save_pretrained(tmp_path)
     model = adapted()
     result = model.load_adapter(tmp_path, "second")
-    assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if "second" in key]
-    assert (gate_state(model), gate_state(model, "second")) == ((0.1, 1.0), (0.25, 0.5))
+    assert not [*result.unexpected_keys, *(key for key in result.missing_keys if "second" in key)]
+    assert (gate_state(model), gate_state(model, "second")) == ((0.03, 1.0), (0.25, 0.5))
 
 
-def test_the_adapter_file_holds_factors_and_gate_and_nothing_of_the_past(tmp_path):
-    model, regularizer = adapted(), ELLA()
-    regularizer.after_task(named_updates(model))
-    assert regularizer.past
-    model.save_pretrained(tmp_path)
+def test_an_adapters_folder_holds_its_settings_factors_and_gate_and_no_dense_update(tmp_path):
+    settings = dict(threshold_scope="block", threshold_parametrization="raw", bandwidth=0.02)
+    settings |= dict(threshold_reduction="sum", initial_threshold=0.5)
+    adapted(**settings).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     gate = {f"lora_gate.{part}" for part in ("start", "theta", "interpolation")}
     assert {key.split("_proj.")[1] for key in tensors} == {"lora_A.weight", "lora_B.weight"} | gate
     for key, tensor in tensors.items():
-        assert tensor.numel() < 16 * 16, key  # no dense update, no weight
-        if "lora_gate" in key:
-            assert (tensor.shape, tensor.dtype) == ((1,), torch.float32), key
+        assert tensor.numel() < 32 * 64, key  # no dense update, no weight
+        assert "lora_gate" not in key or (tensor.shape, tensor.dtype) == ((1,), torch.float32), key
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "JUMPLORA"
-
-
-def test_the_configuration_survives_the_file(tmp_path):
-    settings = dict(threshold_scope="block", threshold_parametrization="raw", bandwidth=0.02)
-    settings |= dict(threshold_reduction="sum", initial_threshold=0.5)
-    adapted(**settings).save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(backbone(), tmp_path)
     config = again.peft_config["default"]
     assert isinstance(config, JumpLoraConfig)
@@ -451,45 +367,24 @@ def test_the_configuration_survives_the_file(tmp_path):
 
 def test_stock_peft_refuses_the_adapter_instead_of_running_it_ungated(tmp_path):
     adapted().save_pretrained(tmp_path)
-    code = f"""
-        import sys, torch
+    code = """if True:
         from peft import PeftModel
-        base = torch.nn.Sequential()
-        base.q_proj = torch.nn.Linear(16, 16)
-        assert not any(name.startswith("jumplora") for name in sys.modules)
-        try:
-            PeftModel.from_pretrained(base, {str(tmp_path)!r})
-        except (KeyError, ValueError) as error:
-            print("refused", type(error).__name__, error)
+        from torch.nn import Linear, ModuleDict
+        PeftModel.from_pretrained(ModuleDict({"q_proj": Linear(64, 64)}), ".")
     """
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("refused") and "JUMPLORA" in done.stdout, done.stdout
-
-
-def test_a_copied_model_keeps_its_sharing_and_leaves_the_original_alone():
-    model = adapted(threshold_scope="block")
-    twin = copy.deepcopy(model)
-    assert n_gates(twin) == 2
-    set_gates(twin, 9.0, 0.0)
-    assert all(group.gate.interpolation == 1 for group in gate_groups(model).values())
-
-
-# ---- dtypes -----------------------------------------------------------------------------------------------
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("KeyError: 'JUMPLORA'"), done.stderr
 
 
 @pytest.mark.parametrize("cast", [True, False], ids=["fp32 factors", "bf16 factors"])
 def test_the_gate_is_float32_in_a_bf16_model_its_file_and_its_half(tmp_path, cast):
-    config = JumpLoraConfig(r=2, initial_threshold=0.1234567)
-    model = get_peft_model(backbone(dtype=torch.bfloat16), config, autocast_adapter_dtype=cast)
+    model = get_peft_model(backbone(dtype=torch.bfloat16), JumpLoraConfig(r=2), autocast_adapter_dtype=cast)
     assert a_layer(model).lora_A["default"].weight.dtype == (torch.float32 if cast else torch.bfloat16)
-    set_gates(model, 0.1234567, 1 / 3)
-    model.save_pretrained(tmp_path)
+    fill(model, threshold=0.1234567, gamma=1 / 3).save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(backbone(dtype=torch.bfloat16), tmp_path, autocast_adapter_dtype=cast)
     assert logits(again).isfinite().all()
     for moved in (model, again, model.half()):
-        gate = the_gate(moved)
+        (gate,) = gates(moved)
         assert {o.dtype for o in (*gate.state_dict().values(), gate.threshold)} == {torch.float32}
         assert (gate.threshold, gate.interpolation) == (torch.tensor(0.1234567), torch.tensor(1 / 3))
 
@@ -497,62 +392,43 @@ def test_the_gate_is_float32_in_a_bf16_model_its_file_and_its_half(tmp_path, cas
 # ---- merging ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe merge"])
+@both_merges
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @both_models
-def test_merge_then_unmerge_gives_every_bit_back(base, dtype, safe):
+def test_merge_then_unmerge_gives_every_bit_back_and_unloading_leaves_a_plain_model(base, dtype, safe):
     model = adapted(base, dtype)
-    before, bits, deltas, expected = (
-        weights(model),
-        weights(model, bits=True),
-        delta_weights(model),
-        logits(model),
-    )
+    before, deltas, expected = weights(model), delta_weights(model), logits(model)
     model.merge_adapter(safe_merge=safe)
     assert relative(logits(model), expected) < (0.03 if dtype == torch.bfloat16 else 1e-5)
-    for name, merged in weights(model).items():
-        assert torch.equal(merged, (before[name].float() + deltas[name]).to(dtype)), name
-    assert not same_bits(weights(model, bits=True), bits)
+    merged = weights(model)
+    assert same_bits(merged, {name: (before[name].float() + deltas[name]).to(dtype) for name in before})
+    assert not same_bits(merged, before)
     model.unmerge_adapter()
-    assert same_bits(weights(model, bits=True), bits)
-
-
-def test_a_merge_changes_no_weight_whose_update_is_zero_not_even_the_sign_of_a_zero():
-    layer = a_layer(adapted())
-    weight = layer.get_base_layer().weight
-    weight.data[:, ::2] = -0.0
-    before, zero = weight.detach().clone(), layer.get_delta_weight("default") == 0
-    assert zero[:, ::2].any()
-    layer.merge()
-    assert torch.equal(weight[zero].view(torch.uint8), before[zero].view(torch.uint8))
-    layer.unmerge()
-    assert torch.equal(weight.view(torch.uint8), before.view(torch.uint8))
-
-
-def test_two_overlapping_merges_are_taken_back_bit_for_bit():
-    model = two_adapters()
-    bits = weights(model, bits=True)
-    one, two = delta_weights(model), delta_weights(model, "second")
-    assert any(((one[name] != 0) & (two[name] != 0)).any() for name in one)
-    model.merge_adapter(["default", "second"])
-    model.unmerge_adapter()
-    assert same_bits(weights(model, bits=True), bits)
-
-
-@both_models
-def test_merge_and_unload_leaves_a_plain_model_with_the_same_outputs(base):
-    model = adapted(base)
-    expected = logits(model)
+    assert same_bits(weights(model), before)
     plain = model.merge_and_unload()
-    assert relative(logits(plain), expected) < 1e-5
-    assert not adapter_layers(plain)
-    assert not any("lora" in name for name, _ in plain.named_parameters())
+    assert relative(logits(plain), expected) < (0.03 if dtype == torch.bfloat16 else 1e-5)
+    assert not adapter_layers(plain) and not any("lora" in name for name, _ in plain.named_parameters())
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe merge"])
+def test_a_merge_changes_no_zero_update_and_two_that_overlap_are_taken_back_bit_for_bit():
+    model = two_adapters()
+    for layer in adapter_layers(model).values():
+        layer.get_base_layer().weight.data[:, ::2] = -0.0
+    before, one, two = weights(model), delta_weights(model), delta_weights(model, "second")
+    model.merge_adapter(["default"])
+    for name, merged in weights(model).items():
+        zero = one[name] == 0
+        assert zero[:, ::2].any() and ((one[name] != 0) & (two[name] != 0)).any()
+        assert same_bits({name: merged[zero]}, {name: before[name][zero]})  # not even the sign of a zero
+    model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    assert same_bits(weights(model), before)
+
+
+@both_merges
 def test_a_merge_into_quantised_weights_is_refused_and_leaves_them_alone(safe):
     layer = a_layer(adapted())
-    quantised = torch.ones(16, 16, dtype=torch.int8)
+    quantised = torch.ones(64, 64, dtype=torch.int8)
     layer.get_base_layer().weight = nn.Parameter(quantised.clone(), requires_grad=False)
     with pytest.raises(ValueError, match="int8 are quantised; merge into the full-precision checkpoint"):
         layer.merge(safe_merge=safe)
@@ -565,97 +441,62 @@ def test_a_merge_into_quantised_weights_is_refused_and_leaves_them_alone(safe):
 def test_two_adapters_have_gates_of_their_own_and_add_their_updates():
     model = two_adapters()
     assert (n_gates(model), n_gates(model, "second")) == (1, 4)
-    layer, x = a_layer(model), torch.randn(2, 16)
+    layer, x = a_layer(model), torch.randn(2, 64)
     model.set_adapter("second")
     trained = [layer.lora_gate[name].theta.requires_grad for name in ("default", "second")]
     assert trained == [False, True]
     deltas = [layer.get_delta_weight(name) for name in ("default", "second")]
     model.base_model.set_adapter(["default", "second"])
     assert relative(layer(x), layer.get_base_layer()(x) + x @ sum(deltas).T) < 1e-5
+    with pytest.raises(ValueError, match="merge the adapters one after another"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
+    assert not layer.supports_lora_conversion()
 
 
-def test_rows_of_a_batch_may_use_different_adapters():
-    model = two_adapters()
+def test_rows_of_a_batch_may_use_different_adapters_and_a_disabled_one_comes_back():
+    model, names = two_adapters(), ["second", "__base__", "default"]
     with torch.no_grad():
-        mixed = model(input_ids=IDS.repeat(2, 1)[:3], adapter_names=["second", "__base__", "default"]).logits
-        alone = {"default": logits(model)[0]}
-        model.set_adapter("second")
-        alone["second"] = logits(model)[0]
+        mixed = model(input_ids=IDS.repeat(2, 1)[:3], adapter_names=names).logits
+        default = logits(model)
         with model.disable_adapter():
-            alone["__base__"] = logits(model)[1]
-    for row, name in zip(mixed, ["second", "__base__", "default"], strict=True):
-        assert relative(row, alone[name]) < 1e-4
-    assert relative(alone["default"], alone["second"]) > 1e-3
-
-
-def test_a_disabled_adapter_leaves_the_backbone_and_comes_back():
-    model = adapted()
-    expected = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(backbone()))
-    assert torch.equal(logits(model), expected)
+            base = logits(model)
+        assert torch.equal(base, logits(backbone())) and torch.equal(logits(model), default)
+        model.set_adapter("second")
+        alone = [logits(model)[0], base[1], default[0]]
+    for row, expected in zip(mixed, alone, strict=True):
+        assert relative(row, expected) < 1e-4
+    assert relative(alone[2], alone[0]) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:Adapter default was active")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_an_adapter_deleted_and_added_again_gets_a_fresh_gate(scope):
     model = two_adapters()
-    old, second = the_gate(model), gate_groups(model, "second")
+    (old,), second = gates(model), gates(model, "second")
     model.delete_adapter("default")
-    assert not gate_groups(model)
-    assert not any("default" in name for name, _ in model.named_parameters())
+    assert not gate_groups(model) and not any("default" in name for name, _ in model.named_parameters())
     model.add_adapter("default", JumpLoraConfig(r=2, threshold_scope=scope, initial_threshold=0.75))
-    gates = [group.gate for group in gate_groups(model).values()]
-    assert len(gates) == SCOPES[scope] and old not in gates
-    assert {(gate.threshold.item(), gate.interpolation.item()) for gate in gates} == {(0.75, 0.0)}
-    assert [g.gate for g in gate_groups(model, "second").values()] == [g.gate for g in second.values()]
-
-
-def test_weighted_sums_of_gated_adapters_are_refused():
-    model = two_adapters()
-    with pytest.raises(ValueError, match="merge the adapters one after another"):
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
-    assert not a_layer(model).supports_lora_conversion()
+    fresh = gates(model)
+    assert len(fresh) == SCOPES[scope] and old not in fresh
+    assert {(gate.threshold.item(), gate.interpolation.item()) for gate in fresh} == {(0.75, 0.0)}
+    assert gates(model, "second") == second
 
 
 # ---- training tools ---------------------------------------------------------------------------------------
 
 
-@both_models
-def test_gradient_checkpointing_changes_no_gradient(base):
-    grads = []
-    for checkpointing in (False, True):
-        model = adapted(base, bandwidth=0.1).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        logits(model, use_cache=False).square().mean().backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert relative(grads[1][name], grad) <= 1e-5, name  # nan, so a failure, where the gradient is zero
-
-
 @both_paths
 def test_an_adapted_layer_compiles_in_one_piece(dropout):
-    layer = a_layer(adapted(lora_dropout=dropout))
+    layer, x, grads = a_layer(adapted(lora_dropout=dropout)), torch.randn(3, 64), []
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 16)
     assert relative(compiled(x), layer(x)) < 1e-6
     layer.lora_gate["default"].interpolation.fill_(0.25)  # the schedule writes in place
     assert relative(compiled(x), layer(x)) < 1e-6
-    grads = []
     for run in (compiled, layer):
         layer.zero_grad()
         run(x).sum().backward()
         grads.append(layer.lora_B["default"].weight.grad.clone())
     assert relative(*grads) < 1e-5
-
-
-def test_only_factors_and_thresholds_are_trained():
-    trained = [n for n, p in adapted(threshold_scope="block").named_parameters() if p.requires_grad]
-    kinds = [next(o for o in ("lora_A", "lora_B", "theta") if o in name) for name in trained]
-    assert sorted(kinds) == ["lora_A"] * 4 + ["lora_B"] * 4 + ["theta"] * 2
 
 
 # ---- errors -----------------------------------------------------------------------------------------------
@@ -675,19 +516,16 @@ def test_only_factors_and_thresholds_are_trained():
         (dict(threshold_parametrization="exp"), "threshold_parametrization='exp'"),
         (dict(threshold_reduction="max"), "threshold_reduction='max'"),
         (dict(threshold_scope="layers"), r"scope='layers'.*'model'.*'block'.*did you mean 'layer'"),
+        (dict(target_modules=["embed_tokens"]), r"Embedding.*nn\.Linear"),
+        (dict(use_dora=True), "use_dora"),  # another variant on top
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_settings_out_of_range_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        JumpLoraConfig(**bad)
+        adapted(**bad)
 
 
-def test_a_target_that_is_no_linear_layer_and_another_variant_on_top_are_refused():
-    with pytest.raises(ValueError, match=r"Embedding.*nn\.Linear"):
-        adapted(target_modules=["embed_tokens"])
-    sizes = dict(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+def test_a_target_that_is_no_linear_layer_is_refused():
     with pytest.raises(ValueError, match=r"Conv1D.*nn\.Linear"):
-        get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), JumpLoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(ValueError, match="use_dora"):
-        adapted(use_dora=True)
+        get_peft_model(nn.Sequential(Conv1D(3, 4)), JumpLoraConfig(target_modules=["0"]))

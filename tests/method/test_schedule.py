@@ -1,9 +1,7 @@
 """The ramp, the threshold from the data against numpy, and the schedule in real training."""
 
-import copy
 import json
 import math
-import warnings
 import weakref
 
 import numpy as np
@@ -12,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from jumplora.data.backbones import load_backbone
 from jumplora.method.adapter import JumpLoraConfig, delta_weights, gate_groups
 from jumplora.method.schedule import (
     SparsityCallback,
@@ -24,15 +23,12 @@ from jumplora.method.schedule import (
     read_thresholds,
 )
 
+ENTRIES = 2 * (64 * 64 + 32 * 64)  # of the updates of two blocks with a query and a value projection
 
-def tiny(rank=2, scope="model", seed=0, config=JumpLoraConfig):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2)
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    scope = {"threshold_scope": scope} if config is JumpLoraConfig else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(base, config(r=rank, target_modules=["q_proj", "v_proj"], **scope))
+
+def tiny(rank=2, scope="model"):
+    torch.manual_seed(0)
+    return get_peft_model(load_backbone("tiny-llama")[0], JumpLoraConfig(r=rank, threshold_scope=scope))
 
 
 def fill_B(model, seed=1, groups=None):
@@ -44,18 +40,24 @@ def fill_B(model, seed=1, groups=None):
             B.data.copy_(torch.randn(B.shape, generator=generator))
 
 
-def train(model, steps, schedule, first=1, moments=None):
-    ids = torch.arange(32).view(2, 16)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
-    if moments:
-        optimizer.load_state_dict(moments)
-    for step in range(first, first + steps):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.after_step(step)
-    return optimizer
+def train(schedule, folder, rows, resume=None, **more):
+    "Train with transformers' Trainer; the schedule's state after each step, and its JSON."
+    states = []
+
+    class Recorder(SparsityCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            states.append((schedule.state_dict(), json.dumps(schedule.state_dict())))
+
+    data = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(rows)]
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, num_train_epochs=1, report_to="none", disable_tqdm=True,
+        logging_strategy="no", use_cpu=True, learning_rate=1e-2, **{"save_strategy": "no"} | more,
+    )  # fmt: skip
+    trainer = Trainer(schedule.model, args, train_dataset=data, callbacks=[Recorder(schedule)])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return states
 
 
 def same_parameters(one, other):
@@ -87,12 +89,9 @@ def test_every_task_length_starts_dense_ends_gated_and_never_turns_back(start, s
         assert gammas[first] == (0 if K > 1 else 1), K  # the threshold is chosen before the gate acts
 
 
-def test_one_to_four_steps_are_defined():
+def test_one_to_four_steps_are_defined_and_a_share_that_is_exact_on_paper_is_exact_in_floats():
     gammas = {K: [interpolation_factor(k, K) for k in range(K + 1)] for K in range(1, 5)}
     assert gammas == {1: [0, 1], 2: [0, 0, 1], 3: [0, 0, 1, 1], 4: [0, 0, 0.5, 1, 1]}
-
-
-def test_a_share_that_is_exact_on_paper_is_exact_in_floats():
     assert int(0.29 * 100) == 28  # the trap
     assert ramp_steps(100, 0.29, 0.57) == (29, 57)
 
@@ -137,24 +136,16 @@ def test_the_threshold_is_the_middle_of_the_gap_that_a_sort_finds(kept):
     check_threshold([torch.randn(*shape).abs() * 1e-4 for shape in sizes], kept)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
-    values=st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.25 + 2**-25, 0.5, 3.0]), min_size=1, max_size=12),
+    values=st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.25 + 2**-25, 0.5, 3.0]), min_size=1, max_size=12)
+    | st.lists(st.floats(0, float(np.finfo(np.float32).max), width=32), min_size=1, max_size=30),
     cut=st.integers(0, 12),
-    kept=st.integers(0, 12),
-)
-def test_ties_zeros_neighbours_and_tiny_layers_keep_the_largest_possible_count(values, cut, kept):
-    layer = torch.tensor(values)
-    check_threshold([layer[:cut], layer[cut:]], min(kept, len(values)))
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    values=st.lists(st.floats(0, float(np.finfo(np.float32).max), width=32), min_size=1, max_size=30),
     kept=st.integers(0, 30),
 )
-def test_any_float32_magnitudes_keep_the_largest_possible_count(values, kept):
-    check_threshold([torch.tensor(values)], min(kept, len(values)))
+def test_ties_zeros_neighbours_and_any_float32_magnitudes_keep_the_largest_possible_count(values, cut, kept):
+    layer = torch.tensor(values)
+    check_threshold([layer[:cut], layer[cut:]], min(kept, len(values)))
 
 
 @pytest.mark.parametrize(
@@ -179,24 +170,20 @@ def test_half_precision_magnitudes_are_compared_exactly():
     assert int((layer.float() > initial_threshold([layer], 2)).sum()) == 2
 
 
-class Layers:
-    "Layers formed anew at every pass, one at a time."
-
-    def __init__(self):
-        self.passes, self.alive, self.most = 0, 0, 0
-
-    def __iter__(self):
-        self.passes += 1
-        for i in range(40):
-            layer = torch.rand(10, 10, generator=torch.Generator().manual_seed(i))
-            self.alive += 1
-            self.most = max(self.most, self.alive)
-            weakref.finalize(layer, lambda: setattr(self, "alive", self.alive - 1))
-            yield layer
-            del layer
-
-
 def test_two_passes_over_one_layer_at_a_time_are_enough():
+    class Layers:  # formed anew at every pass
+        passes = alive = most = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for i in range(40):
+                layer = torch.rand(10, 10, generator=torch.Generator().manual_seed(i))
+                self.alive += 1
+                self.most = max(self.most, self.alive)
+                weakref.finalize(layer, lambda: setattr(self, "alive", self.alive - 1))
+                yield layer
+                del layer
+
     layers = Layers()
     threshold = initial_threshold(layers, 10)
     assert layers.passes == 2 and layers.most <= 2  # one in use, the next one just made
@@ -219,7 +206,7 @@ def test_entries_without_an_order_and_impossible_counts_are_refused(layers, kept
 
 
 @pytest.mark.parametrize("scope", ["model", "block", "layer"])
-@pytest.mark.parametrize("rank", [1, 2, 8, 40])
+@pytest.mark.parametrize("rank", [1, 8, 40])
 def test_as_many_entries_pass_as_the_adapter_has_parameters_or_all(scope, rank):
     model = tiny(rank, scope)
     schedule = SparsitySchedule(model, 1)
@@ -227,32 +214,33 @@ def test_as_many_entries_pass_as_the_adapter_has_parameters_or_all(scope, rank):
     schedule.after_step(1)  # K = 1: γ is 1 now
     passed = delta_weights(model)
     for name, group in schedule.groups.items():
-        shapes = [(16, 16) if "q_proj" in layer else (8, 16) for layer in group.layers]
+        shapes = [(64, 64) if "q_proj" in layer else (32, 64) for layer in group.layers]
         expected = min(sum(rank * (out + inp) for out, inp in shapes), sum(out * inp for out, inp in shapes))
         assert schedule.kept_entries[name] == expected
         assert sum(int(passed[layer].count_nonzero()) for layer in group.layers) == expected
 
 
-@pytest.mark.parametrize("kept, entries", [(1, 1), (768, 768), (1.0, 768), (0.25, 192), (1e-9, 1)])
-def test_a_count_or_a_share_can_be_given(kept, entries):
-    schedule = SparsitySchedule(tiny(), 5, kept=kept)  # 2 · (16·16 + 8·16) = 768 entries
-    assert schedule.kept_entries == {"model": entries}
-
-
-@pytest.mark.parametrize("kept", [0, -1, 769, 0.0, 1.5, -0.5, True, "all", float("nan")])
-def test_an_impossible_count_is_refused_when_the_schedule_is_made(kept):
-    with pytest.raises(ValueError, match="kept=.*768 entries"):
-        SparsitySchedule(tiny(), 5, kept=kept)
+def test_a_count_or_a_share_can_be_given_and_an_impossible_one_is_refused():
+    model = tiny()
+    for kept, entries in ((1, 1), (ENTRIES, ENTRIES), (1.0, ENTRIES), (0.25, ENTRIES // 4), (1e-9, 1)):
+        assert SparsitySchedule(model, 5, kept=kept).kept_entries == {"model": entries}
+    for bad in (0, -1, ENTRIES + 1, 0.0, 1.5, -0.5, True, "all", float("nan")):
+        with pytest.raises(ValueError, match=f"kept={bad!r} is not .* 'model' with {ENTRIES} entries"):
+            SparsitySchedule(model, 5, kept=bad)
 
 
 # ---------------------------------------------------------------- the schedule
 
 
-def test_a_gated_zero_update_is_refused_and_a_learned_one_becomes_dense():
-    with pytest.raises(ValueError, match="no gradient"):
-        SparsitySchedule(tiny(), 10, start=0.0, stop=0.0)
+def test_a_model_without_a_gate_and_a_gated_zero_update_are_refused_and_a_learned_one_becomes_dense():
     model = tiny()
     gate = gate_groups(model)["model"].gate
+    with pytest.raises(ValueError, match="no gradient"):
+        SparsitySchedule(model, 10, start=0.0, stop=0.0)
+    with pytest.raises(ValueError, match="'other' has no gate"):
+        SparsitySchedule(model, 5, adapter_name="other")
+    with pytest.raises(ValueError, match="has no gate"):
+        SparsitySchedule(get_peft_model(load_backbone("tiny-llama")[0], LoraConfig()), 5)
     gate.interpolation.fill_(1)
     with pytest.raises(ValueError, match="γ = 1.*zero"):
         SparsitySchedule(model, 5)
@@ -261,29 +249,24 @@ def test_a_gated_zero_update_is_refused_and_a_learned_one_becomes_dense():
     assert gate.interpolation.item() == 0
 
 
-def test_a_model_without_a_gate_is_refused():
-    with pytest.raises(ValueError, match="has no gate"):
-        SparsitySchedule(tiny(config=LoraConfig), 5)
-    with pytest.raises(ValueError, match="'other' has no gate"):
-        SparsitySchedule(tiny(), 5, adapter_name="other")
-
-
-@pytest.mark.parametrize("K", [1, 2, 3, 4, 5, 7, 12])
-def test_every_task_length_trains_dense_chooses_the_threshold_at_step_f_and_ends_gated(K):
-    model, forwards = tiny(scope="block"), []
-    schedule = SparsitySchedule(model, K)
+@pytest.mark.parametrize(
+    "K, accumulation", [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1), (12, 1), (3, 2), (2, 4)]
+)
+def test_every_task_trains_dense_chooses_the_threshold_at_step_f_and_ends_gated(tmp_path, K, accumulation):
+    schedule, forwards = SparsitySchedule(tiny(scope="block"), K), []
     gate = next(iter(schedule.groups.values())).gate
-    model.register_forward_pre_hook(lambda *_: forwards.append(gate.interpolation.item()))
+    schedule.model.register_forward_pre_hook(lambda *_: forwards.append(gate.interpolation.item()))
     placeholder = gate.threshold.item()
-    train(model, K, schedule)
-    np.testing.assert_allclose(forwards, [interpolation_factor(k, K) for k in range(K)], rtol=1e-6)
-    assert gate.interpolation.item() == 1
-    thresholds = [entry["threshold"] for entry in schedule.history]
+    train(schedule, tmp_path, 2 * K * accumulation, gradient_accumulation_steps=accumulation)
+    gammas = [interpolation_factor(k, K) for k in range(K + 1)]
+    np.testing.assert_allclose(forwards, np.repeat(gammas[:-1], accumulation), rtol=1e-6)
+    found = [(entry["step"], entry["interpolation"]) for entry in schedule.history]
+    assert found == list(enumerate(gammas))[1:] and gate.interpolation.item() == 1
     for name, group in schedule.groups.items():
-        early = [t[name] for t in thresholds[: schedule.first - 1]]
-        assert early == [pytest.approx(placeholder)] * len(early)
-        assert 0 < thresholds[schedule.first - 1][name] < 0.99 * placeholder
-        assert any(delta_weights(model)[layer].any() for layer in group.layers)
+        thresholds = [entry["threshold"][name] for entry in schedule.history]
+        early, chosen = thresholds[: schedule.first - 1], thresholds[schedule.first - 1]
+        assert early == [pytest.approx(placeholder)] * len(early) and 0 < chosen < 0.99 * placeholder
+        assert any(delta_weights(schedule.model)[layer].any() for layer in group.layers)
 
 
 def test_the_history_is_plain_numbers_at_the_steps_that_were_asked_for_or_change_something():
@@ -312,57 +295,41 @@ def test_a_group_whose_update_is_still_zero_gets_its_threshold_later():
     assert schedule.history[1]["threshold"][names[0]] != placeholder
 
 
-def test_thresholds_are_chosen_once_in_the_order_of_the_groups():
+def test_thresholds_are_chosen_once_in_the_order_of_the_groups_and_the_factors_stay():
     model = tiny(scope="layer")
-    schedule = SparsitySchedule(model, 5)
+    schedule, resumed = SparsitySchedule(model, 5), SparsitySchedule(model, 5)
     fill_B(model)
     schedule.after_step(1)
     fill_B(model, seed=9)
+    before = {n: p.clone() for n, p in model.named_parameters() if "theta" not in n}
     schedule.after_step(2)
     assert schedule.history[0]["threshold"] == schedule.history[1]["threshold"]
-    resumed = SparsitySchedule(model, 5)
     resumed.resume_at(2)
     assert schedule.started == resumed.started == list(schedule.groups) and len(schedule.groups) == 4
-
-
-def test_setting_gates_does_not_touch_the_factors_or_their_gradients():
-    model = tiny()
-    fill_B(model)
-    before = {n: p.clone() for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
-    schedule = SparsitySchedule(model, 2)
-    schedule.after_step(1)
-    schedule.after_step(2)
     after = dict(model.named_parameters())
     assert all(torch.equal(before[n], after[n]) and after[n].grad is None for n in before)
-    assert not schedule.groups["model"].gate.interpolation.requires_grad
 
 
 # ---------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.parametrize("stopped", [1, 2, 3])  # before, at and after step f of ten
-def test_a_stopped_training_resumes_with_the_same_numbers(stopped):
-    whole = tiny(scope="block")
-    schedule = SparsitySchedule(whole, 10)
-    optimizer = train(whole, stopped, schedule)
-    state = schedule.state_dict()
-    frozen = json.dumps(state)
-    weights = copy.deepcopy(whole.state_dict())
-    moments = copy.deepcopy(optimizer.state_dict())
-    train(whole, 10 - stopped, schedule, first=stopped + 1, moments=copy.deepcopy(moments))
-    assert json.dumps(state) == frozen  # a snapshot: later steps do not change it
-
-    for resume in ("load_state_dict", "resume_at"):  # with the saved state, or from the number of steps alone
-        again = tiny(scope="block", seed=5)
-        again.load_state_dict(weights)
-        resumed = SparsitySchedule(again, 10)
-        getattr(resumed, resume)(json.loads(frozen) if resume == "load_state_dict" else stopped)
+@pytest.mark.parametrize("with_state", [True, False], ids=["saved state", "checkpoint alone"])
+@pytest.mark.parametrize(
+    "steps, warmup, stopped",
+    [(10, 0, 1), (10, 0, 2), (10, 0, 3), (5, 2, 1)],  # f = 2, or f = 1 with learning rate zero in step f
+)
+def test_a_resumed_training_ends_like_one_that_was_not_stopped(tmp_path, steps, warmup, stopped, with_state):
+    more = dict(rows=2 * steps, save_strategy="steps", save_steps=1, warmup_steps=warmup)
+    whole, resumed = (SparsitySchedule(tiny(scope="block"), steps) for _ in range(2))
+    states = train(whole, tmp_path, **more)
+    assert all(json.dumps(state) == frozen for state, frozen in states)  # later steps do not change them
+    if with_state:
+        resumed.load_state_dict(json.loads(states[stopped - 1][1]))
         gamma = next(iter(resumed.groups.values())).gate.interpolation.item()
-        assert gamma == pytest.approx(interpolation_factor(stopped, 10))
-        train(again, 10 - stopped, resumed, first=stopped + 1, moments=copy.deepcopy(moments))
-        missing = 0 if resume == "load_state_dict" else stopped
-        assert resumed.history == schedule.history[missing:]
-        assert resumed.started == schedule.started and same_parameters(whole, again)
+        assert gamma == pytest.approx(interpolation_factor(stopped, steps))
+    train(resumed, tmp_path, resume=str(tmp_path / f"checkpoint-{stopped}"), **more)
+    assert resumed.history == whole.history[0 if with_state else stopped :]
+    assert resumed.started == whole.started and same_parameters(whole.model, resumed.model)
 
 
 def test_the_state_of_another_schedule_is_refused():
@@ -378,48 +345,10 @@ def test_the_state_of_another_schedule_is_refused():
             other.load_state_dict(state)
 
 
-def trainer(model, folder, schedule, rows=12, **more):
-    data = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(rows)]
-    args = TrainingArguments(
-        str(folder), per_device_train_batch_size=2, num_train_epochs=1, report_to="none", disable_tqdm=True,
-        logging_strategy="no", use_cpu=True, learning_rate=1e-2, **{"save_strategy": "no"} | more,
-    )  # fmt: skip
-    made = Trainer(model, args, train_dataset=data, callbacks=[SparsityCallback(schedule)])
-    made.remove_callback(PrinterCallback)
-    return made
-
-
-@pytest.mark.parametrize("accumulation, steps", [(1, 6), (2, 3), (4, 2)])
-def test_the_callback_counts_optimizer_steps_whatever_the_accumulation(tmp_path, accumulation, steps):
-    schedule = SparsitySchedule(tiny(), steps)
-    trainer(schedule.model, tmp_path, schedule, gradient_accumulation_steps=accumulation).train()
-    found = [(entry["step"], entry["interpolation"]) for entry in schedule.history]
-    assert found == [(k, interpolation_factor(k, steps)) for k in range(1, steps + 1)]
-    assert schedule.groups["model"].gate.interpolation.item() == 1
-
-
 @pytest.mark.parametrize("total, gamma, message", [(6, 0, "made for 6 steps.*will do 3"), (3, 1, "γ = 1")])
 def test_another_total_or_a_gate_set_to_one_stops_before_the_first_step(tmp_path, total, gamma, message):
     schedule = SparsitySchedule(tiny(), total)
     schedule.groups["model"].gate.interpolation.fill_(gamma)
     with pytest.raises(ValueError, match=message):
-        trainer(schedule.model, tmp_path, schedule, gradient_accumulation_steps=2).train()
+        train(schedule, tmp_path, rows=6)
     assert not any(p.any() for n, p in schedule.model.named_parameters() if "lora_B" in n)
-
-
-@pytest.mark.parametrize(
-    "steps, warmup, stopped",
-    [(10, 0, 1), (10, 0, 2), (10, 0, 3), (5, 2, 1)],  # f = 2, or f = 1 with learning rate zero in step f
-)
-def test_a_trainer_resumed_from_its_checkpoint_ends_like_one_that_was_not_stopped(
-    tmp_path, steps, warmup, stopped
-):
-    more = dict(rows=2 * steps, save_strategy="steps", save_steps=1, warmup_steps=warmup)
-    runs = []
-    for checkpoint in (None, str(tmp_path / f"checkpoint-{stopped}")):
-        model = tiny(scope="block")
-        runs.append(SparsitySchedule(model, steps))
-        trainer(model, tmp_path, runs[-1], **more).train(resume_from_checkpoint=checkpoint)
-    whole, resumed = runs
-    assert resumed.history == whole.history[stopped:] and resumed.started == whole.started
-    assert same_parameters(whole.model, resumed.model)
