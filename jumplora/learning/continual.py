@@ -30,7 +30,7 @@ from jumplora.learning.training import (
     TaskLog,
     TrainConfig,
     attach_adapter,
-    check_targets,
+    check_model,
     named_updates,
     row_gradients,
     task_steps,
@@ -215,7 +215,7 @@ class Learner:
         if type(self.seed) is not int or not 0 <= self.seed <= 4294966:  # 1000 · seed + i is below 2**32
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 4294966")
         check_processes(self.model, self.config.batch_size, self.config.gradient_accumulation)
-        check_targets(self.model, self.config.target_modules)
+        check_model(self.model, self.config.target_modules)
         check_choice(self.split, ("test", "dev"), "split")
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):
