@@ -352,9 +352,7 @@ OPTIMIZERS: dict[str, tuple | None] = {  # class and settings; None: the Trainer
 
 
 def task_steps(task: Task, config: TrainConfig, also: Sequence[Task] = ()) -> int:
-    "K, the optimizer steps of a task whose rows are learned with those of others. `ValueError` without rows."
-    if not task.train:
-        raise ValueError(f"task {task.name!r} has no training rows; give it some, or leave it out")
+    "K, the optimizer steps of a task whose rows are learned with those of others."
     batches = math.ceil(sum(len(one.train) for one in (task, *also)) / config.batch_size)
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
 
