@@ -194,8 +194,6 @@ def test_rehearsal_takes_a_share_of_every_older_task_rounded_up(share, rows):
     tasks = TaskSequence("three", [*tasks, replace(TASKS[0], name="again")])
     method = Method("Replay", after_task="keep", rehearsal=share)
     assert [len(task.train) for task in method.tasks_beside(tasks, 2)] == [rows, rows][: 2 * (rows > 0)]
-    joint = replace(method, training="joint").tasks_beside(tasks, 1)
-    assert [(task.name, len(task.train)) for task in joint] == [("topics", 100), ("again", 16)]
 
 
 # ---- every method: record, merge and memory against numpy -------------------------------------------------

@@ -595,22 +595,19 @@ class Watch(TrainerCallback):
 
 COSINE = [0.0, 0.5] + [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(4)]
 SQUARE = dict(lr_scheduler_type="polynomial", lr_scheduler_kwargs=dict(power=2.0, lr_end=0.0))
+RATES = [  # options, and the rate of each of six steps as a share
+    ({}, [1.0] * 6),
+    (dict(warmup_steps=3), [0.0, 1 / 3, 2 / 3, 1.0, 1.0, 1.0]),
+    (dict(lr_scheduler_type="linear"), [1 - step / 6 for step in range(6)]),
+    (dict(lr_scheduler_type="cosine", warmup_steps=2), COSINE),
+    (SQUARE, [(1 - step / 6) ** 2 for step in range(6)]),
+]
+ALL = [(kind, gated, TOGETHER, COSINE) for kind in ("llama", "t5") for gated in (False, True)]
 
 
 @pytest.mark.parametrize(
-    ("options", "shares"),
-    [
-        ({}, [1.0] * 6),
-        (dict(warmup_steps=3), [0.0, 1 / 3, 2 / 3, 1.0, 1.0, 1.0]),
-        (dict(lr_scheduler_type="linear"), [1 - step / 6 for step in range(6)]),
-        (dict(lr_scheduler_type="cosine", warmup_steps=2), COSINE),
-        (SQUARE, [(1 - step / 6) ** 2 for step in range(6)]),
-        (TOGETHER, COSINE),
-    ],
-    ids=str,
+    ("kind", "gated", "options", "shares"), [*ALL, *[("llama", True, *case) for case in RATES]], ids=str
 )
-@GATED
-@KINDS
 def test_the_optimizer_takes_rate_betas_and_decay_as_set(kind, gated, options, shares):
     watch = Watch()
     trained(kind, gated, callbacks=[watch], training_arguments=options, **SIX)
