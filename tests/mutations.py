@@ -145,8 +145,8 @@ MUTATIONS = [
         ("a method remembers from run to run", "copy.deepcopy(self.method.regularizer)", "self.method.regularizer"),
         ("the regularizer learns of no update", "        self.regularizer.after_task(updates)", "        pass"),
         ("the new task is not scored", "self.sequence if i is None else self.sequence[: i + 1]", "self.sequence if i is None else self.sequence[:i]"),
-        ("dev scores are test scores", "                self.split,\n                max_length", '                "test",\n                max_length', "learning/test_continual.py storage/test_record.py|dev or split or score"),
-        ("prompts are cut at 128 tokens while scoring", "                max_length=self.config.max_length,\n", "", "learning/test_continual.py"),
+        ("dev scores are test scores", "task, self.split,\n", 'task, "test",\n', "learning/test_continual.py storage/test_record.py|dev or split or score"),
+        ("prompts are cut at 128 tokens while scoring", "max_length=self.config.max_length, truncation", "truncation", "learning/test_continual.py"),
         ("a kept adapter is not in the saved weights", "{name: weight + deltas[name] for", "{name: weight for"),
     ),
     *of(

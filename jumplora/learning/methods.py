@@ -104,7 +104,7 @@ def with_settings(
 ) -> Method:  # a copy; fields that only other regularizers have change nothing
     "A method with other settings of its regularizer. `ValueError` for one that no regularizer has."
     own = method.regularizer.describe()
-    known = set(own).union(*(listed.regularizer.describe() for listed in METHODS.values())) - {"name"}
+    known = {key for one in (method, *METHODS.values()) for key in one.regularizer.describe()} - {"name"}
     for name in settings:
         check_choice(name, sorted(known), "setting")
     changes = {name: value for name, value in settings.items() if name in own and value is not None}
