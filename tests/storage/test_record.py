@@ -22,7 +22,6 @@ from jumplora.storage import record as run_record
 from jumplora.storage.record import (
     Damaged,
     Run,
-    canonical_json,
     digest,
     environment,
     flatten,
@@ -258,7 +257,7 @@ def test_infinity_is_not_written(tmp_path):
 def test_plain_knows_arrays_tensors_tuples_and_nan():
     value = {"a": np.float32(0.5), "b": torch.tensor([1, 2]), "c": (np.int64(3), True, None), "d": math.nan}
     assert plain(value) == {"a": 0.5, "b": [1, 2], "c": [3, True, None], "d": None}
-    assert json.loads(canonical_json(value)) == plain(value)
+    assert json.loads(run_record._canonical_json(value)) == plain(value)
 
 
 @pytest.mark.parametrize("value", [{1: 2}, {1, 2}, object(), b"x", Path("x"), math.inf, {"a": [-math.inf]}])
@@ -275,7 +274,7 @@ def test_the_environment_names_versions_and_nothing_private():
     found = environment("cpu")
     assert torch.__version__.split("+")[0] == found["versions"]["torch"].split("+")[0]
     assert found["device"] == "cpu" and found["threads"] == torch.get_num_threads()
-    text = canonical_json(found)
+    text = run_record._canonical_json(found)
     assert str(Path.cwd()) not in text and str(Path.home()) not in text
 
 
@@ -288,7 +287,7 @@ def test_a_record_made_in_a_checkout_names_its_commit():
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(jumplora, "__file__", str(tmp_path / "jumplora" / "__init__.py"))
-    assert run_record._project_commit() is None
+    assert environment()["commit"] is None
 
 
 def test_a_changed_checkout_says_so(tmp_path, monkeypatch):
@@ -301,10 +300,10 @@ def test_a_changed_checkout_says_so(tmp_path, monkeypatch):
     git("add", "settings.ini")
     git("commit", "-qm", "first")
     monkeypatch.setattr(jumplora, "__file__", str(tmp_path / "jumplora" / "__init__.py"))
-    clean = run_record._project_commit()
+    clean = environment()["commit"]
     assert len(clean) == 40
     (tmp_path / "settings.ini").write_text("y")
-    assert run_record._project_commit() == clean + "+changes"
+    assert environment()["commit"] == clean + "+changes"
 
 
 def test_two_writers_of_one_record_leave_a_whole_one(tmp_path):

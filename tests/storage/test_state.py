@@ -38,9 +38,7 @@ from jumplora.storage.state import (
     Checkpoint,
     Stopped,
     adapter_tensors,
-    graceful_shutdown,
     held_lock,
-    state_path,
 )
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics"), ("two balls and a bat", "sport")] * 4
@@ -304,7 +302,7 @@ def test_a_signal_while_scoring_or_saving_stops_after_it(where, scores, tmp_path
 
 
 def test_a_second_signal_stops_at_once():
-    with pytest.raises(Stopped), graceful_shutdown() as request:
+    with pytest.raises(Stopped), state._graceful_shutdown() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.number == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
@@ -318,14 +316,14 @@ def test_signals_that_somebody_else_handles_are_left_alone():
 
     signal.signal(signal.SIGTERM, own)
     try:
-        with graceful_shutdown():
+        with state._graceful_shutdown():
             assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seen = []
 
     def elsewhere():
-        with graceful_shutdown() as request:
+        with state._graceful_shutdown() as request:
             seen.extend([signal.getsignal(signal.SIGINT), request.number])
 
     thread = threading.Thread(target=elsewhere)
@@ -481,8 +479,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_task_starts_again(folder, who
 def test_a_damaged_state_is_set_aside_and_the_run_goes_on_from_the_one_before(folder, whole):
     with patch.object(continual, "evaluate", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
         learn("ELLA + JumpLoRA", folder.parent)  # after the second task, before it is scored
-    assert [state_path(folder, n).exists() for n in (1, 2)] == [True, True]
-    spoil(state_path(folder, 2))
+    assert [state._state_path(folder, n).exists() for n in (1, 2)] == [True, True]
+    spoil(state._state_path(folder, 2))
     with pytest.warns(UserWarning, match=r"now after-2\.damaged-1\.safetensors.* after 1 learned tasks"):
         run, model = learn("ELLA + JumpLoRA", folder.parent)
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
@@ -531,7 +529,7 @@ def test_a_second_process_waits_for_the_lock_and_then_reads_what_the_first_saved
         return real(model, tokenizer, task, *rest, **options)
 
     with patch.object(continual, "train_task", train):
-        with state._alone_in(folder):
+        with held_lock(folder / "state" / "lock"):
             thread = threading.Thread(target=second)
             thread.start()
             assert waits.wait(60) and not (folder / "record.json").exists()
@@ -550,7 +548,7 @@ def test_what_a_killed_writer_left_is_removed_and_a_folder_stays_small(whole, tm
     names = sorted(path.name for path in folder.rglob("*") if path.is_file())
     archives = ["01-topics.safetensors", "02-weather.safetensors"]
     assert names == [*archives, "after-2.json", "after-2.safetensors", "lock", "record.json"]
-    assert run.extra["state_bytes"] == state_path(folder, 2).stat().st_size
+    assert run.extra["state_bytes"] == state._state_path(folder, 2).stat().st_size
 
 
 def test_a_finished_run_in_a_read_only_place_is_only_read(whole, tmp_path):
@@ -617,7 +615,7 @@ def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(who
     with patch.object(state, "_remove_states", lose), pytest.raises(RuntimeError):
         learn("ELLA + JumpLoRA", tmp_path)
     folder = tmp_path / whole[0].name
-    assert Run.load(folder).complete and state_path(folder, 1).exists()
+    assert Run.load(folder).complete and state._state_path(folder, 1).exists()
     step_path(folder).write_bytes(b"of the last task, which is finished")
     assert content(learn("ELLA + JumpLoRA", tmp_path)[0]) == content(whole[0])
     assert sorted(path.name for path in folder.glob("state/*.safetensors")) == ["after-2.safetensors"]
@@ -638,6 +636,6 @@ def test_leaving_a_run_after_its_first_task_keeps_its_state(whole, tmp_path):
     with learner.running():
         learner.score()
         learner.finish(0, learner.train(0))
-    assert state_path(learner.folder, 1).exists()
+    assert state._state_path(learner.folder, 1).exists()
     run, model = learn("ELLA + JumpLoRA", tmp_path)
     assert content(run) == content(whole[0]) and same_weights(model, whole[1])
