@@ -300,7 +300,7 @@ def _find_progress(asked, folder):
     matches = [re.fullmatch(r"after-(\d+)\.json", path.name) for path in folder.glob("state/*")]
     copies = sorted(filter(None, matches), key=lambda match: -int(match[1]))
     records = []  # of this run, the newest first
-    damaged = []
+    damaged = []  # files that are set aside, with the error of each
     for name in ["record.json", *(f"state/{match[0]}" for match in copies)]:
         try:
             record = Run.load(folder / name)
@@ -310,37 +310,33 @@ def _find_progress(asked, folder):
             damaged += [(folder / name, error)] if not records else []
             continue
         if record.configuration_hash != asked.configuration_hash:
-            there, here = flatten(plain(record.configuration)), flatten(plain(asked.configuration))
+            there = flatten(plain(record.configuration))
+            here = flatten(plain(asked.configuration))
             keys = sorted(k for k in there | here if there.get(k, "absent") != here.get(k, "absent"))
             differ = [f"{k}: {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in keys]
             raise ValueError(
                 f"{folder / name} is the record of another run, {record.name} ({'; '.join(differ)}); "
                 f"move it out of {folder}, or use another results folder"
             )
-        records += [record] if not records or record.tasks_learned < records[-1].tasks_learned else []
-    resumed = f"resumes after {records[0].tasks_learned} learned tasks" if records else "starts again"
-    for path, error in damaged:
-        warnings.warn(f"{error} (now {set_aside(path).name}; the run {resumed})", stacklevel=6)
-    if not records:
-        return asked, None
-    run = records[0]
-    if not run.tasks_learned or (run.complete and not _state_path(folder, run.tasks_learned).is_file()):
-        return run, None
-    damaged = []
-    for record in records:
-        path = _state_path(folder, record.tasks_learned)
-        try:
-            parts = load_state(folder, record.tasks_learned, record.extra.get("state_sha256", ""))
-        except Damaged as error:
-            damaged.append((path, error))
-            continue
-        for path, error in damaged:
-            name = f" (now {set_aside(path).name})" if path.exists() else ""
-            warnings.warn(
-                f"{error}{name}; the run resumes after {record.tasks_learned} learned tasks", stacklevel=6
-            )
-        return record, parts
-    raise Damaged(f"{damaged[0][1]}; delete {folder} to learn the sequence again")
+        if not records or record.tasks_learned < records[-1].tasks_learned:
+            records.append(record)
+    run = records[0] if records else asked
+    parts = None
+    lost = []  # states
+    if run.tasks_learned and (not run.complete or _state_path(folder, run.tasks_learned).is_file()):
+        for run in records:
+            try:
+                parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
+                break
+            except Damaged as error:
+                lost.append((_state_path(folder, run.tasks_learned), error))
+        else:
+            raise Damaged(f"{lost[0][1]}; delete {folder} to learn the sequence again")
+    outcome = f"resumes after {run.tasks_learned} learned tasks" if records else "starts again"
+    for path, error in damaged + lost:
+        aside = f"now {set_aside(path).name}; " if path.exists() else ""
+        warnings.warn(f"{error} ({aside}the run {outcome})", stacklevel=6)
+    return run, parts
 
 # %% ../../nbs/5_inside/state.ipynb #90c60746
 def step_checkpoint(
