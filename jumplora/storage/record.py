@@ -56,6 +56,14 @@ def plain(value: object, where: str = "record") -> object:
     raise ValueError(f"{where} is of type {type(value).__name__}; use text, numbers, lists and dicts")
 
 
+def flatten(value: object, prefix: str = "") -> dict:
+    "Nested dicts as one dict with dotted keys."
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    parts = [flatten(value[key], f"{prefix}.{key}" if prefix else key) for key in value]
+    return {key: item for part in parts for key, item in part.items()}
+
+
 def _canonical_json(value: object) -> str:
     "The one way to write a value, so that equal values have equal text and equal hashes."
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -399,11 +407,3 @@ class Run:
             return run
         except (TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"{path}: it does not describe a run ({error}). {_ADVICE}") from None
-
-# %% ../../nbs/5_inside/record.ipynb #efbae56f
-def flatten(value: object, prefix: str = "") -> dict:
-    "Nested dicts as one dict with dotted keys."
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    parts = [flatten(value[key], f"{prefix}.{key}" if prefix else key) for key in value]
-    return {key: item for part in parts for key, item in part.items()}
