@@ -252,7 +252,7 @@ def test_a_checkout_names_its_commit_and_whether_files_differ_from_it(tmp_path, 
     assert environment()["commit"] is None  # nothing committed
     git("add", "settings.ini")
     git("commit", "-qm", "first")
-    git("tag", "v1")
+    git("tag", "-a", "-m", "first", "v1")
     (tmp_path / "untracked").write_text("z")
     assert environment()["commit"] == git("rev-parse", "HEAD")
     (tmp_path / "settings.ini").write_text("y")
