@@ -161,7 +161,7 @@ MUTATIONS = [
         "storage/state.py", "storage/test_state.py",
         ("a resumed run draws other random numbers", 'torch.set_rng_state(tensors["cpu"])', "pass"),
         ("a resumed optimizer starts afresh", '["state"].setdefault(int(i), {})[name] = tensor', '["state"]'),
-        ("a signal is not obeyed", "self.checkpoint.stop.obey()", "pass"),
+        ("a signal is not obeyed", "self.stop.obey()", "pass"),
     ),
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Seeds, colours, checks and the atomic writer."""
 
 import errno
+import itertools
 import os
 import random
 import stat
@@ -36,11 +37,9 @@ def draw():
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, np.int64(7)])
 def test_one_seed_fixes_all_three_generators(seed):
     set_seed(seed)
-    first = draw()
-    moved_on = draw()
+    first, second = draw(), draw()
     set_seed(seed)
-    assert draw() == first
-    assert all(a != b for a, b in zip(first, moved_on, strict=True))
+    assert draw() == first and all(a != b for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "1", None])
@@ -76,28 +75,21 @@ def lab(rgb):
 def test_the_compared_methods_have_colours_that_stay_apart(sight):
     names = ["SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA"]
     seen = {name: lab(sight @ linear(METHOD_COLORS[name])) for name in names}
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            assert np.linalg.norm(seen[a] - seen[b]) > 20, (a, b)
+    for a, b in itertools.combinations(names, 2):
+        assert np.linalg.norm(seen[a] - seen[b]) > 20, (a, b)
 
 
-@pytest.mark.parametrize("method", METHOD_COLORS)
-def test_every_colour_is_readable_on_white(method):
-    assert 1.05 / (linear(METHOD_COLORS[method]) @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3
-
-
-@pytest.mark.parametrize("base", ["IncLoRA", "ELLA", "O-LoRA"])
-def test_the_gated_form_is_darker_than_its_base(base):
-    assert lab(linear(METHOD_COLORS[f"{base} + JumpLoRA"]))[0] < lab(linear(METHOD_COLORS[base]))[0] - 20
-
-
-def test_colours_are_all_different_and_the_gate_decides_line_and_marker():
+def test_colours_are_readable_on_white_and_gated_forms_are_darker_solid_and_round():
     assert len(set(METHOD_COLORS.values())) == len(METHOD_COLORS)
-    gated = method_style("ELLA + JumpLoRA")
-    assert gated == {"color": METHOD_COLORS["ELLA + JumpLoRA"], "linestyle": "-", "marker": "o"}
+    for method, color in METHOD_COLORS.items():
+        assert 1.05 / (linear(color) @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3, method
+        gated = "JumpLoRA" in method
+        look = dict(linestyle="-", marker="o") if gated else dict(linestyle="--", marker="s")
+        assert method_style(method) == {"color": color, **look}
+        base = method.removesuffix(" + JumpLoRA")
+        assert not gated or lab(linear(color))[0] < lab(linear(METHOD_COLORS[base]))[0] - 20, method
     other = method_style("a method of my own")
-    assert other["color"] not in METHOD_COLORS.values()
-    assert (other["linestyle"], other["marker"]) == ("--", "s")
+    assert other.pop("color") not in METHOD_COLORS.values() and other == dict(linestyle="--", marker="s")
 
 
 def test_the_figure_style_ends_with_its_block_even_after_an_error():
@@ -153,13 +145,14 @@ def test_a_name_passes_if_it_is_plain_and_stays_in_its_folder(name):
     assert plain and Path(os.path.normpath(Path("/results") / name)).parent == Path("/results")
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path):
+def test_a_file_is_replaced_as_a_whole_and_has_the_usual_mode(tmp_path):
     path = tmp_path / "deep" / "er" / "file.json"
-    assert write_atomic(path, "ä") == path
-    assert path.read_bytes() == "ä".encode()
+    assert write_atomic(path, "ä") == path and path.read_bytes() == "ä".encode()
     write_atomic(path, b"\x00\xff")
-    assert path.read_bytes() == b"\x00\xff"
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    assert path.read_bytes() == b"\x00\xff" and list(path.parent.iterdir()) == [path]
+    usual = tmp_path / "usual"
+    usual.write_text("x")
+    assert path.stat().st_mode == usual.stat().st_mode
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
@@ -192,11 +185,3 @@ def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomic(tmp_path / "file", "\ud800")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes are a POSIX matter")
-def test_a_written_file_has_the_usual_mode(tmp_path):
-    usual = tmp_path / "usual"
-    usual.write_text("x")
-    path = write_atomic(tmp_path / "file", "x")
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)

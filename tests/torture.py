@@ -24,10 +24,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
 
@@ -87,41 +85,32 @@ class Watch:
 
     def __init__(self, board: mmap.mmap, fatal: int):
         self.board, self.fatal, self.events = board, fatal, 0
-        self.phase = "starting"
-        self.tell()
+        self.enter("starting")
 
-    def tell(self):
-        self.board[:40] = f"{self.phase} {self.events}".encode().ljust(40)
+    def enter(self, phase):
+        self.phase = phase
+        self.board[:40] = f"{phase} {self.events}".encode().ljust(40)
 
-    def event(self):
+    def event(self, phase):
         self.events += 1
-        self.tell()
+        self.enter(phase)
         if self.events == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(self, function, phase=None):
-        "The same function with an event before and after it."
+    def watch(self, place, name, phase=None):
+        "Put an event before and after a function. The process ends with the run, so nothing is put back."
+        function = getattr(place, name)
 
         def call(*args, **options):
-            before, self.phase = self.phase, phase or self.phase
-            self.event()
+            before = self.phase
+            self.event(phase or before)
             try:
                 return function(*args, **options)
             finally:
-                self.event()
-                self.phase = before
-                self.tell()
+                self.event(phase or before)
+                self.enter(before)
 
-        return call
-
-    @contextmanager
-    def everywhere(self):
-        with ExitStack() as stack:
-            for phase, (place, name) in PHASES.items():
-                stack.enter_context(patch.object(place, name, self.watched(getattr(place, name), phase)))
-            for name in ("fsync", "replace", "unlink"):
-                stack.enter_context(patch.object(os, name, self.watched(getattr(os, name))))
-            yield
+        setattr(place, name, call)
 
 
 def learn(case: str, tasks: int, out: Path, watch: Watch) -> None:
@@ -130,9 +119,12 @@ def learn(case: str, tasks: int, out: Path, watch: Watch) -> None:
     torch.set_num_threads(1)
     method, config, every = CASES[case]
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
-    with watch.everywhere():
-        options = dict(seed=1, out=out, progress=False, checkpoint_every=every)
-        learn_sequence(model, tokenizer, TaskSequence("tortured", TASKS[:tasks]), method, config, **options)
+    for phase, (place, name) in PHASES.items():
+        watch.watch(place, name, phase)
+    for name in ("fsync", "replace", "unlink"):
+        watch.watch(os, name)
+    options = dict(seed=1, out=out, progress=False, checkpoint_every=every)
+    learn_sequence(model, tokenizer, TaskSequence("tortured", TASKS[:tasks]), method, config, **options)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     (out / "model").write_text(tensors_checksum(weights))
 

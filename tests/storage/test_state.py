@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import inspect
 import json
 import os
 import resource
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -21,7 +20,7 @@ import transformers
 from equal_runs import content, files, same_weights
 from safetensors import safe_open
 from safetensors.torch import save
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from jumplora.command_line import main
 from jumplora.conventions import set_seed
@@ -34,14 +33,7 @@ from jumplora.learning.training import Progress, TrainConfig, attach_adapter, tr
 from jumplora.method.regularizers import NLoRA
 from jumplora.storage import state
 from jumplora.storage.record import Damaged, Run, read_tensors, write_tensors
-from jumplora.storage.state import (
-    Checkpoint,
-    Stopped,
-    adapter_tensors,
-    graceful_shutdown,
-    held_lock,
-    state_path,
-)
+from jumplora.storage.state import Checkpoint, Stopped, adapter_tensors, held_lock
 
 BALL = [("a ball", "sport"), ("an atom of many words", "physics"), ("two balls and a bat", "sport")] * 4
 RAIN = [("rain", "yes"), ("sun", "no")] * 6
@@ -49,18 +41,49 @@ TASKS = (
     Task("topics", "Topic?\n", ("sport", "physics"), BALL, BALL[:2], BALL[:4]),
     Task("weather", "Wet?\n", ("yes", "no"), RAIN, RAIN[:2], RAIN[:4]),
 )
-SEQUENCE = TaskSequence("short", TASKS)
 QUICK = TrainConfig(batch_size=3, learning_rate=1e-2, max_length=120)  # four steps
 HARD = replace(QUICK, batch_size=2, gradient_accumulation=2, epochs=2.5, lora_dropout=0.2)
-ADVICE = f"transformers {transformers.__version__} moved it: mend nbs/5_inside/state.ipynb"
 
 
-def learn(method, out=None, config=QUICK, **options):
+def learn(out=None, method="ELLA + JumpLoRA", config=QUICK, **options):
     "One run on a fresh backbone; returns its record and the model."
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
     method = METHODS[method] if isinstance(method, str) else method
     options = dict(seed=1, out=out, progress=False) | options
-    return learn_sequence(model, tokenizer, SEQUENCE, method, config, **options), model
+    return learn_sequence(model, tokenizer, TaskSequence("short", TASKS), method, config, **options), model
+
+
+def assert_equal(one, other):
+    "Two runs ended with the same record and the same weights."
+    assert content(one[0]) == content(other[0]) and same_weights(one[1], other[1])
+
+
+def failing(place, name, allowed, error):
+    "A patch: a function works so many times, and then raises an error."
+    real, left = getattr(place, name), [allowed]
+
+    def call(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return real(*args, **options)
+
+    return patch.object(place, name, call)
+
+
+def signal_at(step, number, name=None):
+    "A patch: the training of a certain task, or of any, gets a signal in a step."
+    real = continual.train_task
+
+    def train(*args, callbacks, **options):
+        def advanced(steps, done=[0]):  # noqa: B006
+            done[0] += steps
+            if done[0] == step and name in (None, args[2].name):
+                os.kill(os.getpid(), number)
+
+        return real(*args, callbacks=[Progress(advanced), *callbacks], **options)
+
+    return patch.object(continual, "train_task", train)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +105,7 @@ def little_garbage():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "An ELLA + JumpLoRA run that nobody disturbed."
-    return learn("ELLA + JumpLoRA", tmp_path_factory.mktemp("whole"))
+    return learn(tmp_path_factory.mktemp("whole"))
 
 
 # ---- every step -------------------------------------------------------------------------------------------
@@ -144,7 +167,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_training_goes_on_from_any_step_with_the_same_bits(name, tmp_path):
+def test_a_training_resumes_from_any_step_with_the_same_bits(name, tmp_path):
     log, adapter = train(tmp_path / "x", tmp_path, **SETTINGS[name])
     epoch = log.steps * 2 // 5  # steps of one: three, or six
     for step in (epoch + 1, 2 * epoch):  # in the middle of the second, and at its end
@@ -153,7 +176,7 @@ def test_a_training_goes_on_from_any_step_with_the_same_bits(name, tmp_path):
         assert all(torch.equal(adapter[key], same[key]) for key in adapter), step
 
 
-def test_a_checkpoint_costs_no_randomness_and_holds_no_pickle(tmp_path):
+def test_a_checkpoint_draws_no_random_numbers_and_holds_no_pickle(tmp_path):
     assert train(tmp_path / "x", tmp_path)[0].loss == train()[0].loss
     with safe_open(tmp_path / "x", "pt") as file:
         note = json.loads(file.metadata()["jumplora"])
@@ -161,57 +184,29 @@ def test_a_checkpoint_costs_no_randomness_and_holds_no_pickle(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
 
 
-def test_checkpoints_come_after_a_minute_and_take_little_of_the_time(tmp_path):
-    checkpoint, clock = Checkpoint(tmp_path / "x", {}, every=60.0), [1000.0]
-    checkpoint.written = clock[0]
-    with patch("jumplora.storage.state.time.monotonic", lambda: clock[0]):
-        assert not checkpoint.due()
-        clock[0] += 60
-        assert checkpoint.due()
-        checkpoint.cost = 3.0  # a slow disk
-        assert not checkpoint.due()
-        clock[0] += 90
-        assert checkpoint.due()
-        checkpoint.every = float("inf")
-        assert not checkpoint.due()
-        checkpoint.stop.number = signal.SIGINT
-        assert checkpoint.due()
-
-
 @pytest.mark.parametrize(
-    ("method", "needed"),
-    [
-        ("_save_checkpoint", ["self", "model", "trial"]),
-        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
-        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
-        ("_load_rng_state", ["self", "checkpoint"]),
-        ("train", ["self", "resume_from_checkpoint"]),
-    ],
-)
-def test_the_trainer_still_has_the_methods_that_are_replaced(method, needed):
-    found = list(inspect.signature(getattr(Trainer, method)).parameters)
-    assert [name for name in found if name in needed] == needed, f"{method}{found}; {ADVICE}"
+    ("waited", "cost", "every", "number", "due"),
+    [(59, 0, 60, None, False), (60, 0, 60, None, True), (149, 3, 60, None, False), (150, 3, 60, None, True),
+     (9e9, 0, float("inf"), None, False), (0, 0, float("inf"), signal.SIGINT, True)],
+)  # fmt: skip
+def test_checkpoints_come_after_a_minute_and_take_little_of_the_time(waited, cost, every, number, due):
+    checkpoint = Checkpoint(None, {}, every=every)
+    checkpoint.cost, checkpoint.stop.number = cost, number
+    with patch("jumplora.storage.state.time.monotonic", lambda: checkpoint.written + waited):
+        assert checkpoint.due() is due
 
 
-def test_the_trainer_calls_each_of_them_once(tmp_path):
+def test_the_trainer_calls_each_method_that_is_replaced_once(tmp_path):
     train(tmp_path / "x", tmp_path)
-    calls = []
-    for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
-        real = getattr(state.ResumableTrainer, name)
-
-        def watched(self, *args, real=real, name=name):
-            calls.append(name)
-            return real(self, *args)
-
-        patch.object(state.ResumableTrainer, name, watched).start()
-    try:
+    with ExitStack() as stack:
+        watched = []
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+            real = getattr(state.ResumableTrainer, name)
+            watched.append(patch.object(state.ResumableTrainer, name, autospec=True, side_effect=real))
+        calls = [stack.enter_context(one) for one in watched]
         train(tmp_path / "4.safetensors")
-    finally:
-        patch.stopall()
-    assert sorted(calls) == sorted(set(calls)) and len(calls) == 3, ADVICE
-
-
-# ---- killed -----------------------------------------------------------------------------------------------
+    advice = f"transformers {transformers.__version__} moved one: change nbs/5_inside/state.ipynb"
+    assert [call.call_count for call in calls] == [1, 1, 1], advice
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(root, tmp_path):
@@ -238,53 +233,46 @@ def test_the_long_torture_is_on_record(root):
 
 
 def test_a_score_that_was_taken_is_not_taken_again(whole, tmp_path):
-    real, scored = continual.evaluate, []
-
-    def evaluate(model, tokenizer, task, *rest, **options):
-        if len(scored) == 4:  # two untrained, one after the first task, one of two after the second
-            raise RuntimeError("lost")
-        scored.append(task.name)
-        return real(model, tokenizer, task, *rest, **options)
-
-    with patch.object(continual, "evaluate", evaluate), pytest.raises(RuntimeError, match="lost"):
-        learn("ELLA + JumpLoRA", tmp_path)
-    assert scored == ["topics", "weather", "topics", "topics"]
-    with patch.object(continual, "evaluate", evaluate), patch.object(continual, "train_task", None):
-        scored.clear()
-        run, model = learn("ELLA + JumpLoRA", tmp_path)
-    assert scored == ["weather"]
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+    # two untrained, one after the first task, one of two after the second
+    with failing(continual, "evaluate", 4, RuntimeError("lost")), pytest.raises(RuntimeError, match="lost"):
+        learn(tmp_path)
+    with patch.object(continual, "evaluate", wraps=continual.evaluate) as scored:
+        with patch.object(continual, "train_task", None):
+            assert_equal(learn(tmp_path), whole)
+    assert [call.args[2].name for call in scored.call_args_list] == ["weather"]
 
 
-# ---- signals ----------------------------------------------------------------------------------------------
+KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
+MIXED = replace(QUICK, training_arguments=OPTIONS | dict(warmup_steps=0))
 
 
-def send_at(step, number, name=None):
-    "`train_task` that gets a signal in a step, of a certain task or any."
-    real = continual.train_task
+@pytest.mark.parametrize(
+    ("method", "config", "interruption"),
+    [
+        (KEPT_GATE, QUICK, signal_at(3, signal.SIGTERM)),
+        ("multi-task", QUICK, signal_at(3, signal.SIGTERM)),
+        (KEPT_GATE, MIXED, failing(continual, "evaluate", 2, RuntimeError("lost"))),  # both before learning
+        ("EWC", MIXED, failing(continual, "evaluate", 2, RuntimeError("lost"))),
+    ],
+    ids=["kept gate, step", "multi-task, step", "kept gate in mixed precision, score", "EWC, score"],
+)
+def test_every_kind_of_method_resumes(method, config, interruption, tmp_path):
+    undisturbed = learn(tmp_path / "whole", method, config)
+    with interruption, pytest.raises((Stopped, RuntimeError)):
+        learn(tmp_path / "out", method, config)
+    assert_equal(learn(tmp_path / "out", method, config), undisturbed)
 
-    def train(*args, callbacks, **options):
-        def advanced(steps, done=[0]):  # noqa: B006
-            done[0] += steps
-            if done[0] == step and name in (None, args[2].name):
-                os.kill(os.getpid(), number)
 
-        return real(*args, callbacks=[Progress(advanced), *callbacks], **options)
-
-    return patch.object(continual, "train_task", train)
-
-
-def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(whole, tmp_path, capfd):
+def test_a_signal_stops_after_the_step_and_the_run_resumes_there(whole, tmp_path, capfd):
     number = signal.SIGINT
     before = signal.getsignal(number)
-    with send_at(2, number), pytest.raises(KeyboardInterrupt) as stopped:
-        learn("ELLA + JumpLoRA", tmp_path)
+    with signal_at(2, number), pytest.raises(KeyboardInterrupt) as stopped:
+        learn(tmp_path)
     assert stopped.value.status == 128 + number and "a second signal stops at once" in capfd.readouterr().err
     assert signal.getsignal(number) == before
     (path,) = tmp_path.glob("*/state/step.safetensors")
     assert read_tensors(path)[1]["trainer"]["global_step"] == 2
-    run, model = learn("ELLA + JumpLoRA", tmp_path)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+    assert_equal(learn(tmp_path), whole)
     assert not path.exists()
 
 
@@ -297,14 +285,14 @@ def test_a_signal_while_scoring_or_saving_stops_after_it(where, scores, tmp_path
         return real(*args, **options)
 
     with patch.object(continual, where, signalled), pytest.raises(Stopped):
-        learn("IncLoRA", tmp_path)
+        learn(tmp_path, "IncLoRA")
     run = Run.load(next(tmp_path.glob("*/record.json")))
     assert [len(run.zero_shot), (run.accuracy >= 0).sum()] == scores
-    assert run.tasks_learned == (where == "write_finished") and learn("IncLoRA", tmp_path)[0].complete
+    assert run.tasks_learned == (where == "write_finished") and learn(tmp_path, "IncLoRA")[0].complete
 
 
-def test_a_second_signal_stops_at_once():
-    with pytest.raises(Stopped), graceful_shutdown() as request:
+def test_a_second_signal_stops_at_once(tmp_path):
+    with pytest.raises(Stopped), state.held_folder(tmp_path, 2) as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.number == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
@@ -312,20 +300,20 @@ def test_a_second_signal_stops_at_once():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_signals_that_somebody_else_handles_are_left_alone():
+def test_signals_that_somebody_else_handles_are_left_alone(tmp_path):
     def own(*args):
         pass
 
     signal.signal(signal.SIGTERM, own)
     try:
-        with graceful_shutdown():
+        with state.held_folder(tmp_path, 2):
             assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seen = []
 
     def elsewhere():
-        with graceful_shutdown() as request:
+        with state.held_folder(tmp_path, 2) as request:
             seen.extend([signal.getsignal(signal.SIGINT), request.number])
 
     thread = threading.Thread(target=elsewhere)
@@ -335,14 +323,12 @@ def test_signals_that_somebody_else_handles_are_left_alone():
 
 
 def test_without_a_folder_ctrl_c_interrupts_at_once():
-    with send_at(2, signal.SIGINT), pytest.raises(KeyboardInterrupt) as stopped:
-        learn("IncLoRA")
+    with signal_at(2, signal.SIGINT), pytest.raises(KeyboardInterrupt) as stopped:
+        learn(None, "IncLoRA")
     assert not isinstance(stopped.value, Stopped)
 
 
-@pytest.fixture
-def data(tmp_path):
-    "A folder of two tasks, as the command line takes it."
+def test_the_command_names_the_way_to_resume_and_its_status_the_signal(tmp_path, capsys):
     for task in TASKS:
         folder = tmp_path / "data" / task.name
         folder.mkdir(parents=True)
@@ -350,96 +336,53 @@ def data(tmp_path):
             rows = [dict(sentence=row.text, label=row.label) for row in getattr(task, split)]
             (folder / f"{split}.json").write_text(json.dumps(rows))
         (folder / "labels.json").write_text(json.dumps(list(task.options)))
-    return tmp_path / "data"
-
-
-def compare(data, out):
-    "Words of a command."
-    words = ["compare", "--sequence", data, "--out", out, "--backbone", "tiny-llama", "--batch-size", 3]
-    return [*map(str, words), "--max-length", "160", "--method", "IncLoRA", "--progress", "false"]
-
-
-def test_the_command_says_how_to_go_on_and_its_status_tells_the_signal(data, tmp_path, capsys):
-    words = compare(data, tmp_path / "out")
-    with send_at(2, signal.SIGTERM):
-        assert main(words) == 143
+    words = "compare --backbone tiny-llama --batch-size 3 --max-length 160 --method IncLoRA --progress false"
+    words = [*words.split(), "--sequence", str(tmp_path / "data"), "--out"]
+    blocked, out = tmp_path / "a file", tmp_path / "out"
+    blocked.write_text("")
+    assert main([*words, str(blocked / "out")]) == 1  # nothing can be written there
     said = capsys.readouterr().err
-    assert "stopped by SIGTERM; resume with:\njumplora compare" in said
-    gone, kept = data / "weather" / "test.json", files(tmp_path / "out")
+    assert "a file" in said and "Traceback" not in said and blocked.read_text() == ""
+    words.append(str(out))
+    with signal_at(2, signal.SIGTERM):
+        assert main(words) == 143
+    assert "stopped by SIGTERM; resume with:\njumplora compare" in capsys.readouterr().err
+    gone, kept = tmp_path / "data" / "weather" / "test.json", files(out)
     rows = gone.read_text()
     gone.unlink()
     assert main(words) in (1, 2) and "weather" in capsys.readouterr().err
-    assert files(tmp_path / "out") == kept  # the state is as it was
+    assert files(out) == kept  # the state is as it was
     gone.write_text(rows)
     assert main(words) == 0 and "table.md" in capsys.readouterr().out
 
 
-# ---- disks ------------------------------------------------------------------------------------------------
-
-
-def failing(real, allowed, number):
-    "A stand-in for a function of `os` that works so many times."
-    left = [allowed]
-
-    def call(*args, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(number, os.strerror(number))
-        return real(*args, **options)
-
-    return call
-
-
-def test_every_write_may_fail_once_and_the_run_goes_on(whole, tmp_path):
-    failures, out, number = 0, tmp_path / "out", errno.ENOSPC
+def test_every_write_may_fail_once_and_the_run_resumes(whole, tmp_path):
+    failures, out, full = 0, tmp_path / "out", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for allowed in (0, *[1, 2, 3, 4] * 8):  # archive, state, the copy of its record, record
         try:
-            with patch.object(os, "replace", failing(os.replace, allowed, number)):
-                run, model = learn("ELLA + JumpLoRA", out, checkpoint_every=float("inf"))
+            with failing(os, "replace", allowed, full):
+                found = learn(out, checkpoint_every=float("inf"))
             break
         except OSError as error:
             failures += 1
-            assert error.errno == number and "untouched" in str(error) and str(out) in str(error)
+            assert error.errno == full.errno and "untouched" in str(error) and str(out) in str(error)
             assert not list(out.rglob(".*.tmp"))
             assert len(list(out.glob("*/state/after-*.safetensors"))) <= 2
     assert failures >= 4  # of thirteen writes
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+    assert_equal(found, whole)
 
 
-def test_a_file_that_the_system_cuts_short_is_not_kept(tmp_path):
+def test_a_file_that_the_system_cuts_short_is_not_kept_and_the_run_resumes(whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # enough for a record, not for a state
     try:
         with pytest.raises(OSError, match="01-topics.safetensors") as error:
-            learn("ELLA + JumpLoRA", tmp_path)
+            learn(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG and not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob(".*.tmp")) and Run.load(next(tmp_path.glob("*/record.json"))).zero_shot
-
-
-def test_a_disk_that_is_really_full_is_survived(whole, tmp_path):
-    out = tmp_path / "small"
-    out.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", out], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        with pytest.raises(OSError, match="No space left"):
-            learn("ELLA + JumpLoRA", out)
-        subprocess.run(["mount", "-o", "remount,size=4m", out], check=True)
-        run, model = learn("ELLA + JumpLoRA", out)
-    finally:
-        subprocess.run(["umount", out], check=True)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
-
-
-def test_a_place_where_nothing_can_be_written_is_named_at_once(data, tmp_path, capsys):
-    blocked = tmp_path / "a file"
-    blocked.write_text("")
-    assert main(compare(data, blocked / "out")) == 1
-    said = capsys.readouterr().err
-    assert "a file" in said and "Traceback" not in said and blocked.read_text() == ""
+    assert_equal(learn(tmp_path), whole)
 
 
 # ---- files that cannot be trusted -------------------------------------------------------------------------
@@ -449,20 +392,20 @@ def test_a_place_where_nothing_can_be_written_is_named_at_once(data, tmp_path, c
 def in_second_task(tmp_path_factory):
     "The folder of a run that was stopped in its second task, with a state and a checkpoint."
     out = tmp_path_factory.mktemp("stopped")
-
-    with send_at(3, signal.SIGTERM, "weather"), pytest.raises(Stopped):
-        learn("ELLA + JumpLoRA", out)
+    with signal_at(3, signal.SIGTERM, "weather"), pytest.raises(Stopped):
+        learn(out)
     return next(out.iterdir())
 
 
 @pytest.fixture
 def folder(in_second_task, tmp_path):
-    shutil.copytree(in_second_task, tmp_path / in_second_task.name)
-    return tmp_path / in_second_task.name
+    "A copy of it."
+    return shutil.copytree(in_second_task, tmp_path / in_second_task.name)
 
 
-def step_path(folder):
-    return folder / "state" / "step.safetensors"
+def states(folder):
+    "Names of the files of state and checkpoint."
+    return sorted(path.name for path in folder.glob("state/*.safetensors"))
 
 
 def spoil(path):
@@ -471,34 +414,31 @@ def spoil(path):
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_task_starts_again(folder, whole):
-    assert read_tensors(step_path(folder))[1]["owner"]["task"] == 1
-    spoil(step_path(folder))
+    spoil(folder / "state" / "step.safetensors")
     with pytest.warns(UserWarning, match=r"now step\.damaged-1\.safetensors, and the training starts again"):
-        run, model = learn("ELLA + JumpLoRA", folder.parent)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+        assert_equal(learn(folder.parent), whole)
 
 
-def test_a_damaged_state_is_set_aside_and_the_run_goes_on_from_the_one_before(folder, whole):
-    with patch.object(continual, "evaluate", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
-        learn("ELLA + JumpLoRA", folder.parent)  # after the second task, before it is scored
-    assert [state_path(folder, n).exists() for n in (1, 2)] == [True, True]
-    spoil(state_path(folder, 2))
+def test_a_damaged_state_is_set_aside_and_the_run_resumes_from_the_one_before(folder, whole):
+    with failing(continual, "evaluate", 0, RuntimeError("lost")), pytest.raises(RuntimeError):
+        learn(folder.parent)  # after the second task, before it is scored
+    assert states(folder) == ["after-1.safetensors", "after-2.safetensors"]
+    spoil(folder / "state" / "after-2.safetensors")
     with pytest.warns(UserWarning, match=r"now after-2\.damaged-1\.safetensors.* after 1 learned tasks"):
-        run, model = learn("ELLA + JumpLoRA", folder.parent)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
-    kept = sorted(path.name for path in (folder / "state").iterdir())
-    assert kept == ["after-2.damaged-1.safetensors", "after-2.json", "after-2.safetensors", "lock"]
+        assert_equal(learn(folder.parent), whole)
+    assert states(folder) == ["after-2.damaged-1.safetensors", "after-2.safetensors"]
+    assert {path.name for path in folder.glob("state/*")} - set(states(folder)) == {"after-2.json", "lock"}
 
 
 def test_a_checkpoint_of_another_run_or_state_is_not_used(folder, whole):
-    tensors, about, _ = read_tensors(step_path(folder))
+    path = folder / "state" / "step.safetensors"
+    tensors, about, _ = read_tensors(path)
+    owner = dict(run=Run.load(folder).configuration_hash, task=1, after=about["owner"]["after"])
+    assert about["owner"] == owner and Checkpoint(path, owner).read() is not None
     for key, value in dict(run="0" * 64, task=0, after="").items():
-        other = about | dict(owner=about["owner"] | {key: value})
-        write_tensors(step_path(folder), tensors, other)
-        owner = dict(run=Run.load(folder).configuration_hash, task=1, after=about["owner"]["after"])
-        assert Checkpoint(step_path(folder), owner).read() is None
-    run, model = learn("ELLA + JumpLoRA", folder.parent)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+        write_tensors(path, tensors, about | dict(owner=owner | {key: value}))
+        assert Checkpoint(path, owner).read() is None
+    assert_equal(learn(folder.parent), whole)
 
 
 def test_a_state_of_another_format_is_named(tmp_path):
@@ -509,36 +449,35 @@ def test_a_state_of_another_format_is_named(tmp_path):
             read_tensors(path)
 
 
-# ---- one folder -------------------------------------------------------------------------------------------
+def test_a_record_that_was_set_aside_by_hand_loses_nothing_that_a_state_holds(folder, whole):
+    (folder / "record.json").rename(folder / "aside.json")
+    found = learn(folder.parent)
+    assert_equal(found, whole)
+    assert found[0].seconds["train"][0] == Run.load(folder / "aside.json").seconds["train"][0]  # as it was
 
 
-@pytest.mark.parametrize(("saved", "left"), [("all", []), ("one task", ["weather"])], ids=["all", "one task"])
+@pytest.mark.parametrize("left", [[], ["weather"]], ids=["all saved", "one task saved"])
 def test_a_second_process_waits_for_the_lock_and_then_reads_what_the_first_saved(
-    saved, left, whole, in_second_task, tmp_path
+    left, whole, in_second_task, tmp_path
 ):
-    source = in_second_task.parent if saved == "one task" else tmp_path / "other"
-    source = source / whole[0].name
-    if saved == "all":
-        learn("ELLA + JumpLoRA", source.parent)
-    folder, waits, seen, begun = tmp_path / "out" / source.name, threading.Event(), [], []
+    source = in_second_task if left else tmp_path / "other" / whole[0].name
+    if not left:
+        learn(source.parent)
+    folder, waits, found = tmp_path / "out" / source.name, threading.Event(), []
 
     def second():
         with patch("jumplora.storage.state.warnings.warn", lambda *words, **options: waits.set()):
-            seen.append(learn("ELLA + JumpLoRA", folder.parent))
+            found.append(learn(folder.parent))
 
-    def train(model, tokenizer, task, *rest, real=continual.train_task, **options):
-        begun.append(task.name)
-        return real(model, tokenizer, task, *rest, **options)
-
-    with patch.object(continual, "train_task", train):
-        with state._alone_in(folder):
+    with patch.object(continual, "train_task", wraps=continual.train_task) as trained:
+        with held_lock(folder / "state" / "lock"):
             thread = threading.Thread(target=second)
             thread.start()
             assert waits.wait(60) and not (folder / "record.json").exists()
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
         thread.join(60)
-    assert begun == left and content(seen[0][0]) == content(whole[0])
-    assert same_weights(seen[0][1], whole[1])
+    assert [call.args[2].name for call in trained.call_args_list] == left
+    assert_equal(found[0], whole)
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_folder_stays_small(whole, tmp_path):
@@ -546,11 +485,22 @@ def test_what_a_killed_writer_left_is_removed_and_a_folder_stays_small(whole, tm
     (folder / "state").mkdir(parents=True)
     for place in (folder, folder / "state"):
         (place / ".0123456789abcdef.tmp").write_bytes(b"half a state")
-    run, _ = learn("ELLA + JumpLoRA", tmp_path, checkpoint_every=0)
+    run, _ = learn(tmp_path, checkpoint_every=0)
     names = sorted(path.name for path in folder.rglob("*") if path.is_file())
     archives = ["01-topics.safetensors", "02-weather.safetensors"]
     assert names == [*archives, "after-2.json", "after-2.safetensors", "lock", "record.json"]
-    assert run.extra["state_bytes"] == state_path(folder, 2).stat().st_size
+    assert run.extra["state_bytes"] == (folder / "state" / "after-2.safetensors").stat().st_size
+
+
+def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(whole, tmp_path):
+    # removed before each of the two states is written, and at the end
+    with failing(state, "_remove_states", 2, RuntimeError("lost")), pytest.raises(RuntimeError, match="lost"):
+        learn(tmp_path)
+    folder = tmp_path / whole[0].name
+    assert Run.load(folder).complete and states(folder) == ["after-1.safetensors", "after-2.safetensors"]
+    (folder / "state" / "step.safetensors").write_bytes(b"of the last task, which is finished")
+    assert content(learn(tmp_path)[0]) == content(whole[0])
+    assert states(folder) == ["after-2.safetensors"]
 
 
 def test_a_finished_run_in_a_read_only_place_is_only_read(whole, tmp_path):
@@ -559,85 +509,16 @@ def test_a_finished_run_in_a_read_only_place_is_only_read(whole, tmp_path):
     whole[0].save(out)
     lock, write = "jumplora.storage.state.held_lock", "jumplora.storage.record.write_atomic"
     with patch(lock, None), patch(write, None):
-        assert content(learn("ELLA + JumpLoRA", out)[0]) == content(whole[0])
-
-
-def test_a_lock_is_free_when_its_process_is_gone(tmp_path):
-    if (child := os.fork()) == 0:
-        with held_lock(tmp_path / "lock"):
-            (tmp_path / "held").touch()
-            time.sleep(60)
-        os._exit(0)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
-    with held_lock(tmp_path / "lock") as ours:
-        assert not ours
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with held_lock(tmp_path / "lock") as ours:
-        assert ours
-
-
-KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
-
-
-@pytest.mark.parametrize("method", [KEPT_GATE, "EWC"], ids=["kept gate", "EWC"])
-def test_a_kept_adapter_scores_the_same_after_mixed_precision_and_after_an_interruption(method, tmp_path):
-    passed = replace(QUICK, training_arguments=OPTIONS | dict(warmup_steps=0))
-    run, model = learn(method, tmp_path / "whole", passed)
-
-    calls = iter(range(9))
-
-    def lose(*args, real=continual.evaluate, **options):
-        if next(calls) > 1:  # both tasks are scored before learning
-            raise RuntimeError("lost")
-        return real(*args, **options)
-
-    with patch.object(continual, "evaluate", lose), pytest.raises(RuntimeError, match="lost"):
-        learn(method, tmp_path / "out", passed)
-    resumed, same = learn(method, tmp_path / "out", passed)
-    assert content(resumed) == content(run) and same_weights(model, same)
-
-
-@pytest.mark.parametrize("method", [KEPT_GATE, "multi-task"], ids=["kept gate", "multi-task"])
-def test_other_methods_go_on_from_a_step_too(method, tmp_path):
-    run, model = learn(method, tmp_path / "whole")
-    with send_at(3, signal.SIGTERM), pytest.raises(Stopped):
-        learn(method, tmp_path / "out")
-    resumed, same = learn(method, tmp_path / "out")
-    assert content(resumed) == content(run) and same_weights(model, same)
-
-
-def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(whole, tmp_path):
-    def lose(folder, keep, real=state._remove_states):
-        if keep == {2}:
-            raise RuntimeError("lost")
-        real(folder, keep)
-
-    with patch.object(state, "_remove_states", lose), pytest.raises(RuntimeError):
-        learn("ELLA + JumpLoRA", tmp_path)
-    folder = tmp_path / whole[0].name
-    assert Run.load(folder).complete and state_path(folder, 1).exists()
-    step_path(folder).write_bytes(b"of the last task, which is finished")
-    assert content(learn("ELLA + JumpLoRA", tmp_path)[0]) == content(whole[0])
-    assert sorted(path.name for path in folder.glob("state/*.safetensors")) == ["after-2.safetensors"]
-
-
-def test_a_record_that_was_set_aside_by_hand_loses_nothing_that_a_state_holds(folder, whole):
-    (folder / "record.json").rename(folder / "aside.json")
-    run, model = learn("ELLA + JumpLoRA", folder.parent)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
-    assert run.seconds["train"][0] == Run.load(folder / "aside.json").seconds["train"][0]  # not trained again
+        assert content(learn(out)[0]) == content(whole[0])
 
 
 def test_leaving_a_run_after_its_first_task_keeps_its_state(whole, tmp_path):
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
-    method = METHODS["ELLA + JumpLoRA"]
+    sequence, method = TaskSequence("short", TASKS), METHODS["ELLA + JumpLoRA"]
     options = dict(seed=1, out=tmp_path, progress=False)
-    learner = continual.Learner(model, tokenizer, SEQUENCE, method, QUICK, **options)
+    learner = continual.Learner(model, tokenizer, sequence, method, QUICK, **options)
     with learner.running():
         learner.score()
         learner.finish(0, learner.train(0))
-    assert state_path(learner.folder, 1).exists()
-    run, model = learn("ELLA + JumpLoRA", tmp_path)
-    assert content(run) == content(whole[0]) and same_weights(model, whole[1])
+    assert states(learner.folder) == ["after-1.safetensors"]
+    assert_equal(learn(tmp_path), whole)
