@@ -149,6 +149,7 @@ SLIP = r"backbone=.* is not known; use .*did you mean '(smollm2|tiny)"
         ),
         *((bad, {}, SLIP) for bad in ("smollm-135m", "smollm2-135", "Tiny-Llama", "tinyt5")),
         ("nobody/nothing", {}, "backbone='nobody/nothing' cannot be loaded; use smollm2-135m, tiny"),
+        ("./nowhere", {}, r"backbone='./nowhere' cannot be loaded; use smollm2-135m, "),
     ],
 )
 def test_an_unknown_name_device_or_format_is_refused_with_those_that_are_known(name, options, message):
