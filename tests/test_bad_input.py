@@ -153,15 +153,12 @@ def test_no_part_of_a_run_leads_out_of_the_results_folder(word, tmp_path):
         (dict(train=[*ROWS, ("a goal", "sprt")]), "train row 2: label 'sprt' is not in sport, physics.*'"),
         (dict(dev=[("a goal", "Sport")]), "dev row 0: label 'Sport' is not in sport, physics.*'sport'"),
         (dict(train=[*ROWS, ("", "sport")]), "train row 2: the text is ''; give a string that is not empty"),
-        (dict(train=[*ROWS, ("  \n", "sport")]), "train row 2: the text is .*; give a string that is"),
         (dict(test=[(None, "sport")]), "test row 0: the text is None of type NoneType; give a string"),
         (dict(test=[(3.5, "sport")]), "test row 0: the text is 3.5 of type float; give a string"),
         (dict(test=[("a goal", None)]), "test row 0: the label is None; give text"),
         (dict(train=[("a goal", 1)]), "train row 0: label '1' is not in sport, physics"),
-        (dict(train=["a goal"]), "train row 0: 'a goal' is not a row; give a .text, label. pair"),
         (dict(train=[("a", "b", "c")]), "train row 0: .* is not a row"),
         (dict(train=[{"sentence": "a goal"}]), "train row 0: no column 'label' in .'sentence'."),
-        (dict(train=[{"txt": "a goal", "label": "sport"}]), "train row 0: no column 'text'"),
     ],
 )
 def test_a_task_that_cannot_be_right_names_the_row(changes, message):
@@ -201,11 +198,8 @@ GOOD = [{"sentence": text, "label": label} for text, label in ROWS]
         (dict(test_json=None), r"task 'topics', test: no file test\.\* in .*topics; use"),
         (dict(train_json="[{"), r"task 'topics', train.*train\.json cannot be read .*copy it again"),
         (dict(test_json='{"a": 1}'), r"task 'topics', test row 0: no column 'text' in .'a'."),
-        (dict(test_json="[]"), "task 'topics' has no test rows"),
         (dict(dev_json='[{"label": "sport"}]'), "task 'topics', dev row 0: no column 'text'"),
-        (dict(test_json='[{"sentence": null, "label": "sport"}]'), "test row 0: the text is None"),
         (dict(labels_json='["sport"]'), "train row 1: label 'physics' is not in sport"),
-        (dict(train_json='["a goal"]', labels_json=json.dumps(OPTIONS)), "train row 0: 'a goal' is not"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -229,7 +223,6 @@ def test_a_damaged_data_file_is_named(damage, message, tmp_path):
         {"name": "../../evil"},
         {"name": "a/b"},
         {"files": {"train": "../secret.json", "dev": "../secret.json", "test": "../secret.json"}},
-        {"files": {"train": "/etc/passwd", "dev": "x.json", "test": "x.json"}},
         {"files": {"dev": "x.json", "test": "x.json"}},
         {"files": ["x.json"]},
         {"files": {"train": 3, "dev": 3, "test": 3}},
@@ -256,38 +249,29 @@ def test_a_list_of_tasks_cannot_lead_out_of_its_folder_or_crash(entry, tmp_path)
     assert files(tmp_path) == before
 
 
-def test_a_folder_without_tasks_or_of_nowhere_says_so(tmp_path):
+def test_a_folder_without_tasks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no tasks.json and no .CATEGORY/.NAME/train"):
         load_sequence(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a folder"):
-        load_sequence("order1", tmp_path / "nowhere")
 
 
 # ---- records ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_change_of_a_record_goes_unnoticed(tmp_path, data):
+@given(at=st.integers(0, 2000), cut=st.booleans())
+def test_no_change_of_a_record_goes_unnoticed(tmp_path, at, cut):
     record = Run("IncLoRA", "tiny", "one", 1, ["topics"], [2], {"rank": 8}, accuracy=[[50.0]]).save(tmp_path)
     good = record.read_bytes()
-    at = data.draw(st.integers(0, len(good) - 1))
-    bad = data.draw(st.sampled_from([good[:at], good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]]))
-    if json_or_none(bad) == json_or_none(good):
-        return  # only the final line break is gone
+    at %= len(good) - 1  # the last is a line break
+    bad = good[:at] if cut else good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+    if bad.strip() == good.strip():
+        return
     record.write_bytes(bad)
     with pytest.raises(Damaged, match=r"record\.json: .*It is not used\. Set it aside .* or delete it"):
         Run.load(record)
     assert record.read_bytes() == bad  # reading changes nothing
     kept = set_aside(record)
     assert kept.read_bytes() == bad and re.fullmatch(r"record\.damaged-\d+\.json", kept.name)
-
-
-def json_or_none(data):
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
 
 
 # ---- texts ------------------------------------------------------------------------------------------------
