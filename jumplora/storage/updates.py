@@ -179,7 +179,9 @@ def archive_task(folder: Path, run: Run, position: int, adapted: nn.Module, weig
     gated = bool(gate_groups(adapted))
 
     def work():
-        tensors, sums, kept = {}, {}, 0
+        tensors = {}
+        sums = {}
+        kept = 0
         for name, module in adapter_layers(adapted).items():
             update = sparse_update(delta_weight(module))
             sums[name] = update.checksum()
