@@ -184,6 +184,7 @@ class Finished:
         elif format == "jumplora":
             config = TrainConfig(**self.run.configuration["train"])
             model = attach_adapter(copy.deepcopy(self.base), config, gated=True)
+            model.get_base_model().name_or_path = None  # else PEFT writes it where `base_model` is None
             set_peft_model_state_dict(model, self.adapter)
             about = model.peft_config["default"]
             about.base_model_name_or_path = base_model
