@@ -337,11 +337,6 @@ def test_a_bfloat16_run_is_exported_in_float32_and_the_card_says_why(half, place
         assert "The run computed with bfloat16 weights" in parts_of(place / name)[1]
     assert 'dtype="bfloat16").float()' in parts_of(place / "half")[2]
     assert "bfloat16" not in parts_of(place / "super")[1]
-    finished = load_finished(half[0])  # and an update added in bfloat16 is partly lost
-    name, (update, *_) = next(iter(finished.updates.items()))
-    weight = finished.base.get_submodule(name).weight.detach().bfloat16()
-    arrived = (weight + update.dense().bfloat16()).float() - weight.float()
-    assert not torch.equal(arrived, update.dense())
 
 
 @pytest.mark.parametrize(

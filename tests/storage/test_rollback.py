@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -235,7 +234,7 @@ def flip_last_byte(path):
 
 
 CHANGED, AGAIN = "do not add up to the merged weights", "learn it again, with archive=True"
-REFUSED = [
+REFUSED = [  # the task, the message, and what is done to the run before, or which rows are to be scored
     ("tpoics", "task='tpoics' is not known.*did you mean 'topics'", None),
     ("../x", "task='../x' is not known", None),
     ("topics", "taken out before; delete .*rollback-topics", lambda g: rollback(g.folder, "topics")),
@@ -251,17 +250,20 @@ REFUSED = [
     ("places", "not those that it began with", lambda g: rewrite(g, 2, before="0" * 64)),
     ("topics", "after-3.safetensors", lambda g: flip_last_byte(g.folder / "state" / "after-3.safetensors")),
     ("topics", "record.json", lambda g: flip_last_byte(g.folder / "record.json")),
+    ("topics", "the rows of 'topics' are not those of .*'train': 8", SEQUENCE.limit(4)),
+    ("topics", "the rows of 'places' are not those", PAIR),
     ("topics", f"no archive of 'weather'; {AGAIN}", edit(lambda run: run.extra["archives"].pop("weather"))),
 ]
 
 
 @pytest.mark.parametrize("task, message, prepare", REFUSED, ids=[message for _, message, _ in REFUSED])
 def test_what_cannot_be_done_rightly_is_refused_and_changes_nothing(gated, task, message, prepare):
-    if prepare:
+    rows = prepare if isinstance(prepare, TaskSequence) else None
+    if prepare and not rows:
         prepare(gated)
     before = files(gated.folder.parent)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        rollback(gated.folder, task)
+        rollback(gated.folder, task, rows)
     assert files(gated.folder.parent) == before
     assert not list(gated.folder.glob(".rollback*"))
 
@@ -286,51 +288,31 @@ def test_a_backbone_with_other_weights_is_refused(copied, monkeypatch):
     folder = copied("no gate").folder
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
     model.get_submodule("model.norm").weight.data[0] += 1e-6
-    home = sys.modules[load_start.__module__]
-    monkeypatch.setattr(home, "load_backbone", lambda name, **options: (model, tokenizer))
+    home = load_start.__module__
+    monkeypatch.setattr(f"{home}.load_backbone", lambda name, **options: (model, tokenizer))
     before = files(folder)
     with pytest.raises(ValueError, match="tiny-llama has other weights than the backbone"):
         rollback(folder, "topics")
     assert files(folder) == before
 
 
-@pytest.mark.parametrize(
-    "sequence, message",
-    [
-        (SEQUENCE.limit(4), "the rows of 'topics' are not those of .*'train': 8"),
-        (TaskSequence("short", TASKS[:2]), "the rows of 'places' are not those"),
-    ],
-    ids=["fewer rows", "a task less"],
-)
-def test_rows_of_another_run_are_refused(gated, sequence, message):
-    before = files(gated.folder)
-    with pytest.raises(ValueError, match=message):
-        rollback(gated.folder, "topics", sequence)
-    assert files(gated.folder) == before
+@pytest.mark.parametrize("taken", [False, True], ids=["crash", "a folder appears"])
+def test_a_folder_appears_whole_and_never_over_another(gated, monkeypatch, taken):
+    place, before = gated.place("topics"), files(gated.folder)
 
-
-def test_a_crash_while_writing_leaves_no_folder(gated, monkeypatch):
-    def crash(found):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(page, "rollback_report", crash)
-    before = files(gated.folder)
-    with pytest.raises(KeyboardInterrupt):
-        rollback(gated.folder, "topics")
-    assert files(gated.folder) == before and not list(gated.folder.glob(".rollback*"))
-
-
-def test_a_folder_that_appears_meanwhile_is_not_overwritten(gated, monkeypatch):
-    def appear(found):
-        gated.place("topics").mkdir()
-        (gated.place("topics") / "mine").write_text("mine")
+    def meanwhile(found):
+        if not taken:
+            raise OSError("no space left")
+        place.mkdir()
+        (place / "mine").write_text("mine")
         return "report"
 
-    monkeypatch.setattr(page, "rollback_report", appear)
-    with pytest.raises(ValueError, match="rollback-topics could not be made .*nothing was overwritten"):
+    monkeypatch.setattr(page, "rollback_report", meanwhile)
+    message = "rollback-topics could not be made .*nothing was overwritten" if taken else "no space left"
+    with pytest.raises((ValueError, OSError), match=message):
         rollback(gated.folder, "topics")
-    assert [path.name for path in gated.place("topics").iterdir()] == ["mine"]
-    assert not list(gated.folder.glob(".rollback*"))
+    mine = {Path("rollback-topics/mine"): b"mine"} if taken else {}
+    assert files(gated.folder) == before | mine and not list(gated.folder.glob(".rollback*"))
 
 
 def test_a_damaged_or_outdated_result_is_not_loaded(gated):
