@@ -132,6 +132,11 @@ def test_a_file_that_is_no_whole_archive_is_refused(archive, damage, tmp_path):
         read_archive(path)
 
 
+def test_a_whole_archive_that_is_not_the_recorded_one_is_refused(archive):
+    with pytest.raises(Damaged, match="not the file that the record names"):
+        read_archive(archive, "0" * 64)
+
+
 ONES, NANS, INFINITE = torch.ones(2), torch.full((2,), torch.nan), torch.ones(2) / 0
 LAYER, SCALE = {"layer": [2, 3]}, torch.tensor(1.0)
 UNLIKE, ODD = "header does not describe its tensors", "positions or values that no update has"
