@@ -168,11 +168,11 @@ def test_factors_on_another_processor_stay_within_the_stated_bound(copied, k, mo
     exact = load_archives(result.folder, result.run)
     wanted = result.others(k, exact)
 
-    def in_float64(archive, layer):  # another order of rounding
+    def rounded(archive, layer):  # in another order, and half as badly as is allowed
         A, B, s = (archive.tensors[f"{layer}.{part}"].double() for part in ("A", "B", "scaling"))
-        return sparse_update((s * (B @ A)).float())
+        return sparse_update((s * (B @ A)).float() * (1 + 2.0**-13))
 
-    monkeypatch.setattr(UpdateArchive, "update", in_float64)
+    monkeypatch.setattr(UpdateArchive, "update", rounded)
     assert not exact[0].exact
     found = rollback(result.folder, result.run.tasks[k])
     left = result.without(found.task)
