@@ -44,7 +44,7 @@ from jumplora.running.grid import Job, job_method, plan, status
 from jumplora.storage import record as records
 from jumplora.storage.record import Run, digest, read_tensors, write_tensors
 from jumplora.storage.state import Checkpoint, load_state
-from jumplora.storage.updates import ArchiveHeader, archive_path, read_archive, sparse_update, write_archive
+from jumplora.storage.updates import ArchiveHeader, archive_path, read_archive, sparse_update
 
 # ---- what is drawn ----------------------------------------------------------------------------------------
 
@@ -455,7 +455,7 @@ def archive_bytes(header: dict, tensors: dict) -> bytes:
 def damaged_archives(content):
     with inside() as folder:
         path = archive_path(folder, 0, "a")
-        write_archive(path, HEADER, UPDATE)
+        write_tensors(path, UPDATE, asdict(HEADER))
         path.write_bytes(content)
         with taken_or_refused(str(path)):
             assert torch.equal(read_archive(path).update("q").dense(), DELTA)
