@@ -123,8 +123,9 @@ def chosen_methods(names: Sequence[str], strength: Sequence[str], past_dtype: st
 
     methods = [METHODS[check_choice(name, tuple(METHODS), "method")] for name in dict.fromkeys(names)]
     known = {"ELLA": 3e5} | _parse_strengths(strength)
-    given = [known.get(base_of(one.name)) for one in methods]
-    return [with_settings(m, strength=λ, past_dtype=past_dtype) for m, λ in zip(methods, given, strict=True)]
+    return [
+        with_settings(one, strength=known.get(base_of(one.name)), past_dtype=past_dtype) for one in methods
+    ]
 
 
 def _import_callbacks(names: Sequence[str]) -> list:
