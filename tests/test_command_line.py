@@ -327,12 +327,13 @@ def test_compare_keeps_archives_unless_told_not_to(tasks, jumplora, tmp_path, mo
 
 def test_print_config_comes_back_through_config(compared, jumplora, tasks, tmp_path, no_training):
     chosen = [*flags_for(tasks, tmp_path, "ELLA")[1:], "--rank", "4", "--kept", "0.1"]
-    chosen += ["--target-modules", "q_proj"]
+    chosen += ["--target-modules", "q_proj", "--group-by-length", "true"]
     file = tmp_path / "chosen.yaml"
     file.write_text(jumplora("compare", *chosen, "--print_config").out)
     read, given = (vars(parser_of("compare").parse_args(w)) for w in (["--config", str(file)], chosen))
     assert read | dict(config=None) == given | dict(config=None)
-    assert read["rank"] == 4 and list(read["target_modules"]) == ["q_proj"] and read["method"] == ["ELLA"]
+    assert read["rank"] == 4 and read["group_by_length"] is True
+    assert list(read["target_modules"]) == ["q_proj"] and read["method"] == ["ELLA"]
     file.write_text(jumplora(*flags_for(tasks, compared[0]), "--print_config").out)
     assert jumplora("compare", "--config", file).code == 0  # nothing is trained: it is the finished one
 
