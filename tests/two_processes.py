@@ -16,7 +16,7 @@ import sys
 import traceback
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -61,21 +61,13 @@ CASES = {  # name -> backbone, method, settings
 EQUAL = [name for name in CASES if name != "dropout"]
 
 
-@cache
-def fresh(name):
-    "A backbone that is only copied."
-    return load_backbone(name, device="cpu", dtype="float32")
-
-
-def backbone(name):
-    "A copy of a backbone, and its tokenizer."
-    return copy.deepcopy(fresh(name)[0]), fresh(name)[1]
+fresh = cache(partial(load_backbone, device="cpu", dtype="float32"))
 
 
 def learn(case, out=None, **options):
     "One run on a fresh backbone; returns its record and the model."
     name, method, config = CASES[case] if isinstance(case, str) else case
-    model, tokenizer = backbone(name)
+    model, tokenizer = copy.deepcopy(fresh(name)[0]), fresh(name)[1]
     for module in model.modules():  # T5 has dropout of its own
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -133,15 +125,12 @@ def cases(folder):
         batches.append([0, math.ceil(len(texts) / settings["batch_size"])])
         return real(model, tokenizer, task, texts, **settings)
 
-    def counted(read):
-        def count(*args, **settings):
-            batches[-1][0] += 1
-            return read(*args, **settings)
-
-        return count
+    def counted(read, *args, **settings):
+        batches[-1][0] += 1
+        return read(*args, **settings)
 
     for name in ("read_decoder", "read_encoder_decoder"):
-        patch.object(evaluation, name, counted(getattr(evaluation, name))).start()
+        patch.object(evaluation, name, partial(counted, getattr(evaluation, name))).start()
     patch.object(evaluation, "answer", answer).start()
     for case in EQUAL:
         run, model, tokenizer = learn(case, folder / case, zero_shot=case == "llama")
@@ -224,32 +213,26 @@ def command(folder):
 GROUPS = (cases, refusals, whole, killed, resumed, stopped, command)
 
 
-def process(n, port, work, folder):
-    "One process of a group; does not return."
-    code = 1
-    try:
-        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        os.environ.update(address, RANK=str(n), LOCAL_RANK=str(n), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        assert join_processes("cpu") == 2
-        found = work(folder)
-        (folder / f"{work.__name__}-{n}.json").write_text(json.dumps(found))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
 def group(work, folder):
     "Fork a group of two and wait for its end; their exit codes."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     pids = []
     for n in range(2):
         if (pid := os.fork()) == 0:
-            os.setpgid(0, pids[0] if pids else 0)
-            process(n, port, work, folder)
+            code = 1
+            try:
+                os.setpgid(0, pids[0] if pids else 0)
+                os.environ.update(RANK=str(n), LOCAL_RANK=str(n))
+                assert join_processes("cpu") == 2
+                (folder / f"{work.__name__}-{n}.json").write_text(json.dumps(work(folder)))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
         os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
