@@ -128,7 +128,8 @@ def comparison_table(
         done = [run for run in group if run.complete]
         row = dict.fromkeys(headings, "unfinished" if group else "not run") | {"seeds": str(len(done))}
         if done:
-            row |= {name: _mean_text([getattr(run, key) for run in done]) for name, (key, _) in COLUMNS.items()}
+            for name, (key, _) in COLUMNS.items():
+                row[name] = _mean_text([getattr(run, key) for run in done])
             low, high = overall_interval(done)
             row["95 % interval"] = f"{low:.1f} to {high:.1f}"
         elif group:
