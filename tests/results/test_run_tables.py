@@ -71,7 +71,8 @@ def make_order(method="ELLA", order="order1", seed=1, **changes):
         seconds=dict(train=[60.0], evaluate=[30.0]),
         extra=dict(notes=dict.fromkeys(tasks, f"{DIFFERENT_SAMPLE}: drawn from x")) if hub else {},
     )
-    return Run(method, "a model", order, seed, tasks, changes.pop("test_rows", [50] * size), **content | changes)
+    content |= dict(backbone="a model", test_rows=[50] * size) | changes
+    return Run(method=method, sequence=order, seed=seed, tasks=tasks, **content)
 
 
 METHODS, ORDERS = ("IncLoRA", "IncLoRA + JumpLoRA", "ELLA"), PARTS["SC"]
@@ -276,8 +277,8 @@ def test_forward_transfer_subtracts_the_scores_of_tasks_learned_alone():
     assert summary_table([*RUNS, *fewer]).loc["ELLA", "forward transfer"] == "not measured"
 
 
-def with_muon(order="order1", seed=1):
-    run = make_order("IncLoRA (Muon)", order, seed)
+def with_muon():
+    run = make_order("IncLoRA (Muon)")
     run.configuration["train"]["learning_rate"] = 3e-3
     run.configuration["method"]["optimizer"] = "muon"
     return run
@@ -330,41 +331,54 @@ def test_a_win_is_clear_of_all_others_by_more_than_either_spread():
         alone=["60.0 ± 1.0", "not run", "not run", "not run"],
         edge=["60.0 ± 3.0", "63.0 ± 0.5", "50.0 ± 1.0", "not run"],
     )
-    won = wins(pd.DataFrame(cells, index=["A", "B", "C", "single task"]), dict.fromkeys(cells, 1) | {"low": -1})
-    assert {name: list(won.index[won[name]]) for name in won if won[name].any()} == dict(clear=["B"], low=["A"])
+    table = pd.DataFrame(cells, index=["A", "B", "C", "single task"])
+    won = wins(table, dict.fromkeys(cells, 1) | {"low": -1})
+    assert won.stack().loc[lambda cell: cell].index.tolist() == [("A", "low"), ("B", "clear")]
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def changed(run, where=None, **changes):
-    "The run with another backbone, or with other values in (a part of) its configuration."
-    run.backbone = changes.pop("backbone", run.backbone)
-    (run.configuration[where] if where else run.configuration).update(changes)
+def with_setting(run, where, key, value="another"):
+    (run.configuration[where] if where else run.configuration)[key] = value
     return run
+
+
+@pytest.mark.parametrize(
+    "where, key, named",
+    [
+        (None, "dtype", "dtype"),
+        (None, "scored_split", "scored_split"),
+        (None, "weights", "weights"),
+        ("train", "max_length", "max_length"),
+        ("train", "learning_rate", "learning_rate of adamw"),
+        ("train", "epochs", "settings"),  # only one of them has it
+        ("rows", "yahoo", "rows of yahoo"),
+    ],
+)
+def test_runs_of_two_budgets_are_not_put_into_one_table(where, key, named):
+    other = with_setting(make_order("N-LoRA"), where, key)
+    for table in (grid_table, summary_table, gate_table, tables_of):
+        with pytest.raises(ValueError, match=f"other runs in {named}; compare runs of one budget"):
+            table([*RUNS, other])
 
 
 @pytest.mark.parametrize(
     "other, message",
     [
+        (make_order("N-LoRA", seed=2, backbone="b"), "differs from other runs in backbone"),
         (RUNS[0], "two runs of IncLoRA on order1 with seed 1; keep one"),
-        (changed(make_order("IncLoRA", seed=9), "train", kept=0.5), "differ in train; compare runs of one setting"),
-        *((changed(make_order("N-LoRA"), **{key: "another"}), f"differs from other runs in {key}; compare runs of")
-          for key in ("backbone", "dtype", "scored_split", "weights")),
-        *((changed(make_order("N-LoRA"), "train", **{key: "another"}), f"differs from other runs in {said}")
-          for key, said in dict(max_length="max_length", epochs="settings", learning_rate="learning_rate").items()),
-        (changed(make_order(seed=4), "rows", yahoo="a different sample"), "other runs in rows of yahoo"),
+        (ALONE[0], "two runs of single task on amazon with seed 1; keep one"),
+        (with_setting(make_order("IncLoRA", seed=9), "train", "kept"), "differ in train; compare"),
     ],
-)  # fmt: skip
-def test_runs_of_two_settings_budgets_or_places_are_not_put_into_one_table(other, message):
-    for table in (grid_table, summary_table, gate_table, tables_of):
+)
+def test_unlike_runs_and_repeated_ones_are_not_put_into_one_table(other, message):
+    for table in (grid_table, summary_table, tables_of):
         with pytest.raises(ValueError, match=message):
-            table([*RUNS, other])
+            table([*RUNS, *ALONE, other])
 
 
-def test_a_task_learned_alone_twice_and_unknown_words_are_refused():
-    with pytest.raises(ValueError, match="two runs of single task on amazon"):
-        grid_table([*RUNS, *ALONE, ALONE[0]])
+def test_unknown_measures_parts_and_metrics_are_refused():
     with pytest.raises(ValueError, match="measure='accuracy' is not known"):
         measured(RUNS, "ELLA", "accuracy")
     for table in (grid_table, summary_table, gate_table):
@@ -375,9 +389,9 @@ def test_a_task_learned_alone_twice_and_unknown_words_are_refused():
 
 
 def test_a_gate_and_the_rate_of_another_optimizer_are_no_other_budget():
-    gate = dict(kept=0.05, threshold_scope="block", learn_threshold=False)
-    gated, muon = changed(make_order("N-LoRA + JumpLoRA", seed=4), "train", **gate), with_muon(seed=4)
-    assert {"N-LoRA + JumpLoRA", "IncLoRA (Muon)"} <= set(grid_table([*RUNS, gated, muon]).index)
+    gated, muon = make_order("N-LoRA + JumpLoRA"), with_muon()
+    gated.configuration["train"] |= dict(kept=0.05, threshold_scope="block", learn_threshold=False)
+    assert {gated.method, muon.method} <= set(grid_table([*RUNS, gated, muon]).index)
 
 
 # ---------------------------------------------------------------- reported beside measured
@@ -444,7 +458,7 @@ def test_a_caption_states_the_budget_and_the_notes_of_the_rows():
     text = budget_text([*RUNS, noted])
     assert "28 runs of a model" in text and "120 training rows and 50 test rows" in text
     assert "at most 128 tokens" in text and "yahoo: a different sample." in text
-    longer = changed(make_order(seed=8), "train", max_length=256)
+    longer = with_setting(make_order(seed=8), "train", "max_length", 256)
     assert "128 to 256 tokens" in budget_text([longer, noted])
     assert "yahoo" not in budget_text([noted], notes=False) and budget_text([]) == "Not run."
 
