@@ -334,13 +334,12 @@ def measured(
         return {(run.sequence, run.seed): getattr(run, COLUMNS[measure][0]) for run in own}
     transfer = {}
     for run in own:
-        about = run.configuration
+        train = run.configuration["train"] | {"learning_rate": None}  # each optimizer has its own
         alone = {task: [] for task in run.tasks}
-        for other in (other for other in runs if other.method == "single task" and other.complete):
-            optimizers = {o.get("method", {}).get("optimizer") for o in (about, other.configuration)}
-            free = {"learning_rate": None} if len(optimizers) > 1 else {}
-            if other.tasks[0] in alone and about["train"] | free == other.configuration["train"] | free:
-                alone[other.tasks[0]].append(other.average_accuracy)
+        for other in runs:
+            if other.method == "single task" and other.complete and other.tasks[0] in alone:
+                if other.configuration["train"] | {"learning_rate": None} == train:
+                    alone[other.tasks[0]].append(other.average_accuracy)
         scores = [float(np.mean(scores)) if scores else math.nan for scores in alone.values()]
         known = not any(map(math.isnan, scores))
         transfer[run.sequence, run.seed] = forward_transfer(run.accuracy, scores) if known else math.nan
