@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,8 @@ HALF = np.array([[80, np.nan], [np.nan, np.nan]])  # the second task is not lear
 
 def make(method="ELLA", final=(60.0, 70.0), seed=0, sequence="order1", backbone="google-t5/t5-large", **more):
     "A run of two tasks, with these scores at its end."
-    run = Run(method, backbone, sequence, seed, ["a", "b"], [80, 80], {}, [[80, None], list(final)])
-    for key, value in more.items():
-        setattr(run, key, value)
-    return run
+    run = Run(method, backbone, sequence, seed, ["a", "b"], [80, 80], {}, [[80, None], final])
+    return replace(run, **more)
 
 
 def make_order(method="ELLA", order="order1", seed=1, **changes):
@@ -63,17 +62,14 @@ def make_order(method="ELLA", order="order1", seed=1, **changes):
         method=dict(regularizer=dict(name=method)),
         train=dict(max_length=128, kept=None, learning_rate=1e-3),
         rows={task: f"rows of {task}" for task in tasks},
-        counts={task: [120, 40, 50] for task in tasks},
+        counts=dict.fromkeys(tasks, [120, 40, 50]),
         scored_split="test",
     )
-    content = dict(
-        configuration=configuration,
-        accuracy=np.where(np.tri(size, dtype=bool), rng.uniform(0, 100, (size, size)), np.nan),
-        seconds=dict(train=[60.0], evaluate=[30.0]),
-        extra=dict(notes=dict.fromkeys(tasks, f"{DIFFERENT_SAMPLE}: drawn from x")) if hub else {},
-    )
-    content |= dict(backbone="a model", test_rows=[50] * size) | changes
-    return Run(method=method, sequence=order, seed=seed, tasks=tasks, **content)
+    scores = np.where(np.tri(size, dtype=bool), rng.uniform(0, 100, (size, size)), np.nan)
+    run = Run(method, "a model", order, seed, tasks, [50] * size, configuration, scores)
+    run.seconds = dict(train=[60.0], evaluate=[30.0])
+    run.extra = dict(notes=dict.fromkeys(tasks, f"{DIFFERENT_SAMPLE}: drawn from x")) if hub else {}
+    return replace(run, **changes)
 
 
 METHODS, ORDERS = ("IncLoRA", "IncLoRA + JumpLoRA", "ELLA"), PARTS["SC"]
@@ -278,17 +274,14 @@ def test_forward_transfer_subtracts_the_scores_of_tasks_learned_alone():
     assert summary_table([*RUNS, *fewer]).loc["ELLA", "forward transfer"] == "not measured"
 
 
-def with_muon():
-    run = make_order("IncLoRA (Muon)")
-    run.configuration["train"]["learning_rate"] = 3e-3
-    run.configuration["method"]["optimizer"] = "muon"
-    return run
-
-
-def test_forward_transfer_needs_equal_training_but_for_the_rate_of_another_optimizer():
-    muon = with_muon()
+def test_a_gate_and_the_rate_of_another_optimizer_are_no_other_budget_but_forward_transfer_needs_one_gate():
+    gated, muon = make_order("N-LoRA + JumpLoRA"), make_order("IncLoRA (Muon)")
+    gated.configuration["train"] |= dict(kept=0.05, threshold_scope="block", learn_threshold=False)
+    muon.configuration["train"]["learning_rate"] = 3e-3
+    muon.configuration["method"]["optimizer"] = "muon"
+    assert {gated.method, muon.method} <= set(grid_table([*RUNS, gated, muon]).index)
     assert not math.isnan(measured([muon, *ALONE], muon.method, "forward transfer")["order1", 1])
-    muon.configuration["train"]["kept"] = 0.5  # a setting of the method, not of the budget
+    muon.configuration["train"]["kept"] = 0.5
     assert math.isnan(measured([muon, *ALONE], muon.method, "forward transfer")["order1", 1])
 
 
@@ -387,12 +380,6 @@ def test_unknown_measures_parts_and_metrics_are_refused():
             table(RUNS, "XL")
     with pytest.raises(ValueError, match="metric='accuracy' is not known"):
         reported_table(REPORTED, [], metric="accuracy")
-
-
-def test_a_gate_and_the_rate_of_another_optimizer_are_no_other_budget():
-    gated, muon = make_order("N-LoRA + JumpLoRA"), with_muon()
-    gated.configuration["train"] |= dict(kept=0.05, threshold_scope="block", learn_threshold=False)
-    assert {gated.method, muon.method} <= set(grid_table([*RUNS, gated, muon]).index)
 
 
 # ---------------------------------------------------------------- reported beside measured
