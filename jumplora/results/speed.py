@@ -430,4 +430,4 @@ def speed_table(
             keys = [row[key] for key in ("tokens", "model", "share", "score", "variant") if key in row]
             rows.append(row | {"what": ", ".join(map(str, [part, *keys]))})
     columns = "what milliseconds ratio low high peak_megabytes train evaluate merge differ".split()
-    return pd.DataFrame(rows, columns=columns).set_index("what").round(2).fillna("")
+    return pd.DataFrame(rows, columns=columns).set_index("what").round(2).astype(object).fillna("")
