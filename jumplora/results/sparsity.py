@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from ..conventions import figure_style
 from ..storage.record import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 # %% ../../nbs/3_results/sparsity.ipynb #4f06f81d
 def chance_overlap(
@@ -65,10 +65,8 @@ class Overlap:
         np.fill_diagonal(z, np.nan)
         return z
 
-    def table(self) -> "DataFrame":  # one row per pair of tasks
+    def table(self) -> pd.DataFrame:  # one row per pair of tasks
         "What each pair shares beside chance; Jaccard divides by the entries that either touched."
-        import pandas as pd
-
         totals, (expected, spread) = self.counts.sum(0), self.by_chance()
         either = totals[:, None] + totals - self.shared
         smaller = np.minimum.outer(totals, totals)  # the most that two tasks can share
@@ -138,9 +136,9 @@ def overlap_figure(overlap: Overlap) -> "Figure":
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
         for ax, (title, (values, look)) in zip(axes, panels.items(), strict=True):
             figure.colorbar(ax.imshow(values, **look), ax=ax)
-            ticks = range(len(overlap.tasks))
-            ax.set(xticks=ticks, yticks=ticks, yticklabels=overlap.tasks, title=title)
-            ax.set_xticklabels(overlap.tasks, rotation=90)
+            ax.set_xticks(range(len(totals)), overlap.tasks, rotation=90)
+            ax.set_yticks(range(len(totals)), overlap.tasks)
+            ax.set_title(title)
             ax.grid(False)
     plt.close(figure)
     return figure
@@ -150,15 +148,13 @@ def density_figure(run: Run) -> "Figure":
     "The share of entries that each task kept in each layer: layers by tasks."
     import matplotlib.pyplot as plt
 
-    tasks = list(run.sparsity)
-    layers = list(run.sparsity[tasks[0]])
-    kept = [[100 * (1 - run.sparsity[task][layer]) for task in tasks] for layer in layers]
+    kept = 100 * (1 - pd.DataFrame(run.sparsity))
     with figure_style():
-        figure, ax = plt.subplots(figsize=(2.6 + 0.7 * len(tasks), 1.2 + 0.16 * len(layers)))
+        figure, ax = plt.subplots(figsize=(2.6 + 0.7 * kept.shape[1], 1.2 + 0.16 * len(kept)))
         figure.colorbar(ax.imshow(kept, aspect="auto", vmin=0), ax=ax, label="entries kept, percent")
-        ax.set(xticks=range(len(tasks)), title="Which layers a task touches")
-        ax.set_xticklabels(tasks, rotation=90)
-        ax.set_yticks(range(len(layers)), layers, fontsize=6)
+        ax.set_title("Which layers a task touches")
+        ax.set_xticks(range(kept.shape[1]), kept.columns, rotation=90)
+        ax.set_yticks(range(len(kept)), kept.index, fontsize=6)
         ax.grid(False)
     plt.close(figure)
     return figure
@@ -166,9 +162,7 @@ def density_figure(run: Run) -> "Figure":
 # %% ../../nbs/3_results/sparsity.ipynb #a4350e6a
 def overlap_report(run: Run, overlap: Overlap) -> str:
     "Where the updates of a run lie, in words and tables: Markdown."
-    import pandas as pd
-
-    def markdown(table: "DataFrame") -> str:
+    def markdown(table: pd.DataFrame) -> str:
         rows = [[table.index.name, *table.columns], ["---"] + ["---:"] * len(table.columns)]
         rows += [[index, *row] for index, row in zip(table.index, table.to_numpy(object), strict=True)]
         return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
@@ -186,7 +180,7 @@ def overlap_report(run: Run, overlap: Overlap) -> str:
     if len(overlap.tasks) > 1:
         parts += ["## Shared entries", "Chance is computed for every layer by itself."]
         parts += [markdown(overlap.table())]
-    kept = 100 * (1 - pd.DataFrame(run.sparsity)[list(run.sparsity)].rename_axis("layer"))
+    kept = 100 * (1 - pd.DataFrame(run.sparsity).rename_axis("layer"))
     kept = kept.loc[kept.mean(axis=1).sort_values(ascending=False, kind="stable").index].round(2)
     some = f"The {min(len(kept), 10)} densest of {len(kept)}, percent of entries kept."
     return "\n\n".join([*parts, "## Layers", some, markdown(kept.head(10))]) + "\n"

@@ -53,6 +53,7 @@ def overlap_of(kept):
 def test_shares_and_ratios_are_those_of_boolean_masks(seed, density):
     kept = masks(seed, density=density)
     found, touched = overlap_of(kept), flat(kept)
+    assert found.counts.tolist() == [[task[layer].sum() for task in kept] for layer in SHAPES]
     for i in range(3):
         assert found.density[i] == touched[i].mean()
         assert found.filled[i] == pytest.approx(np.any(touched[: i + 1], axis=0).mean())
@@ -107,8 +108,9 @@ def test_the_last_task_that_fits_finds_enough_and_the_next_does_not(density, fil
 
 
 def test_the_edges_of_capacity_and_what_lies_beyond_them():
-    edges = {(0, 0): math.inf, (0, 0.6): 0, (1, 0): 1, (1, 1): 0, (0.5, 0): 2}
+    edges = {(0, 0): math.inf, (0, 0.6): 0, (1, 0): 1, (1, 1): 0, (0.5, 0): 2, (0.5, 0.5): 1}
     assert {edge: tasks_that_fit(*edge) for edge in edges} == edges
+    assert tasks_that_fit(0.2, free=0.8**3) == 4  # a whole number in spite of rounding
     for wrong in dict(density=-0.1), dict(density=2), dict(filled=1.1), dict(free=0), dict(free=2):
         with pytest.raises(ValueError, match="use shares from 0 to 1, and free above 0"):
             tasks_that_fit(**dict(density=0.1) | wrong)
