@@ -415,6 +415,7 @@ def test_one_task_alone_has_no_scores_of_its_own(place, exports):
         ("t5", {}, None, None),
         ("tiny-llama", {}, None, None),
         ("smollm2-135m", {}, "apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("smollm2-135m", dict(license="mit", base_model="some/mine"), "mit", "some/mine"),
         ("some/base", {}, "other", "some/base"),
         ("some/other", {}, None, "some/other"),
         ("t5-large", {}, None, "t5-large"),  # the oldest bases have no owner
