@@ -243,6 +243,8 @@ def test_a_seed_without_all_orders_does_not_count_in_the_mean_of_orders():
     table = grid_table(runs, methods=["SeqLoRA", "ELLA"])
     assert (table.loc["ELLA", "seeds"], table.loc["SeqLoRA", "SC"]) == ("2", "not run")
     assert list(table.index[:2]) == ["SeqLoRA", "IncLoRA"]  # the order of every table
+    two = [run for run in RUNS if run.method == "ELLA" and run.sequence != "order3"]
+    assert summary_table(two, methods=["SeqLoRA"])["minutes"].tolist() == ["not run", "unfinished"]
     unfinished = make_order("ELLA", "order1", 9, accuracy=np.full((4, 4), np.nan))
     assert grid_table([*RUNS, unfinished]).equals(grid_table(RUNS))
 
