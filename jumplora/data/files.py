@@ -205,7 +205,8 @@ def task_arguments(
         if entry["folder"] is None:
             what = f"no folder {name} with train.* in {folder}, and no 'files' in tasks.json"
             raise FileNotFoundError(f"{where}: {what}")
-        files = find_splits(entry["folder"], where)
+        found = find_splits(entry["folder"], where)
+        files = {split: path.relative_to(folder) for split, path in found.items()}
     data = {}
     for split, names in SPLIT_NAMES.items():
         key = use.get(split) or next((key for key in names if key in files), split)

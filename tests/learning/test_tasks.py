@@ -338,7 +338,7 @@ def test_a_folder_is_read_whatever_its_capitals_with_the_benchmarks_questions(tm
     "name, expected",
     [("my data (2)", "my data _2"), ("[Été] 50%", "Ete_ 50"), ("a.b-c_d+1", "a.b-c_d+1"), ("数据", "")],
 )
-def test_a_folder_of_any_name_is_opened(tmp_path, name, expected):
+def test_a_folder_of_any_name_is_opened(tmp_path, name, expected, monkeypatch):
     folder = tmp_path / name
     (
         save(folder / name / "train.csv"),
@@ -350,6 +350,8 @@ def test_a_folder_of_any_name_is_opened(tmp_path, name, expected):
     assert found.name == expected and found.names == (expected.lower(),)
     assert list(found[0].train) == ODD == list(found[0].dev)
     assert Task.load("t", folder / name).fingerprint() == found[0].fingerprint()
+    monkeypatch.chdir(tmp_path)
+    assert TaskSequence.load(name).tasks == found.tasks  # a path that is relative
 
 
 def test_labels_json_gives_the_options_of_an_unknown_task(tmp_path):
