@@ -441,6 +441,14 @@ def test_a_checkpoint_of_another_run_or_state_is_not_used(folder, whole):
     assert_equal(learn(folder.parent), whole)
 
 
+def test_a_whole_state_that_the_record_does_not_name_is_refused(folder):
+    path = folder / "state" / "after-1.safetensors"
+    tensors, about, _ = read_tensors(path)
+    write_tensors(path, tensors, about | dict(tasks=2))
+    with pytest.raises(Damaged, match="is not the state that the record names; delete .* to learn"):
+        learn(folder.parent)
+
+
 def test_a_state_of_another_format_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     for note, message in (({"jumplora": '{"format": 2}'}, "format 2.*reads format 1"), (None, "format None")):
