@@ -313,7 +313,8 @@ def test_scores_of_other_rows_or_out_of_order_are_refused():
      lambda run: setattr(run, "right", [1]),
      lambda run: setattr(run, "zero_shot", None),
      lambda run: setattr(run, "zero_shot_options", [0.0]),
-     lambda run: run.option_accuracy.__setitem__((0, 0), math.nan)],
+     lambda run: run.option_accuracy.__setitem__((0, 0), math.nan),
+     lambda run: run.option_accuracy.__setitem__((0, 0), 37.6)],
 )  # fmt: skip
 def test_rows_that_contradict_the_scores_are_refused_in_memory_and_on_disk(change, tmp_path):
     run = with_rows()

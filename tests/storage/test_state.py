@@ -45,12 +45,12 @@ QUICK = TrainConfig(batch_size=3, learning_rate=1e-2, max_length=120)  # four st
 HARD = replace(QUICK, batch_size=2, gradient_accumulation=2, epochs=2.5, lora_dropout=0.2)
 
 
-def learn(out=None, method="ELLA + JumpLoRA", config=QUICK, **options):
+def learn(out=None, method="ELLA + JumpLoRA", config=QUICK, tasks=TASKS, **options):
     "One run on a fresh backbone; returns its record and the model."
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
     method = METHODS[method] if isinstance(method, str) else method
     options = dict(seed=1, out=out, progress=False) | options
-    return learn_sequence(model, tokenizer, TaskSequence("short", TASKS), method, config, **options), model
+    return learn_sequence(model, tokenizer, TaskSequence("short", tasks), method, config, **options), model
 
 
 def assert_equal(one, other):
@@ -441,6 +441,14 @@ def test_a_checkpoint_of_another_run_or_state_is_not_used(folder, whole):
     assert_equal(learn(folder.parent), whole)
 
 
+def test_a_whole_state_that_the_record_does_not_name_is_refused(folder):
+    path = folder / "state" / "after-1.safetensors"
+    tensors, about, _ = read_tensors(path)
+    write_tensors(path, tensors, about | dict(tasks=2))
+    with pytest.raises(Damaged, match="is not the state that the record names; delete .* to learn"):
+        learn(folder.parent)
+
+
 def test_a_state_of_another_format_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     for note, message in (({"jumplora": '{"format": 2}'}, "format 2.*reads format 1"), (None, "format None")):
@@ -473,7 +481,9 @@ def test_a_second_process_waits_for_the_lock_and_then_reads_what_the_first_saved
         with held_lock(folder / "state" / "lock"):
             thread = threading.Thread(target=second)
             thread.start()
-            assert waits.wait(60) and not (folder / "record.json").exists()
+            assert waits.wait(60)
+            thread.join(1)
+            assert not (folder / "record.json").exists()
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
         thread.join(60)
     assert [call.args[2].name for call in trained.call_args_list] == left
@@ -490,6 +500,14 @@ def test_what_a_killed_writer_left_is_removed_and_a_folder_stays_small(whole, tm
     archives = ["01-topics.safetensors", "02-weather.safetensors"]
     assert names == [*archives, "after-2.json", "after-2.safetensors", "lock", "record.json"]
     assert run.extra["state_bytes"] == (folder / "state" / "after-2.safetensors").stat().st_size
+
+
+def test_an_unfinished_run_keeps_its_last_two_states(tmp_path):
+    tasks = [*TASKS, Task("more", "Wet?\n", ("yes", "no"), RAIN, RAIN[:2], RAIN[:4])]
+    # three untrained, one after the first task, two after the second
+    with failing(continual, "evaluate", 6, RuntimeError("lost")), pytest.raises(RuntimeError, match="lost"):
+        learn(tmp_path, "IncLoRA", tasks=tasks)
+    assert states(next(tmp_path.iterdir())) == ["after-2.safetensors", "after-3.safetensors"]
 
 
 def test_what_a_kill_after_the_last_score_leaves_is_removed_by_the_next_call(whole, tmp_path):
