@@ -174,7 +174,7 @@ def compare(
 
     from jumplora.data.backbones import load_backbone
     from jumplora.data.sequences import load_sequence
-    from jumplora.learning.continual import QUIET, learn_sequence
+    from jumplora.learning.continual import BAR_INTERVAL, learn_sequence
     from jumplora.learning.training import TrainConfig
     from jumplora.running.processes import on_main
     from jumplora.running.tracking import find_trackers
@@ -192,7 +192,8 @@ def compare(
     runs = []
     zero_shot = True
     todo = list(itertools.product(dict.fromkeys(seed), methods))
-    for number, one in tqdm(todo, desc="runs", unit="run", disable=not progress, **QUIET):
+    bar = tqdm(todo, desc="runs", unit="run", disable=not progress, leave=False, mininterval=BAR_INTERVAL)
+    for number, one in bar:
         model, tokenizer = load_backbone(backbone, device=device, dtype=dtype)
         run = learn_sequence(
             model, tokenizer, tasks, one, config,

@@ -163,7 +163,7 @@ def learn_sequence(
     return learner.run
 
 # %% ../../nbs/2_learning/continual.ipynb #b67cbb12
-QUIET = dict(leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)  # of progress bars
+BAR_INTERVAL = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of a progress bar
 
 
 @dataclass(eq=False, repr=False)
@@ -234,7 +234,8 @@ class Learner:
             total = steps * self._rows_per_step + sum(sum(rows[: i + 1]) for i in self.remaining())
             total += sum(rows) if self.zero_shot is True and not done else 0
             hidden = not self.progress or self.run.complete or not is_main()
-            with tqdm(total=total, unit="row", disable=hidden, **QUIET) as self.bar, closing(self.tracking):
+            bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
+            with bar as self.bar, closing(self.tracking):
                 yield
 
     @torch.no_grad()

@@ -128,14 +128,14 @@ def overlap_figure(overlap: Overlap) -> "Figure":
     smaller[smaller == 0] = np.nan
     shared, chance = overlap.shared / smaller, overlap.by_chance()[0] / smaller
     found = np.concatenate([values[~np.isnan(values)] for values in (chance, shared)])
-    z, scale = overlap.z(), dict(vmin=found.min(initial=1), vmax=found.max(initial=0))
+    z, scale = overlap.z(), (found.min(initial=1), found.max(initial=0), None)
     limit = np.nanmax(np.abs(z), initial=3)  # below 3 nothing is dark
     panels = {"shared, of the smaller": (shared, scale), "the same by chance": (chance, scale)}
-    panels["z, above or below chance"] = (z, dict(cmap="RdBu_r", vmin=-limit, vmax=limit))
+    panels["z, above or below chance"] = (z, (-limit, limit, "RdBu_r"))
     with figure_style():
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-        for ax, (title, (values, look)) in zip(axes, panels.items(), strict=True):
-            figure.colorbar(ax.imshow(values, **look), ax=ax)
+        for ax, (title, (values, (low, high, colors))) in zip(axes, panels.items(), strict=True):
+            figure.colorbar(ax.imshow(values, vmin=low, vmax=high, cmap=colors), ax=ax)
             ax.set_xticks(range(len(totals)), overlap.tasks, rotation=90)
             ax.set_yticks(range(len(totals)), overlap.tasks)
             ax.set_title(title)

@@ -472,7 +472,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("metric, arguments, says", MISTAKES, ids=str)
+@pytest.mark.parametrize("metric, arguments, says", MISTAKES)
 def test_scores_that_cannot_be_summed_up_are_refused_with_the_reason(metric, arguments, says):
     with pytest.raises(ValueError, match=says):
         metric(*arguments)
