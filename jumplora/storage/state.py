@@ -310,8 +310,8 @@ def _find_progress(asked, folder):
             damaged += [(folder / name, error)] if not records else []
             continue
         if record.configuration_hash != asked.configuration_hash:
-            there = flatten(plain(record.configuration))
-            here = flatten(plain(asked.configuration))
+            hashed = ("configuration", "tasks", "seed", "backbone")
+            there, here = (flatten(plain({k: getattr(r, k) for k in hashed})) for r in (record, asked))
             keys = sorted(k for k in there | here if there.get(k, "absent") != here.get(k, "absent"))
             differ = [f"{k}: {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in keys]
             raise ValueError(
