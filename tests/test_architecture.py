@@ -33,7 +33,7 @@ data.sequences data.backbones storage.record
 storage.state
 storage.updates
 learning.training
-running.tracking
+running.tracking learning.dry_check
 learning.continual
 learning.methods
 results.sparsity results.run_tables storage.rollback

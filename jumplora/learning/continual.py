@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..conventions import check_choice, set_seed
+from .dry_check import dry_check
 from .evaluation import evaluate
 from .tasks import Task, TaskSequence
 from jumplora.learning.training import (
@@ -30,7 +31,6 @@ from jumplora.learning.training import (
     TaskLog,
     TrainConfig,
     attach_adapter,
-    check_model,
     named_updates,
     row_gradients,
     task_steps,
@@ -195,7 +195,6 @@ class Learner:
         if type(self.seed) is not int or not 0 <= self.seed <= 4294966:  # 1000 · seed + i is below 2**32
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 4294966")
         check_processes(self.model, config.batch_size, config.gradient_accumulation)
-        check_model(self.model, config.target_modules)
         check_choice(self.split, ("test", "dev"), "split")
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):
@@ -204,6 +203,7 @@ class Learner:
         empty = [task.name for task in self.sequence if not getattr(task, self.split)]
         if empty:
             raise ValueError(f"no {self.split} rows to score in {empty}; give some, or score another split")
+        dry_check(self.model, self.tokenizer, self.sequence, config, split=self.split, out=self.out)
         self.run = new_run(
             self.model, self.sequence, self.method, config,
             seed=self.seed, backbone=self.backbone, split=self.split, callbacks=self.callbacks,

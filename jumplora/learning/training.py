@@ -9,6 +9,7 @@ __all__ = ['TrainConfig', 'attach_adapter', 'named_updates', 'Collator', 'Diverg
 import inspect
 import json
 import math
+import re
 import tempfile
 import time
 import warnings
@@ -18,6 +19,7 @@ from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -55,7 +57,7 @@ class TrainConfig:
     rank: int = 8  # r, at least 1
     lora_alpha: float = 32.0  # α; the update is scaled by α / r
     lora_dropout: float = 0.0  # on the input of the update, in [0, 1)
-    target_modules: tuple[str, ...] | None = None  # layers to adapt; by default query and value projections
+    target_modules: tuple[str, ...] | str | None = None  # layers, or a regular expression; None: PEFT's default
     learning_rate: float = 1e-3  # above 0; constant unless training_arguments has a schedule
     batch_size: int = 8  # rows per forward pass, at least 1
     gradient_accumulation: int = 1  # N, batches per optimizer step, at least 1
@@ -95,8 +97,8 @@ class TrainConfig:
             raise ValueError(f"kept={self.kept!r} is not a whole number of at least 1, or a share in (0, 1]")
         targets = self.target_modules
         named = isinstance(targets, (tuple, list)) and targets and all(isinstance(t, str) for t in targets)
-        if targets is not None and not named:
-            raise ValueError(f"target_modules={targets!r} is no list of names; use ('q_proj',) or None")
+        if targets is not None and not (named or (isinstance(targets, str) and targets)):
+            raise ValueError(f"target_modules={targets!r} is no list of names; use ('q_proj',), a regular expression or None")
         options = self.training_arguments
         if not isinstance(options, dict):
             raise ValueError(f"training_arguments={options!r} is no dict; use names and values")
@@ -128,16 +130,34 @@ class TrainConfig:
         return {key: value for key, value in found.items() if key not in absent or value != absent[key]}
 
 # %% ../../nbs/2_learning/training.ipynb #6f7bd490
-def check_model(model: nn.Module, targets: tuple[str, ...] | None = None) -> None:
-    "`ValueError` for DataParallel, and for a target that is no linear layer of the model."
+def refuse_data_parallel(model: nn.Module) -> None:
+    "`ValueError` for DataParallel."
     if isinstance(model, nn.DataParallel):
         what = "copies of the model would not share the gate's state"
         raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    missing = [t for t in targets or () if not any(f".{name}".endswith(f".{t}") for name in layers)]
-    if missing:
-        names = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        raise ValueError(f"target_modules={missing} match no linear layer; this model has {names}")
+
+
+def target_layers(model: nn.Module, targets: tuple[str, ...] | str | None) -> dict[str, nn.Module]:
+    "The layers that PEFT adapts for these `target_modules`. `ValueError` where a name matches none."
+    refuse_data_parallel(model)
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    wanted = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind) if targets is None else targets
+    missing = []
+    if wanted == "all-linear":
+        found = {name for name in linear if modules[name] is not model.get_output_embeddings()}
+    elif isinstance(wanted, str):
+        found = {name for name in modules if re.fullmatch(wanted, name)}
+    else:
+        found = {name for name in modules if any(f".{name}".endswith(f".{t}") for t in wanted or ())}
+        missing = [t for t in targets or () if not any(f".{name}".endswith(f".{t}") for name in linear)]
+    if missing or not found:
+        what = f"target_modules={missing or wanted!r} match no linear layer"
+        if wanted is None:
+            what = f"PEFT has no default target_modules for {kind!r}; give some"
+        raise ValueError(f"{what}; this model has {sorted({name.rpartition('.')[2] for name in linear})}")
+    return {name: module for name, module in modules.items() if name in found}
 
 # %% ../../nbs/2_learning/training.ipynb #e859863f
 def attach_adapter(
@@ -146,12 +166,13 @@ def attach_adapter(
     gated: bool,  # True: JumpLoRA; False: PEFT's LoRA
 ) -> nn.Module:  # PEFT model with one fresh trainable adapter, "default"
     "Add a fresh adapter to a backbone. `ValueError` with the linear layers where a target is none of them."
-    check_model(model, config.target_modules)
+    targets = config.target_modules
+    target_layers(model, targets)
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.target_modules) if config.target_modules else None,
+        target_modules=targets if isinstance(targets, str) else list(targets or ()) or None,
     )
     if gated:
         peft_config.threshold_scope = config.threshold_scope
@@ -410,7 +431,7 @@ def train_task(
     checkpoint: Checkpoint | None = None,  # where training is saved, and resumed from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
-    check_model(model)
+    refuse_data_parallel(model)
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)
