@@ -10,6 +10,7 @@ import copy
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field
@@ -22,11 +23,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..conventions import check_choice, set_seed
+from ..data.backbones import BACKBONES
 from .dry_check import dry_check
 from .evaluation import evaluate
 from .tasks import Task, TaskSequence
 from jumplora.learning.training import (
     OPTIMIZERS,
+    Diverged,
     Progress,
     TaskLog,
     TrainConfig,
@@ -209,6 +212,9 @@ class Learner:
             seed=self.seed, backbone=self.backbone, split=self.split, callbacks=self.callbacks,
         )  # fmt: skip
         check_same((self.run.name, str(self.out)), "runs")
+        if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:
+            found = f"The record names the base {self.run.backbone!r}, and no path of this machine"
+            warnings.warn(f"{found}; give load_learned, rollback or export its backbone=", stacklevel=4)
         self.folder = Path(self.out) / self.run.name if self.out is not None else None
         self.regularizer = copy.deepcopy(self.method.regularizer)  # remembers updates
         self.weights: dict[str, Tensor] = {}  # merged weights, float32
@@ -293,6 +299,10 @@ class Learner:
         run = self.run
         task = self.sequence[i]
         updates = named_updates(self.adapted)
+        broken = [name for name, update in updates.items() if not update.delta.isfinite().all()]
+        if broken:
+            what = f"the last step left an update that is not finite in {broken[0]}"
+            raise Diverged(f"task {task.name!r}: {what}; lower the learning rate or the strength")
         run.seconds["train"].append(log.seconds)
         run.thresholds[task.name] = log.gate
         run.extra["loss"][task.name] = log.loss

@@ -11,12 +11,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .evaluation import answer, normalize
-from .tasks import Question, Task, TaskSequence, encode_answer, encode_prompt, is_encoder_decoder
+from .tasks import Task, TaskSequence, encode_answer, encode_prompt, is_encoder_decoder
 from .training import TrainConfig, target_layers
 
 # %% ../../nbs/2_learning/dry_check.ipynb #05269f77
@@ -70,10 +69,8 @@ def _check_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence
             raise ValueError(f"task {task.name!r}: two options have the same tokens: {task.options}")
 
 # %% ../../nbs/2_learning/dry_check.ipynb #d8c4f6f5
-def _longest_prompt(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence: TaskSequence, config: TrainConfig, split: str
-) -> tuple[Task, str]:
-    "The task and text with the longest prompt. `ValueError` where one does not fit, or ends before the answer."
+def _longest_prompt(model, tokenizer, sequence, config, split) -> tuple[Task, str]:
+    "Task and text of the longest prompt. `ValueError` where one does not fit, or ends before the answer."
     decoder = not is_encoder_decoder(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = (0, sequence[0], "")
@@ -85,8 +82,9 @@ def _longest_prompt(
             what = f"the tokenizer ends every prompt with {tokenizer.eos_token!r}, before the answer"
             raise ValueError(f"{what}; set tokenizer.add_eos_token = False, or another post-processor")
         if positions is not None and len(prompt) + options * decoder > positions:
-            what = f"a prompt of {len(prompt)} tokens and an answer of {options} exceed the {positions} positions"
-            raise ValueError(f"task {task.name!r}: {what} of the model; use max_length={positions - options}")
+            what = f"a prompt of {len(prompt)} tokens and an answer of {options}"
+            fix = f"exceed the {positions} positions of the model; use max_length={positions - options}"
+            raise ValueError(f"task {task.name!r}: {what} {fix}")
         longest = max(longest, (len(prompt), task, text), key=lambda found: found[0])
     return longest[1:]
 
@@ -122,7 +120,7 @@ def dry_check(
         answer(model, tokenizer, task, [text], config.max_length, config.truncation, max_new_tokens=1)
     except Exception as error:
         what = f"{type(model).__name__} cannot answer a prompt ({type(error).__name__}: {error})"
-        raise ValueError(f"{what}; use a causal language model or an encoder-decoder of transformers") from error
+        raise ValueError(f"{what}; use a causal language model or an encoder-decoder") from error
     finally:
         model.train(training)
         for watch in watches:

@@ -57,7 +57,7 @@ class TrainConfig:
     rank: int = 8  # r, at least 1
     lora_alpha: float = 32.0  # α; the update is scaled by α / r
     lora_dropout: float = 0.0  # on the input of the update, in [0, 1)
-    target_modules: tuple[str, ...] | str | None = None  # layers, or a regular expression; None: PEFT's default
+    target_modules: tuple[str, ...] | str | None = None  # names, or a regex; None: PEFT's default
     learning_rate: float = 1e-3  # above 0; constant unless training_arguments has a schedule
     batch_size: int = 8  # rows per forward pass, at least 1
     gradient_accumulation: int = 1  # N, batches per optimizer step, at least 1
@@ -98,7 +98,8 @@ class TrainConfig:
         targets = self.target_modules
         named = isinstance(targets, (tuple, list)) and targets and all(isinstance(t, str) for t in targets)
         if targets is not None and not (named or (isinstance(targets, str) and targets)):
-            raise ValueError(f"target_modules={targets!r} is no list of names; use ('q_proj',), a regular expression or None")
+            fix = "use ('q_proj',), a regular expression or None"
+            raise ValueError(f"target_modules={targets!r} is no list of names; {fix}")
         options = self.training_arguments
         if not isinstance(options, dict):
             raise ValueError(f"training_arguments={options!r} is no dict; use names and values")
@@ -276,7 +277,7 @@ def label_loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None 
 
 # %% ../../nbs/2_learning/training.ipynb #3dc252ed
 class Diverged(RuntimeError):
-    "The loss of a step was NaN or infinite."
+    "The loss of a step, or the update after the last one, was NaN or infinite."
 
 
 class _PenaltyTrainer(ResumableTrainer):

@@ -280,6 +280,7 @@ class Finished:
 def load_finished(
     folder: str | Path,  # a run's folder, with record and state
     task: str | None = None,  # one of its tasks; None: all that was learned
+    backbone: str | Path | tuple | None = None,  # where its base is now, or (model, tokenizer)
 ) -> Finished:  # ready to be written
     "Read a run. `ValueError` where nothing is finished, or the task, the state or the base is not there."
     folder = Path(folder)
@@ -288,7 +289,7 @@ def load_finished(
         raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
-        base, tokenizer = load_start(run, device="cpu")
+        base, tokenizer = load_start(run, backbone=backbone, device="cpu")
         base = base.float()
         updates = {
             name: exact_updates(weight, base.get_submodule(name).weight)
@@ -300,7 +301,7 @@ def load_finished(
     if written is None:
         raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
     archive = read_archive(archive_path(folder, run.tasks.index(task), task), written["checksum"])
-    base, tokenizer = load_start(run, device="cpu")
+    base, tokenizer = load_start(run, backbone=backbone, device="cpu")
     updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
     return Finished(base.float(), tokenizer, updates, run, task)
 
@@ -334,13 +335,14 @@ def export_run(
     repo_id: str | None = None,  # OWNER/NAME, if it goes to the Hub: the card says so
     base_model: str | None = None,  # the base's Hub id, if it is not in the record
     license: str | None = None,  # the base's licence, if it is not on its card
+    backbone: str | Path | tuple | None = None,  # where the base is now, or (model, tokenizer)
 ) -> Path:  # full path of the export
     "Write a finished run for others to read. `ValueError` where it cannot be, before anything is written."
     check_choice(format, tuple(_NEEDS), "format")
     out = free_folder(out)
     if repo_id is not None:
         _check_repo_id(repo_id)
-    finished = load_finished(folder, task)
+    finished = load_finished(folder, task, backbone)
     origin = _find_origin(finished.run.backbone, base_model, license)
     finished.check(format)
     out.parent.mkdir(parents=True, exist_ok=True)

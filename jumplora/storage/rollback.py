@@ -174,7 +174,7 @@ def rollback(
     folder: str | Path,  # a run's folder, with record, state and archives
     task: str,  # which of its merged tasks to remove
     sequence: TaskSequence | None = None,  # the run's tasks, to score them again; None: no scores
-    **options,  # of `load_backbone`, for the scores: device, dtype
+    **options,  # of `load_start`, for the scores: backbone, device, dtype
 ) -> TakenOut:  # what was done; the weights are in `rollback_folder`
     "Remove one task, beside the run. `ValueError` where the result could not be proved right."
     run = Run.load(folder)
@@ -191,7 +191,7 @@ def rollback(
     merged = load_state(Path(folder), len(names), run.extra.get("state_sha256", ""))["weight"]
     base = None
     if any(archives[k].overwritten(layer) is None for layer in merged):
-        model = load_start(run, device="cpu")[0]
+        model = load_start(run, backbone=options.get("backbone"), device="cpu")[0]
         base = {layer: model.get_submodule(layer).weight for layer in merged}
     weights, bound = without_task(merged, archives, k, base)
     scores = None

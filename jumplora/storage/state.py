@@ -437,6 +437,7 @@ def new_run(
 def load_start(
     run: Run,  # its record names the backbone
     *,
+    backbone: str | Path | tuple | None = None,  # where it is now, or (model, tokenizer); None: as recorded
     device: str | torch.device = "auto",  # as for `load_backbone`
     dtype: str | torch.dtype = "auto",  # "auto": that of the run
     trust_remote_code: bool = False,  # as for `load_backbone`
@@ -444,18 +445,25 @@ def load_start(
     "The backbone that a run began with. `ValueError` where its weights have changed."
     wanted = run.configuration["dtype"]
     dtype = wanted if dtype == "auto" else dtype
-    model, tokenizer = load_backbone(
-        run.backbone, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    loaded = backbone if isinstance(backbone, tuple) else None
+    if loaded is None:
+        name = str(backbone or run.backbone)
+        try:
+            loaded = load_backbone(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise OSError(f"{error}; or give backbone=, its folder or (model, tokenizer)") from error
+    model, tokenizer = loaded
     same = f"torch.{wanted}" == str(next(model.parameters()).dtype)
     if same and weights_fingerprint(model) != run.configuration["weights"]:
-        raise ValueError(f"{run.backbone} has other weights than the backbone that {run.name} began with")
+        what = "the model given" if isinstance(backbone, tuple) else backbone or run.backbone
+        raise ValueError(f"{what} has other weights than the backbone that {run.name} began with")
     return model, tokenizer
 
 
 def load_learned(
     folder: str | Path,  # a run's folder, with record and state
     *,
+    backbone: str | Path | tuple | None = None,  # where its base is now, or (model, tokenizer)
     device: str | torch.device = "auto",  # as for `load_backbone`
     dtype: str | torch.dtype = "auto",  # "auto": that of the run
     trust_remote_code: bool = False,  # as for `load_backbone`
@@ -463,7 +471,9 @@ def load_learned(
     "The model that a run ended with. `ValueError` where its state or its backbone is missing."
     folder = Path(folder)
     run = Run.load(folder)
-    model, tokenizer = load_start(run, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_start(
+        run, backbone=backbone, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     try:
         weights = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))["weight"]
     except Damaged as error:

@@ -374,6 +374,37 @@ def test_a_run_that_really_learns_is_recorded_and_read_back_with_the_scores_of_i
         assert (score.exact_match, score.option_accuracy) == (run.accuracy[-1, j], run.option_accuracy[-1, j])
 
 
+def test_a_base_that_was_loaded_from_a_folder_is_asked_for_by_name_and_opened_where_it_is(tmp_path):
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    model.save_pretrained(tmp_path / "base"), tokenizer.save_pretrained(tmp_path / "base")
+    base = load_backbone(str(tmp_path / "base"), device="cpu", dtype="float32")
+    options = dict(out=tmp_path / "runs", progress=False)
+    with pytest.warns(UserWarning, match="names the base 'base', and no path.*give load_learned, rollback"):
+        run = learn_sequence(*base, SEQUENCE, METHODS["IncLoRA"], QUICK, **options)
+    folder = tmp_path / "runs" / run.name
+    with pytest.raises(OSError, match="'base' cannot be loaded(.|\n)*or give backbone="):
+        load_learned(folder)
+    with pytest.raises(ValueError, match="the model given has other weights"):
+        load_learned(folder, backbone=base)  # it holds what was learned
+    for where in (tmp_path / "base", (model, tokenizer)):
+        found, _, _ = load_learned(folder, backbone=where, device="cpu")
+        assert same_weights(found, base[0])
+
+
+def test_an_update_that_the_last_step_broke_is_neither_merged_nor_recorded(tmp_path, monkeypatch):
+    real = continual.train_task
+
+    def broken(adapted, *rest, **given):
+        log = real(adapted, *rest, **given)
+        next(iter(adapter_layers(adapted).values())).lora_B["default"].weight.data[0, 0] = math.inf
+        return log
+
+    monkeypatch.setattr(continual, "train_task", broken)
+    with pytest.raises(Diverged, match=f"task '{SEQUENCE.names[0]}': the last step left .* not finite in"):
+        learn("IncLoRA", tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_the_rows_of_the_split_are_scored_with_the_lengths_of_the_settings(monkeypatch):
     calls, real = [], evaluate
 
