@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..conventions import check_choice
 from ..data.files import check_characters
 from .tasks import Question, Task, encode_answer, encode_prompt, is_encoder_decoder
-from ..running.answers import generate, read_decoder, read_encoder_decoder, read_prefix
+from jumplora.running.answers import (
+    generate, read_alone, read_decoder, read_encoder_decoder, read_prefix, reads_together,
+)  # fmt: skip
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
 if TYPE_CHECKING:
@@ -229,7 +231,9 @@ def answer(
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
     longest = max([max_new_tokens, *map(len, options)])
     read = read_encoder_decoder
-    if not encoder_decoder:
+    if not reads_together(model, longest + max(map(len, prompts), default=0)):
+        read, batch_size = read_alone, 1
+    elif not encoder_decoder:
         read = partial(read_decoder, prefix=read_prefix(model, prompts))
 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))

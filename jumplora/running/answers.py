@@ -95,14 +95,16 @@ def read_encoder_decoder(
     from transformers.modeling_outputs import BaseModelOutput
 
     device = next(model.parameters()).device
+    start = model.config.decoder_start_token_id
     tokens = pad(prompts, pad_token_id, left=False).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=False).to(device)
     encoded = model.get_encoder()(input_ids=tokens, attention_mask=mask)
     found = []
     for option in options:
-        labels = torch.tensor([option] * len(prompts), device=device)  # (batch, tokens)
-        logits = model(encoder_outputs=encoded, attention_mask=mask, labels=labels).logits
-        found.append(_score_options(logits, labels, torch.ones_like(labels)))
+        unread = torch.tensor([[start, *option[:-1]]] * len(prompts), device=device)  # (batch, tokens)
+        logits = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=unread).logits
+        wanted = torch.tensor([option] * len(prompts), device=device)
+        found.append(_score_options(logits, wanted, torch.ones_like(wanted)))
     scores, greedy = (torch.stack(part, 1) for part in zip(*found, strict=True))
 
     def inputs_of(rows):
@@ -110,6 +112,46 @@ def read_encoder_decoder(
         return dict(attention_mask=mask[rows], encoder_outputs=hidden)
 
     return scores, greedy, inputs_of
+
+# %% ../../nbs/5_inside/answers.ipynb #b7d31e52
+# Types of models whose rows of a batch, shared prefix and padding change rounding only (tests/running/test_answers.py)
+_TOGETHER = """
+apertus arcee biogpt bloom codegen cohere cohere2 ctrl deepseek_v3 diffllama ernie4_5 exaone4 falcon gemma gemma2
+gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite helium hunyuan_v1_dense jais2 llama ministral
+mistral mixtral nanochat nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss
+smollm3 stablelm starcoder2 vaultgemma xglm
+bart blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 pegasus pegasus_x plbart t5 umt5
+""".split()
+
+
+def reads_together(model: nn.Module, length: int) -> bool:  # length: tokens of the longest prompt and answer
+    "True where rows can share batches and a prefix; False: each row is read alone."
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if any(kind in str(rope) for kind in ("dynamic", "longrope")):  # the longest row sets the frequencies of all
+        if length > rope.get("original_max_position_embeddings", 0):
+            return False
+    return model.config.model_type in _TOGETHER and type(model).__module__.startswith("transformers.")
+
+
+@torch.no_grad()
+def read_alone(
+    model: nn.Module, prompts: list[list[int]], options: list[list[int]], pad_token_id: int
+) -> tuple[Tensor, Tensor, Callable[[Tensor], dict]]:
+    "The same for one prompt of any model: each option takes a full pass, without cache and padding."
+    device = next(model.parameters()).device
+    prompt = torch.tensor(prompts, device=device)  # (1, length)
+    found = []
+    for option in options:
+        wanted = torch.tensor([option], device=device)  # (1, tokens)
+        if is_encoder_decoder(model):
+            unread = torch.tensor([[model.config.decoder_start_token_id, *option[:-1]]], device=device)
+            logits = model(input_ids=prompt, decoder_input_ids=unread).logits
+        else:
+            logits = model(input_ids=torch.cat([prompt, wanted[:, :-1]], 1)).logits[:, -len(option) :]
+        found.append(_score_options(logits, wanted, torch.ones_like(wanted)))
+    scores, greedy = (torch.stack(part, 1) for part in zip(*found, strict=True))
+    return scores, greedy, lambda rows: dict(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+
 
 # %% ../../nbs/5_inside/answers.ipynb #d7aff099
 @torch.no_grad()
