@@ -116,20 +116,23 @@ def read_encoder_decoder(
 # %% ../../nbs/5_inside/answers.ipynb #b7d31e52
 # Types of models whose rows of a batch, shared prefix and padding change rounding only (tests/running/test_answers.py)
 _TOGETHER = """
-apertus arcee biogpt bloom codegen cohere cohere2 ctrl deepseek_v3 diffllama ernie4_5 exaone4 falcon gemma gemma2
-gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite helium hunyuan_v1_dense jais2 llama ministral
-mistral mixtral nanochat nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss
-smollm3 stablelm starcoder2 vaultgemma xglm
-bart blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 pegasus pegasus_x plbart t5 umt5
+apertus arcee biogpt bloom codegen cohere cohere2 ctrl deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe
+exaone4 falcon gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj
+granite granitemoe helium hunyuan_v1_dense jais2 llama ministral mistral mixtral nanochat nemotron olmo olmo2 olmo3
+olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm
+bart blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp pegasus pegasus_x plbart t5 umt5
 """.split()
 
 
 def reads_together(model: nn.Module, length: int) -> bool:  # length: tokens of the longest prompt and answer
     "True where rows can share batches and a prefix; False: each row is read alone."
     rope = getattr(model.config, "rope_parameters", None) or {}
-    if any(kind in str(rope) for kind in ("dynamic", "longrope")):  # the longest row sets the frequencies of all
-        if length > rope.get("original_max_position_embeddings", 0):
-            return False
+    for kind in filter(None, [rope] if "rope_type" in rope else rope.values()):  # of all layers, or by their type
+        if kind["rope_type"] == "dynamic" and length > model.config.max_position_embeddings:
+            most = f"max_position_embeddings={model.config.max_position_embeddings}, a row depends on earlier rows"
+            raise ValueError(f"with rope_type='dynamic' and {length} tokens, more than {most}; lower max_length")
+        if kind["rope_type"] == "longrope" and length > kind["original_max_position_embeddings"]:
+            return False  # the longest row would set the frequencies of all
     return model.config.model_type in _TOGETHER and type(model).__module__.startswith("transformers.")
 
 
@@ -147,10 +150,12 @@ def read_alone(
             unread = torch.tensor([[model.config.decoder_start_token_id, *option[:-1]]], device=device)
             logits = model(input_ids=prompt, decoder_input_ids=unread).logits
         else:
-            logits = model(input_ids=torch.cat([prompt, wanted[:, :-1]], 1)).logits[:, -len(option) :]
+            tokens = torch.cat([prompt, wanted[:, :-1]], 1)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, -len(option) :]
         found.append(_score_options(logits, wanted, torch.ones_like(wanted)))
     scores, greedy = (torch.stack(part, 1) for part in zip(*found, strict=True))
-    return scores, greedy, lambda rows: dict(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    inputs = dict(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False)
+    return scores, greedy, lambda rows: inputs
 
 
 # %% ../../nbs/5_inside/answers.ipynb #d7aff099
