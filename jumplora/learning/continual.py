@@ -195,7 +195,7 @@ class Learner:
         if type(self.seed) is not int or not 0 <= self.seed <= 4294966:  # 1000 · seed + i is below 2**32
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 4294966")
         check_processes(self.model, config.batch_size, config.gradient_accumulation)
-        check_model(self.model, config.target_modules)
+        check_model(self.model, config.target_modules, config.batch_size)
         check_choice(self.split, ("test", "dev"), "split")
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):

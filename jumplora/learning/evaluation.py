@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from ..conventions import check_choice
 from ..data.files import check_characters
 from .tasks import Question, Task, encode_answer, encode_prompt, is_encoder_decoder
-from jumplora.running.answers import (
-    generate, read_alone, read_decoder, read_encoder_decoder, read_prefix, reads_together,
-)  # fmt: skip
+from ..running.answers import generate, read_by_option, read_decoder, read_prefix, reads_together
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
 if TYPE_CHECKING:
@@ -230,9 +228,10 @@ def answer(
     option_texts = tokenizer.batch_decode(options, skip_special_tokens=True)
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
     longest = max([max_new_tokens, *map(len, options)])
-    read = read_encoder_decoder
-    if not reads_together(model, longest + max(map(len, prompts), default=0)):
-        read, batch_size = read_alone, 1
+    read = read_by_option
+    together = reads_together(model, longest + max(map(len, prompts), default=0))
+    if not together:
+        batch_size = 1
     elif not encoder_decoder:
         read = partial(read_decoder, prefix=read_prefix(model, prompts))
 
@@ -251,7 +250,7 @@ def answer(
         answers |= {batch_rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
         others = (~greedy.any(1)).nonzero().flatten()
         if len(others):
-            generated = generate(model, tokenizer, longest, **inputs_of(others))
+            generated = generate(model, tokenizer, longest, use_cache=together, **inputs_of(others))
             answers |= zip([batch_rows[row] for row in others.tolist()], generated, strict=True)
         advance(len(batch_rows))
 

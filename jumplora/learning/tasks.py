@@ -263,7 +263,7 @@ def fingerprint(parts: Iterable) -> str:
     return total.hexdigest()[:16]
 
 # %% ../../nbs/2_learning/tasks.ipynb #af95157b
-_AS_TEXT = dict(split_special_tokens=True, verbose=False)  # a text that spells a special token does not become one
+_AS_TEXT = dict(split_special_tokens=True, verbose=False)  # what spells a special token does not become one
 
 
 def _spelled_out(tokenizer, text):

@@ -128,11 +128,15 @@ class TrainConfig:
         return {key: value for key, value in found.items() if key not in absent or value != absent[key]}
 
 # %% ../../nbs/2_learning/training.ipynb #6f7bd490
-def check_model(model: nn.Module, targets: tuple[str, ...] | None = None) -> None:
-    "`ValueError` for DataParallel, and for a target that is no linear layer of the model."
+def check_model(model: nn.Module, targets: tuple[str, ...] | None = None, batch_size: int = 1) -> None:
+    "`ValueError` for DataParallel, a target that is no linear layer, and batches that a model reads wrongly."
     if isinstance(model, nn.DataParallel):
         what = "copies of the model would not share the gate's state"
         raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in ("prophetnet", "rwkv", "xlstm") and batch_size > 1:
+        what = f"batch_size={batch_size}: a model of type {kind!r} reads padding as text"
+        raise ValueError(f"{what}; use batch_size=1 and, for larger steps, gradient_accumulation")
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     missing = [t for t in targets or () if not any(f".{name}".endswith(f".{t}") for name in layers)]
     if missing:
@@ -146,7 +150,7 @@ def attach_adapter(
     gated: bool,  # True: JumpLoRA; False: PEFT's LoRA
 ) -> nn.Module:  # PEFT model with one fresh trainable adapter, "default"
     "Add a fresh adapter to a backbone. `ValueError` with the linear layers where a target is none of them."
-    check_model(model, config.target_modules)
+    check_model(model, config.target_modules, config.batch_size)
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -410,7 +414,7 @@ def train_task(
     checkpoint: Checkpoint | None = None,  # where training is saved, and resumed from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
-    check_model(model)
+    check_model(model, batch_size=config.batch_size)
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)

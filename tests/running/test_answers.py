@@ -33,7 +33,8 @@ DECODERS = {  # config -> settings; rows share batches and a prefix
     "Phi": SHAPE, "Phi3": SHAPE, "SmolLM3": SHAPE, "Olmo2": SHAPE, "Granite": SHAPE, "GptOss": WINDOW,
     "Qwen3Moe": SHAPE | EXPERTS, "GPT2": GPT, "GPTNeoX": SMALL | dict(intermediate_size=96),
     "GPTJ": GPT | dict(rotary_dim=8), "Falcon": SMALL | dict(alibi=True), "StableLm": SHAPE,
-    "OPT": SMALL | dict(ffn_dim=96, word_embed_proj_dim=64), "Bloom": dict(hidden_size=64, n_layer=2, n_head=4),
+    "OPT": SMALL | dict(ffn_dim=96, word_embed_proj_dim=64),
+    "Bloom": dict(hidden_size=64, n_layer=2, n_head=4),
 }  # fmt: skip
 ALONE = {  # config -> settings; each row is read alone
     "GPTNeo": dict(
@@ -69,7 +70,9 @@ T5 = dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
 ENCODERS = {"T5": T5, "LongT5": T5 | dict(local_radius=4), "Bart": LAYERS, "MBart": LAYERS, "PLBart": LAYERS}
 ENCODERS |= {"Marian": LAYERS, "Pegasus": LAYERS, "M2M100": LAYERS, "LED": LAYERS | dict(attention_window=8)}
 ALONE_ENCODERS = {
-    "SwitchTransformers": T5 | dict(num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
+    "SwitchTransformers": T5 | dict(
+        num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2
+    ),
     "ProphetNet": dict(
         hidden_size=64, num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
         num_decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96,
