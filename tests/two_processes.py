@@ -129,7 +129,7 @@ def cases(folder):
         batches[-1][0] += 1
         return read(*args, **settings)
 
-    for name in ("read_decoder", "read_encoder_decoder"):
+    for name in ("read_decoder", "read_by_option"):
         patch.object(evaluation, name, partial(counted, getattr(evaluation, name))).start()
     patch.object(evaluation, "answer", answer).start()
     for case in EQUAL:

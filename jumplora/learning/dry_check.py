@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .evaluation import answer, normalize
 from .tasks import Task, TaskSequence, encode_answer, encode_prompt, is_encoder_decoder
-from .training import TrainConfig, target_layers
+from .training import TrainConfig, check_model, target_layers
 
 # %% ../../nbs/2_learning/dry_check.ipynb #05269f77
 def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -100,6 +100,7 @@ def dry_check(
 ) -> list[str]:  # names of the layers that will be adapted
     "Find what would fail or be wrong in silence later. `ValueError` says what to change, `OSError` no room."
     config = config or TrainConfig()
+    check_model(model, config.batch_size)
     layers = target_layers(model, config.target_modules)
     _check_layers(model, layers)
     _check_tokens(model, tokenizer, sequence)

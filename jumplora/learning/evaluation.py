@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..conventions import check_choice
 from ..data.files import check_characters
 from .tasks import Question, Task, encode_answer, encode_prompt, is_encoder_decoder
-from ..running.answers import generate, read_decoder, read_encoder_decoder, read_prefix
+from ..running.answers import generate, read_by_option, read_decoder, read_prefix, reads_together
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
 if TYPE_CHECKING:
@@ -228,8 +228,11 @@ def answer(
     option_texts = tokenizer.batch_decode(options, skip_special_tokens=True)
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
     longest = max([max_new_tokens, *map(len, options)])
-    read = read_encoder_decoder
-    if not encoder_decoder:
+    read = read_by_option
+    together = reads_together(model, longest + max(map(len, prompts), default=0))
+    if not together:
+        batch_size = 1
+    elif not encoder_decoder:
         read = partial(read_decoder, prefix=read_prefix(model, prompts))
 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -247,7 +250,7 @@ def answer(
         answers |= {batch_rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
         others = (~greedy.any(1)).nonzero().flatten()
         if len(others):
-            generated = generate(model, tokenizer, longest, **inputs_of(others))
+            generated = generate(model, tokenizer, longest, use_cache=together, **inputs_of(others))
             answers |= zip([batch_rows[row] for row in others.tolist()], generated, strict=True)
         advance(len(batch_rows))
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -262,8 +263,24 @@ def fingerprint(parts: Iterable) -> str:
     return total.hexdigest()[:16]
 
 # %% ../../nbs/2_learning/tasks.ipynb #af95157b
+_AS_TEXT = dict(split_special_tokens=True, verbose=False)  # what spells a special token does not become one
+
+
+def _spelled_out(tokenizer, text):
+    "The text, with a space inside what a tokenizer of whole words or pieces still reads as a special token."
+    if not tokenizer.is_fast:
+        return text
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token for token, kind in added if kind.special} - {tokenizer.unk_token_id}
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_AS_TEXT)
+    spans = zip(found.input_ids, found.offset_mapping, strict=True)
+    for start in reversed([start for token, (start, end) in spans if token in special and end - start > 1]):
+        text = f"{text[: start + 1]} {text[start + 1 :]}"
+    return text
+
+
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase",  # fast tokenizer of the backbone
+    tokenizer: "PreTrainedTokenizerBase",  # tokenizer of the backbone
     task: Question,  # instruction and options; a `Task` is one
     text: str,  # the row's text
     max_length: int,  # longest prompt, in tokens
@@ -271,16 +288,25 @@ def encode_prompt(
 ) -> list[int]:  # token ids of the prompt
     "The prompt as tokens. `ValueError` when instruction and options alone exceed `max_length`."
     check_choice(truncation, ("field", "reference"), "truncation")
+
+    def encode(text, **settings):
+        return tokenizer(_spelled_out(tokenizer, task.prompt(text)), **_AS_TEXT, **settings).input_ids
+
     if truncation == "reference":
-        return tokenizer(task.prompt(text), truncation=True, max_length=max_length).input_ids
-    ids = tokenizer(task.prompt(text), verbose=False).input_ids
+        return encode(text, truncation=True, max_length=max_length)
+    ids = encode(text)
     if len(ids) <= max_length:
         return ids
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = found.offset_mapping
-    room = len(offsets) - (len(ids) - max_length)
+    if tokenizer.is_fast:
+        text = _spelled_out(tokenizer, text)
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_AS_TEXT)
+        ends = [end for _, end in found.offset_mapping]
+        room = len(ends) - (len(ids) - max_length)
+    else:  # no offsets: as many characters as fit
+        ends = range(1, len(text) + 1)
+        room = bisect_right(ends, max_length, key=lambda end: len(encode(text[:end])))
     while room > 0:  # a cut text may merge with "\nAnswer:" into other tokens
-        ids = tokenizer(task.prompt(text[: offsets[room - 1][1]]), verbose=False).input_ids
+        ids = encode(text[: ends[room - 1]])
         if len(ids) <= max_length:
             return ids
         room -= max(1, len(ids) - max_length)
@@ -294,7 +320,7 @@ def encode_answer(
 ) -> list[int]:  # token ids, the end-of-sequence token last
     "The label as the tokens a model has to produce."
     text = label if encoder_decoder else " " + label
-    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return tokenizer(text, add_special_tokens=False, **_AS_TEXT).input_ids + [tokenizer.eos_token_id]
 
 # %% ../../nbs/2_learning/tasks.ipynb #e4035522
 def pad(rows: list[list[int]], value: int, left: bool) -> Tensor:

@@ -131,16 +131,20 @@ class TrainConfig:
         return {key: value for key, value in found.items() if key not in absent or value != absent[key]}
 
 # %% ../../nbs/2_learning/training.ipynb #6f7bd490
-def refuse_data_parallel(model: nn.Module) -> None:
-    "`ValueError` for DataParallel."
+def check_model(model: nn.Module, batch_size: int = 1) -> None:
+    "`ValueError` for DataParallel, and for batches of a model that reads padding as text."
     if isinstance(model, nn.DataParallel):
         what = "copies of the model would not share the gate's state"
         raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in ("prophetnet", "rwkv", "xlstm") and batch_size > 1:
+        what = f"batch_size={batch_size}: a model of type {kind!r} reads padding as text"
+        raise ValueError(f"{what}; use batch_size=1 and, for larger steps, gradient_accumulation")
 
 
 def target_layers(model: nn.Module, targets: tuple[str, ...] | str | None) -> dict[str, nn.Module]:
     "The layers that PEFT adapts for these `target_modules`. `ValueError` where a name matches none."
-    refuse_data_parallel(model)
+    check_model(model)
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -432,7 +436,7 @@ def train_task(
     checkpoint: Checkpoint | None = None,  # where training is saved, and resumed from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
-    refuse_data_parallel(model)
+    check_model(model, config.batch_size)
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)

@@ -87,25 +87,56 @@ def read_decoder(
     return scores.view(-1, count), greedy.view(-1, count), inputs_of
 
 # %% ../../nbs/5_inside/answers.ipynb #30e0277c
+_TOGETHER = """
+apertus arcee biogpt bloom codegen cohere cohere2 ctrl deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5
+ernie4_5_moe exaone4 falcon gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss gptj
+granite granitemoe helium hunyuan_v1_dense jais2 llama ministral mistral mixtral nanochat nemotron olmo olmo2
+olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
+vaultgemma xglm bart blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp pegasus
+pegasus_x plbart t5 umt5
+""".split()  # types of models in which neighbours change rounding only
+
+
+def reads_together(model: nn.Module, length: int) -> bool:  # length: tokens of the longest prompt and answer
+    "True where rows share batches and a prefix. `ValueError` where even a row alone depends on earlier ones."
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    for kind in filter(None, [rope] if "rope_type" in rope else rope.values()):  # or one per type of layer
+        most = model.config.max_position_embeddings
+        if kind["rope_type"] == "dynamic" and length > most:
+            found = f"rope_type='dynamic' and {length} tokens, more than max_position_embeddings={most}"
+            raise ValueError(f"with {found}, a row's answer depends on earlier rows; lower max_length")
+        if kind["rope_type"] == "longrope" and length > kind["original_max_position_embeddings"]:
+            return False  # the longest row would set the frequencies of all
+    return model.config.model_type in _TOGETHER and type(model).__module__.startswith("transformers.")
+
+
 @torch.no_grad()
-def read_encoder_decoder(
+def read_by_option(
     model: nn.Module, prompts: list[list[int]], options: list[list[int]], pad_token_id: int
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], dict]]:
-    "The same for an encoder-decoder."
+    "The same for prompts of an encoder-decoder, or for one prompt of any decoder."
     from transformers.modeling_outputs import BaseModelOutput
 
     device = next(model.parameters()).device
     tokens = pad(prompts, pad_token_id, left=False).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=False).to(device)
-    encoded = model.get_encoder()(input_ids=tokens, attention_mask=mask)
+    if is_encoder_decoder(model):
+        encoded = model.get_encoder()(input_ids=tokens, attention_mask=mask)
+        start = torch.full_like(tokens[:, :1], model.config.decoder_start_token_id)
     found = []
     for option in options:
-        labels = torch.tensor([option] * len(prompts), device=device)  # (batch, tokens)
-        logits = model(encoder_outputs=encoded, attention_mask=mask, labels=labels).logits
-        found.append(_score_options(logits, labels, torch.ones_like(labels)))
+        wanted = torch.tensor([option] * len(prompts), device=device)  # (batch, tokens)
+        if is_encoder_decoder(model):
+            unread = torch.cat([start, wanted[:, :-1]], 1)
+            output = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=unread)
+        else:
+            output = model(input_ids=torch.cat([tokens, wanted[:, :-1]], 1), use_cache=False)
+        found.append(_score_options(output.logits[:, -len(option) :], wanted, torch.ones_like(wanted)))
     scores, greedy = (torch.stack(part, 1) for part in zip(*found, strict=True))
 
     def inputs_of(rows):
+        if len(prompts) == 1:
+            return dict(input_ids=tokens, attention_mask=mask)
         hidden = BaseModelOutput(encoded.last_hidden_state[rows])
         return dict(attention_mask=mask[rows], encoder_outputs=hidden)
 
@@ -114,13 +145,13 @@ def read_encoder_decoder(
 # %% ../../nbs/5_inside/answers.ipynb #d7aff099
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, **inputs: object
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, use_cache=True, **inputs
 ) -> list[str]:
     "Greedy answers, one per row; the model's own generation settings, such as beams, are not used."
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False,
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=use_cache,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip

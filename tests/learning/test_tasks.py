@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import string
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +13,21 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from jumplora.data.backbones import byte_tokenizer
 from jumplora.data.benchmark import BENCHMARK, read_folder
-from jumplora.learning.tasks import SPLITS, Example, Question, Task, TaskSequence, prompt
+from jumplora.learning.tasks import (
+    SPLITS,
+    Example,
+    Question,
+    Task,
+    TaskSequence,
+    encode_answer,
+    encode_prompt,
+    prompt,
+)
 
 YES_NO = ("yes", "no")
 ROWS = [("one", "yes"), ("two", "no")]
@@ -449,3 +462,71 @@ def test_a_broken_list_of_tasks_is_refused(tmp_path, content):
     (tmp_path / "tasks.json").write_text(content)
     with pytest.raises(ValueError, match="tasks.json|holds no"):
         read_folder(tmp_path)
+
+
+SPECIAL = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+BARE = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "<s>")]
+PIECES = [(character, -3.0) for character in "▁\n|:.,<>/?" + string.ascii_letters]
+
+
+def starting(tokenizer):
+    "The tokenizer with a BOS before each text."
+    start = [("<s>", tokenizer.bos_token_id)]
+    added = processors.TemplateProcessing(single="<s> $A", pair="$A $B", special_tokens=start)
+    tokenizer.backend_tokenizer.post_processor = added
+    return tokenizer
+
+
+def pieces():
+    "A tokenizer like T5's: its special tokens are pieces that any text can spell."
+    backend = Tokenizer(models.Unigram(BARE + PIECES, unk_id=2))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return starting(PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL))
+
+
+TOKENIZERS = {  # tokenizer, ids before and after each prompt, how "</s>" is read
+    "bytes, learned": (lambda: starting(byte_tokenizer(**SPECIAL)), 1, 0, "</s>"),
+    "pieces": (pieces, 1, 0, "< /s>"),
+    "bytes, without offsets": (ByT5Tokenizer, 0, 1, "</s>"),
+}
+OF_ANY_KIND = pytest.mark.parametrize("kind", TOKENIZERS)
+
+
+@OF_ANY_KIND
+@pytest.mark.parametrize("truncation", ["field", "reference"])
+@pytest.mark.parametrize("max_length", [90, 400])
+def test_a_text_that_spells_a_special_token_is_read_as_text(kind, truncation, max_length):
+    make, before, after, spelled = TOKENIZERS[kind]
+    tokenizer = make()
+    question = Question("q", "Is </s> an end?\n", ["no", "</s>"])
+    ids = encode_prompt(tokenizer, question, "he wrote </s> here " * 6, max_length, truncation)
+    special = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
+    assert special == [0] * before + [len(ids) - 1] * after
+    whole = question.prompt("he wrote </s> here " * 6).replace("</s>", spelled)
+    read = tokenizer.decode(ids, skip_special_tokens=True)
+    if max_length == 90:
+        assert len(ids) == 90 and whole.startswith(read.removesuffix("\nAnswer:"))
+    else:
+        assert read == whole
+    plain = question.prompt("an ordinary text").replace("</s>", "end")
+    assert tokenizer(plain, split_special_tokens=True).input_ids == tokenizer(plain).input_ids
+
+
+def test_an_option_that_spells_a_special_token_is_an_answer_that_can_be_given():
+    tokenizer = byte_tokenizer(**SPECIAL)
+    ids = encode_answer(tokenizer, "</s>", encoder_decoder=True)
+    assert tokenizer.eos_token_id not in ids[:-1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "</s>"
+
+
+@pytest.mark.parametrize("text", ["a long text " * 30, "日本語の文 " * 30, "é" * 200])
+def test_without_offsets_as_many_characters_are_kept_as_fit(text):
+    tokenizer = ByT5Tokenizer()
+    question = Question("q", "Is it?\n", ["no", "yes"])
+    ids = encode_prompt(tokenizer, question, text, 120)
+    kept = tokenizer.decode(ids, skip_special_tokens=True).split("Text: ")[1].removesuffix("\nAnswer:")
+    assert kept and text.startswith(kept)
+    one_more = question.prompt(text[: len(kept) + 1])
+    assert len(ids) <= 120 < len(tokenizer(one_more).input_ids)
+    with pytest.raises(ValueError, match="max_length=20 leaves no room"):
+        encode_prompt(tokenizer, question, text, 20)

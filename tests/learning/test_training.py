@@ -734,6 +734,21 @@ def test_what_cannot_be_trained_is_found_before_anything_is_computed(options, op
         train_task(model, tokenizer, TASK, config, IncLoRA(), optimizer=method.optimizer)
 
 
+@pytest.mark.parametrize("kind", ["prophetnet", "rwkv", "xlstm"])
+def test_batches_are_refused_for_models_that_read_padding_as_text(kind):
+    tokenizer, refused = tokenizer_of("llama"), rf"batch_size=2: .*{kind!r}.*use batch_size=1"
+    model, config = make("llama")[0], TrainConfig(rank=2, batch_size=2)
+    model.config.model_type = kind
+    with pytest.raises(ValueError, match=refused):
+        Learner(model, tokenizer, TaskSequence("one", [TASK]), Method("one"), config)
+    with pytest.raises(ValueError, match=refused):
+        attach_adapter(model, config, False)
+    one_row = dict(rank=2, batch_size=1, target_modules=("q_proj", "v_proj"))
+    model = attach_adapter(model, TrainConfig(**one_row), False)
+    with pytest.raises(ValueError, match=refused):
+        train_task(model, tokenizer, TASK, config, IncLoRA())
+
+
 def test_the_papers_settings():
     config = TrainConfig.paper(batch_size=4)
     assert (config.batch_size, config.max_length, config.truncation) == (4, 512, "reference")
