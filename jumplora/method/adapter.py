@@ -136,51 +136,35 @@ class JumpLoraLinear(LoraLinear):
         return {("use_jumplora",): JumpLoraVariant}
 
     @contextmanager
-    def onloaded_gate(self, adapter: str) -> Iterator[Gate]:
-        "The gate, with it and the factors on the device even where accelerate offloads them between two uses."
-        parts = [part[adapter] for part in (self.lora_A, self.lora_B, self.lora_gate)]
+    def gate_arguments(self, adapter: str) -> Iterator[dict]:
+        "What the gated functions take, brought back from where accelerate offloads it between two uses."
+        A, B, gate = parts = [part[adapter] for part in (self.lora_A, self.lora_B, self.lora_gate)]
         offloaded = [part for part in parts if hasattr(part, "_hf_hook")]
         for part in offloaded:
             part._hf_hook.pre_forward(part)
-        yield parts[-1]
+        same = dict(scaling=self.scaling[adapter], **self.gate_options[adapter])  # and ε, "mean" or "sum"
+        yield dict(A=A.weight, B=B.weight, threshold=gate.threshold, interpolation=gate.interpolation, **same)
         for part in offloaded:
             part._hf_hook.post_forward(part, None)
 
     def get_delta_weight(self, adapter: str, detach_threshold: bool = False) -> Tensor:  # (out, in), fp32
         "ΔW_eff of an adapter, differentiable; without a gradient to τ where the threshold is detached."
-        with self.onloaded_gate(adapter) as gate:
-            return gated_update(
-                A=self.lora_A[adapter].weight,  # (r, in)
-                B=self.lora_B[adapter].weight,  # (out, r)
-                threshold=gate.threshold.detach() if detach_threshold else gate.threshold,  # (1,)
-                interpolation=gate.interpolation,  # (1,)
-                scaling=self.scaling[adapter],
-                bandwidth=self.gate_options[adapter]["bandwidth"],
-                reduction=self.gate_options[adapter]["reduction"],
-            )
+        with self.gate_arguments(adapter) as arguments:
+            if detach_threshold:
+                arguments["threshold"] = arguments["threshold"].detach()
+            return gated_update(**arguments)
 
     def gated_output(self, adapter_name: str, x: Tensor, weight=None, bias=None) -> Tensor:  # (..., out)
-        "x times weight plus update, or the update branch alone."
-        with self.onloaded_gate(adapter_name) as gate:
-            return gated_linear(
-                x,  # (..., in)
-                weight,  # (out, in) or None
-                A=self.lora_A[adapter_name].weight,
-                B=self.lora_B[adapter_name].weight,
-                threshold=gate.threshold,
-                interpolation=gate.interpolation,
-                bias=bias,
-                scaling=self.scaling[adapter_name],
-                bandwidth=self.gate_options[adapter_name]["bandwidth"],
-                reduction=self.gate_options[adapter_name]["reduction"],
-            )
+        "x (..., in) times weight (out, in) plus update, or the update branch alone."
+        with self.gate_arguments(adapter_name) as arguments:
+            return gated_linear(x, weight, bias=bias, **arguments)
 
     def fused_adapter(self) -> str | None:  # name, or None
         "The active adapter if the fused path applies, else None."
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
-        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
-        plain = plain and base.weight.dtype == torch.float32 and "forward" not in base.__dict__
+        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and "forward" not in base.__dict__
+        plain = plain and base.weight.dtype == torch.float32
         hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
         if len(active) != 1 or self.disable_adapters or self.merged or not plain or hooks:
             return None
@@ -229,6 +213,20 @@ class JumpLoraModel(LoraModel):
         config._saved_interpolation = min(gammas, default=1.0)
         return state
 
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
+        why = "two gated adapters have no difference that a gated adapter equals"
+        raise ValueError(f"{why}; leave path_initial_model_for_weight_conversion out")
+
+    def _check_merge_allowed(self):
+        super()._check_merge_allowed()
+        owners = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+        for layer in adapter_layers(self).values():
+            if len(names := owners.get(id(layer.get_base_layer().weight), ())) > 1:
+                raise ValueError(f"{' and '.join(names)} share a weight: a merge would alter all; untie them")
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         gates = self.__dict__.get("_shared_gates", {})
@@ -252,22 +250,17 @@ if "JUMPLORA" not in PeftType.__members__:  # once, however often this module is
 
 # %% ../../nbs/1_method/adapter.ipynb #499b6cef
 _WRAPPERS = {  # class -> its attribute that holds what is wrapped
-    "PeftModel": "base_model",
-    "PeftMixedModel": "base_model",
-    "BaseTuner": "model",
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "DeepSpeedEngine": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-}
+    "PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model", "DataParallel": "module",
+    "DistributedDataParallel": "module", "DeepSpeedEngine": "module", "OptimizedModule": "_orig_mod",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module", "CheckpointWrapper": "_checkpoint_wrapped_module",
+}  # fmt: skip
 
 
 def adapter_layers(
     model: nn.Module,  # model with PEFT adapters, wrapped or not
+    adapter_name: str | None = None,  # only those with this adapter; None: with any
 ) -> dict[str, LoraLayer]:  # layer's name in the base model -> adapted layer
-    "The layers that an adapter was put on, plain LoRA or gated, in the order of the model."
+    "The layers that an adapter was put on, in the order of the model. `ValueError` if none has the one named."
     layers, modules, names = {}, dict(model.named_modules()), {"": ""}  # path -> name in the base model
     for path, module in modules.items():
         if path:
@@ -277,7 +270,11 @@ def adapter_layers(
                 names[path] = names[parent]
         if isinstance(module, LoraLayer) and len(module.lora_A) > 0:
             layers[names[path]] = module
-    return layers
+    found = {n: o for n, o in layers.items() if adapter_name is None or adapter_name in o.lora_A}
+    if layers and not found:
+        known = sorted({name for layer in layers.values() for name in layer.lora_A})
+        raise ValueError(f"no layer has an adapter {adapter_name!r}; this model has {known}")
+    return found
 
 # %% ../../nbs/1_method/adapter.ipynb #c686a6f8
 @torch.no_grad()
@@ -295,11 +292,8 @@ def delta_weights(
     detach_threshold: bool = False,  # True: no gradient to τ (the authors' code does so in the penalty)
 ) -> dict[str, Tensor]:  # layer's name -> ΔW_eff, (out, in), fp32, differentiable
     "The update of every layer that has this adapter."
-    return {
-        name: delta_weight(layer, adapter_name, detach_threshold)
-        for name, layer in adapter_layers(model).items()
-        if adapter_name in layer.lora_A
-    }
+    layers = adapter_layers(model, adapter_name).items()
+    return {name: delta_weight(layer, adapter_name, detach_threshold) for name, layer in layers}
 
 # %% ../../nbs/1_method/adapter.ipynb #5fb011cf
 def delta_weight(layer: LoraLayer, adapter_name: str = "default", detach_threshold: bool = False) -> Tensor:
