@@ -28,7 +28,7 @@ from .jumprelu import Gate
 # %% ../../nbs/1_method/adapter.ipynb #8d40c254
 @dataclass
 class JumpLoraConfig(LoraConfig):
-    "LoRA's configuration and the gate's. ValueError for unknown choices, numbers out of range, other variants."
+    "LoRA's configuration and the gate's. ValueError for unknown choices, numbers out of range, variants."
 
     threshold_scope: str = "model"  # who shares a gate: the whole "model", a "block", or no one ("layer")
     initial_threshold: float = math.exp(-4.7)  # τ before the schedule sets it from the data, above 0
@@ -38,10 +38,9 @@ class JumpLoraConfig(LoraConfig):
     use_jumplora: bool = field(default=True, metadata={"is_lora_variant": True})  # marks our variant for PEFT
 
     def __post_init__(self):
-        if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights in ("gaussian", "orthogonal")):
-            why = "alters the weights, or makes the adapter later, without its gate"
-            allowed = "use True, False, 'gaussian' or 'orthogonal'"
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} {why}; {allowed}")
+        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+            what = f"init_lora_weights={self.init_lora_weights!r} may move weights into the update"
+            raise ValueError(f"{what}, to be zeroed there; use True, False, 'gaussian' or 'orthogonal'")
         super().__post_init__()
         self.peft_type = PeftType.JUMPLORA
         check_choice(self.threshold_scope, ("model", "block", "layer"), "threshold_scope")
@@ -52,9 +51,8 @@ class JumpLoraConfig(LoraConfig):
             kinds, noun = ((int,), "whole number") if name == "r" else ((int, float), "number")
             if type(value) not in kinds or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} is not positive; give a {noun} above 0")
-        without = "lora_bias fan_in_fan_out use_qalora megatron_config target_parameters eva_config corda_config "
-        without += "lora_ga_config " + " ".join(f.name for f in fields(self) if f.metadata.get("is_lora_variant"))
-        for name in without.split():
+        without = "lora_bias fan_in_fan_out use_qalora megatron_config target_parameters lora_ga_config"
+        for name in without.split() + [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]:
             if (name == "use_jumplora") != bool(value := getattr(self, name, None)):
                 raise ValueError(f"{name}={value!r} does not go with a gate; leave it out, or use LoraConfig")
 
@@ -62,16 +60,16 @@ class JumpLoraConfig(LoraConfig):
         "Write the settings; PEFT calls this once the adapter is saved. A Trainer's checkpoint may be dense."
         super().save_pretrained(save_directory, **kwargs)
         if not any(re.fullmatch(r"checkpoint-\d+", part) for part in Path(save_directory).parts[-2:]):
-            warn_if_dense(self._saved_interpolation, f"the adapter in {save_directory} is saved")
+            warn_if_dense(self._saved_interpolation, "an adapter is saved")
 
     _saved_interpolation = 1.0  # γ in the state that PEFT took last, set by the model
 
 
 def warn_if_dense(interpolation: float, done: str) -> None:
     "A warning where γ is below 1."
-    if interpolation < 1:
-        fix = "finish its schedule, or set gate.interpolation.fill_(1)"
-        warnings.warn(f"{done} at γ = {interpolation:.3g} and is not sparse: γ must be 1; {fix}", stacklevel=3)
+    if not interpolation >= 1:
+        fix = "it is not sparse before γ = 1; finish its schedule, or set gate.interpolation.fill_(1)"
+        warnings.warn(f"{done} at γ = {interpolation:.3g}: {fix}", stacklevel=3)
 
 # %% ../../nbs/1_method/adapter.ipynb #131516f0
 class JumpLoraVariant(LoraVariant):
@@ -163,9 +161,10 @@ class JumpLoraLinear(LoraLinear):
         "The active adapter if the fused path applies, else None."
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
-        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and "forward" not in base.__dict__
-        plain = plain and base.weight.dtype == torch.float32
-        hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
+        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+        plain = plain and base.weight.dtype == torch.float32 and "forward" not in base.__dict__
+        hooks = base._forward_pre_hooks or base._forward_hooks
+        hooks = hooks or base._backward_pre_hooks or base._backward_hooks
         if len(active) != 1 or self.disable_adapters or self.merged or not plain or hooks:
             return None
         return active[0] if isinstance(self.lora_dropout[active[0]], nn.Identity) else None
@@ -260,7 +259,7 @@ def adapter_layers(
     model: nn.Module,  # model with PEFT adapters, wrapped or not
     adapter_name: str | None = None,  # only those with this adapter; None: with any
 ) -> dict[str, LoraLayer]:  # layer's name in the base model -> adapted layer
-    "The layers that an adapter was put on, in the order of the model. `ValueError` if none has the one named."
+    "The layers that an adapter was put on, as in the model. `ValueError` if none has the one named."
     layers, modules, names = {}, dict(model.named_modules()), {"": ""}  # path -> name in the base model
     for path, module in modules.items():
         if path:

@@ -202,7 +202,7 @@ class SparsityCallback(TrainerCallback):
         self.schedule.after_step(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        "Warn where the model is not fully gated: it stopped early, or is the best checkpoint and not the last."
+        "Warn where the gate is not at γ = 1: training stopped early, or went back to its best checkpoint."
         gamma = min(float(group.gate.interpolation) for group in self.schedule.groups.values())
         total = self.schedule.total_steps
-        warn_if_dense(gamma, f"training ended at step {state.global_step} of {total}, with an adapter")
+        warn_if_dense(gamma, f"training ended at step {state.global_step} of {total}")
