@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from jumplora.method.gated_linear import naive_gated_linear, naive_gated_update
 pytestmark = pytest.mark.filterwarnings("ignore:.*it is not sparse before")  # many gates here are halfway
 IDS = torch.arange(3, 19).view(2, 8)
 SCOPES = {"model": 1, "block": 2, "layer": 4}  # gates of a Llama of two blocks with two targets each
+NOT_SPARSE = "it is not sparse before γ = 1; finish its schedule, or set gate.interpolation.fill_(1)"
 MOVING = "pissa pissa_niter_4 olora OLoRA loftq corda lora_ga eva mica typo".split()
 both_models = pytest.mark.parametrize("base", ["llama", "t5"])
 # a dropout of 1e-12 drops nothing, and keeps the layer from its fused path
@@ -556,6 +558,49 @@ def test_a_merge_into_quantised_weights_is_refused_and_leaves_them_alone(safe):
     assert torch.equal(layer.get_base_layer().weight, quantised) and not layer.merged
 
 
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "save_pretrained", "layer"])
+@pytest.mark.parametrize(("gamma", "others"), [(0.25, 1.0), (1.0, 1.0), (1.0, 0.25)])
+def test_an_adapter_warns_where_it_is_merged_or_saved_before_gamma_is_1(
+    how, gamma, others, tmp_path, recwarn
+):
+    model = adapted(gamma=gamma)
+    model.add_adapter("second", JumpLoraConfig(r=2))
+    fill(model, "second", gamma=others)  # not the one that is merged or saved
+    recwarn.clear()
+    warnings.simplefilter("always")
+    if how == "save_pretrained":
+        for i, folder in enumerate(
+            ["one", "two", "checkpoint-7"]
+        ):  # the last as the Trainer does: no warning
+            one = dict(selected_adapters=["default"], safe_serialization=i != 1)
+            model.save_pretrained(tmp_path / folder, **one)
+    else:
+        a_layer(model).merge() if how == "layer" else getattr(model, how)()
+    found = {str(warning.message) for warning in recwarn if "sparse" in str(warning.message)}
+    done = "an adapter is saved" if how == "save_pretrained" else "adapter 'default' is merged"
+    assert found == ({f"{done} at γ = 0.25: {NOT_SPARSE}"} if gamma < 1 else set())
+    if how == "save_pretrained" and gamma < 1:
+        assert sum("sparse" in str(warning.message) for warning in recwarn) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:You are.*tied", "ignore:.*layers? tied")
+@pytest.mark.parametrize("kind", ["lm_head", "two layers", "layer_replication"])
+def test_a_merge_into_a_weight_with_two_owners_is_refused_and_leaves_it_alone(kind):
+    base, settings = backbone(), dict(target_modules=["lm_head", "q_proj", "v_proj"])
+    if kind == "lm_head":
+        base.lm_head.weight = base.get_input_embeddings().weight
+    elif kind == "two layers":
+        base.model.layers[0].self_attn.v_proj.weight = base.model.layers[1].self_attn.v_proj.weight
+    else:
+        settings["layer_replication"] = [(0, 2), (1, 2)]
+    model = fill(get_peft_model(base, JumpLoraConfig(r=2, **settings)))
+    before = weights(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="weight and .*weight share a weight: .* untie them"):
+            merge()
+    assert same_bits(weights(model), before) and not a_layer(model).merged
+
+
 # ---- several adapters -------------------------------------------------------------------------------------
 
 
@@ -644,7 +689,7 @@ def test_an_adapted_layer_compiles_in_one_piece(dropout):
         (dict(lora_ga_config=LoraGAConfig()), "lora_ga_config"),
         (dict(kasa_config=KasaConfig()), "kasa_config"),
         (dict(use_jumplora=False), "use_jumplora=False does not go with a gate"),
-        *((dict(init_lora_weights=init), f"{init!r} may move weights.*'gaussian' or 'orth") for init in MOVING),
+        *((dict(init_lora_weights=init), f"{init!r} may move weights.*use True, False") for init in MOVING),
         (dict(threshold_parametrization="exp"), "threshold_parametrization='exp'"),
         (dict(threshold_reduction="max"), "threshold_reduction='max'"),
         (dict(threshold_scope="layers"), r"scope='layers'.*'model'.*'block'.*did you mean 'layer'"),
