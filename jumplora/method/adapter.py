@@ -134,22 +134,21 @@ class JumpLoraLinear(LoraLinear):
         return {("use_jumplora",): JumpLoraVariant}
 
     @contextmanager
-    def gate_arguments(self, adapter: str) -> Iterator[dict]:
+    def gate_arguments(self, adapter: str, detach_threshold: bool = False) -> Iterator[dict]:
         "What the gated functions take, brought back from where accelerate offloads it between two uses."
         A, B, gate = parts = [part[adapter] for part in (self.lora_A, self.lora_B, self.lora_gate)]
         offloaded = [part for part in parts if hasattr(part, "_hf_hook")]
         for part in offloaded:
             part._hf_hook.pre_forward(part)
-        same = dict(scaling=self.scaling[adapter], **self.gate_options[adapter])  # and ε, "mean" or "sum"
-        yield dict(A=A.weight, B=B.weight, threshold=gate.threshold, interpolation=gate.interpolation, **same)
+        tau = gate.threshold.detach() if detach_threshold else gate.threshold  # (1,)
+        options = dict(scaling=self.scaling[adapter], **self.gate_options[adapter])  # and ε, "mean" or "sum"
+        yield dict(A=A.weight, B=B.weight, threshold=tau, interpolation=gate.interpolation, **options)
         for part in offloaded:
             part._hf_hook.post_forward(part, None)
 
     def get_delta_weight(self, adapter: str, detach_threshold: bool = False) -> Tensor:  # (out, in), fp32
         "ΔW_eff of an adapter, differentiable; without a gradient to τ where the threshold is detached."
-        with self.gate_arguments(adapter) as arguments:
-            if detach_threshold:
-                arguments["threshold"] = arguments["threshold"].detach()
+        with self.gate_arguments(adapter, detach_threshold) as arguments:
             return gated_update(**arguments)
 
     def gated_output(self, adapter_name: str, x: Tensor, weight=None, bias=None) -> Tensor:  # (..., out)
