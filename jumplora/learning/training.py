@@ -202,8 +202,8 @@ def named_updates(
     adapter_name: str = "default",  # which adapter
 ) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
-    layers = adapter_layers(model).items()
-    return {n: _layer_update(layer, adapter_name) for n, layer in layers if adapter_name in layer.lora_A}
+    layers = adapter_layers(model, adapter_name).items()
+    return {n: _layer_update(layer, adapter_name) for n, layer in layers}
 
 # %% ../../nbs/2_learning/training.ipynb #4b065948
 def penalty_function(model: nn.Module, regularizer: Regularizer) -> Callable[[], Tensor] | None:
@@ -437,6 +437,7 @@ def train_task(
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
     check_model(model, config.batch_size)
+    adapter_layers(model, "default")  # `ValueError` where the adapter has another name
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)

@@ -8,8 +8,11 @@ __all__ = ['JumpLoraConfig', 'adapter_layers', 'dense_update', 'delta_weights', 
 # %% ../../nbs/1_method/adapter.ipynb #0ca16edc
 import math
 import re
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -25,7 +28,7 @@ from .jumprelu import Gate
 # %% ../../nbs/1_method/adapter.ipynb #8d40c254
 @dataclass
 class JumpLoraConfig(LoraConfig):
-    "LoRA's configuration and the gate's. ValueError for unknown choices, or r, ε or τ not above 0."
+    "LoRA's configuration and the gate's. ValueError for unknown choices, numbers out of range, variants."
 
     threshold_scope: str = "model"  # who shares a gate: the whole "model", a "block", or no one ("layer")
     initial_threshold: float = math.exp(-4.7)  # τ before the schedule sets it from the data, above 0
@@ -35,17 +38,38 @@ class JumpLoraConfig(LoraConfig):
     use_jumplora: bool = field(default=True, metadata={"is_lora_variant": True})  # marks our variant for PEFT
 
     def __post_init__(self):
+        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+            what = f"init_lora_weights={self.init_lora_weights!r} may move weights into the update"
+            raise ValueError(f"{what}, to be zeroed there; use True, False, 'gaussian' or 'orthogonal'")
         super().__post_init__()
         self.peft_type = PeftType.JUMPLORA
         check_choice(self.threshold_scope, ("model", "block", "layer"), "threshold_scope")
         check_choice(self.threshold_parametrization, ("log", "raw"), "threshold_parametrization")
         check_choice(self.threshold_reduction, ("mean", "sum"), "threshold_reduction")
-        for name in ("r", "bandwidth", "initial_threshold"):
+        for name in ("r", "lora_alpha", "bandwidth", "initial_threshold"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value!r} is not positive; give a number above 0")
-        if self.lora_bias:
-            raise ValueError("lora_bias=True has no gate: the gate acts on the weight alone; leave it False")
+            kinds, noun = ((int,), "whole number") if name == "r" else ((int, float), "number")
+            if type(value) not in kinds or not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} is not positive; give a {noun} above 0")
+        without = "lora_bias fan_in_fan_out use_qalora megatron_config target_parameters lora_ga_config"
+        for name in without.split() + [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]:
+            if (name == "use_jumplora") != bool(value := getattr(self, name, None)):
+                raise ValueError(f"{name}={value!r} does not go with a gate; leave it out, or use LoraConfig")
+
+    def save_pretrained(self, save_directory, **kwargs):
+        "Write the settings; PEFT calls this once the adapter is saved. A Trainer's checkpoint may be dense."
+        super().save_pretrained(save_directory, **kwargs)
+        if not any(re.fullmatch(r"checkpoint-\d+", part) for part in Path(save_directory).parts[-2:]):
+            warn_if_dense(self._saved_interpolation, "an adapter is saved")
+
+    _saved_interpolation = 1.0  # γ in the state that PEFT took last, set by the model
+
+# %% ../../nbs/1_method/adapter.ipynb #8cb2c0f8
+def warn_if_dense(interpolation: float, done: str) -> None:
+    "A warning where γ is below 1."
+    if not interpolation >= 1:
+        fix = "it is not sparse before γ = 1; finish its schedule, or set gate.interpolation.fill_(1)"
+        warnings.warn(f"{done} at γ = {interpolation:.3g}: {fix}", stacklevel=3)
 
 # %% ../../nbs/1_method/adapter.ipynb #131516f0
 class JumpLoraVariant(LoraVariant):
@@ -72,6 +96,8 @@ class JumpLoraVariant(LoraVariant):
         if not orig_weight.is_floating_point():
             kind = str(orig_weight.dtype).removeprefix("torch.")
             raise ValueError(f"weights of {kind} are quantised; merge into the full-precision checkpoint")
+        gamma = module.lora_gate[active_adapter].interpolation.item()
+        warn_if_dense(gamma, f"adapter {active_adapter!r} is merged")
         delta = module.get_delta_weight(active_adapter)  # (out, in), fp32
         touched = delta.flatten().nonzero().flatten()
         overwritten = orig_weight.flatten()[touched].clone()
@@ -107,40 +133,38 @@ class JumpLoraLinear(LoraLinear):
     def lora_variants(self):
         return {("use_jumplora",): JumpLoraVariant}
 
+    @contextmanager
+    def gate_arguments(self, adapter: str, detach_threshold: bool = False) -> Iterator[dict]:
+        "What the gated functions take, brought back from where accelerate offloads it between two uses."
+        A, B, gate = parts = [part[adapter] for part in (self.lora_A, self.lora_B, self.lora_gate)]
+        offloaded = [part for part in parts if hasattr(part, "_hf_hook")]
+        for part in offloaded:
+            part._hf_hook.pre_forward(part)
+        tau = gate.threshold.detach() if detach_threshold else gate.threshold  # (1,)
+        options = dict(scaling=self.scaling[adapter], **self.gate_options[adapter])  # and ε, "mean" or "sum"
+        yield dict(A=A.weight, B=B.weight, threshold=tau, interpolation=gate.interpolation, **options)
+        for part in offloaded:
+            part._hf_hook.post_forward(part, None)
+
     def get_delta_weight(self, adapter: str, detach_threshold: bool = False) -> Tensor:  # (out, in), fp32
         "ΔW_eff of an adapter, differentiable; without a gradient to τ where the threshold is detached."
-        gate = self.lora_gate[adapter]
-        return gated_update(
-            A=self.lora_A[adapter].weight,  # (r, in)
-            B=self.lora_B[adapter].weight,  # (out, r)
-            threshold=gate.threshold.detach() if detach_threshold else gate.threshold,  # (1,)
-            interpolation=gate.interpolation,  # (1,)
-            scaling=self.scaling[adapter],
-            bandwidth=self.gate_options[adapter]["bandwidth"],
-            reduction=self.gate_options[adapter]["reduction"],
-        )
+        with self.gate_arguments(adapter, detach_threshold) as arguments:
+            return gated_update(**arguments)
 
     def gated_output(self, adapter_name: str, x: Tensor, weight=None, bias=None) -> Tensor:  # (..., out)
-        "x times weight plus update, or the update branch alone."
-        gate = self.lora_gate[adapter_name]
-        return gated_linear(
-            x,  # (..., in)
-            weight,  # (out, in) or None
-            A=self.lora_A[adapter_name].weight,
-            B=self.lora_B[adapter_name].weight,
-            threshold=gate.threshold,
-            interpolation=gate.interpolation,
-            bias=bias,
-            scaling=self.scaling[adapter_name],
-            bandwidth=self.gate_options[adapter_name]["bandwidth"],
-            reduction=self.gate_options[adapter_name]["reduction"],
-        )
+        "x (..., in) times weight (out, in) plus update, or the update branch alone."
+        with self.gate_arguments(adapter_name) as arguments:
+            return gated_linear(x, weight, bias=bias, **arguments)
 
     def fused_adapter(self) -> str | None:  # name, or None
         "The active adapter if the fused path applies, else None."
         active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = type(self.base_layer) is nn.Linear and self.base_layer.weight.dtype == torch.float32
-        if len(active) != 1 or self.disable_adapters or self.merged or not plain:
+        base = self.base_layer
+        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+        plain = plain and base.weight.dtype == torch.float32 and "forward" not in base.__dict__
+        hooks = base._forward_pre_hooks or base._forward_hooks
+        hooks = hooks or base._backward_pre_hooks or base._backward_hooks
+        if len(active) != 1 or self.disable_adapters or self.merged or not plain or hooks:
             return None
         return active[0] if isinstance(self.lora_dropout[active[0]], nn.Identity) else None
 
@@ -180,6 +204,27 @@ class JumpLoraModel(LoraModel):
             raise ValueError(f"target_modules names a layer of type {found}; a gate needs nn.Linear")
         return JumpLoraLinear(target, adapter_name, config=lora_config, **kwargs)
 
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        gammas = [o for name, o in state.items() if name.endswith(".interpolation") and not o.is_meta]
+        config._saved_interpolation = min(map(float, gammas), default=1.0)
+        return state
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
+        why = "two gated adapters have no difference that a gated adapter equals"
+        raise ValueError(f"{why}; leave path_initial_model_for_weight_conversion out")
+
+    def _check_merge_allowed(self):
+        super()._check_merge_allowed()
+        owners = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+        for layer in adapter_layers(self).values():
+            if len(names := owners.get(id(layer.get_base_layer().weight), ())) > 1:
+                raise ValueError(f"{' and '.join(names)} share a weight: a merge would alter all; untie them")
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         gates = self.__dict__.get("_shared_gates", {})
@@ -202,18 +247,32 @@ if "JUMPLORA" not in PeftType.__members__:  # once, however often this module is
     register_peft_method(name="jumplora", config_cls=JumpLoraConfig, model_cls=JumpLoraModel, prefix="lora_")
 
 # %% ../../nbs/1_method/adapter.ipynb #499b6cef
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|module|_orig_mod|_fsdp_wrapped_module)\.")
+_WRAPPERS = {  # class -> its attribute that holds what is wrapped
+    "PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model", "DataParallel": "module",
+    "DistributedDataParallel": "module", "DeepSpeedEngine": "module", "OptimizedModule": "_orig_mod",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module", "CheckpointWrapper": "_checkpoint_wrapped_module",
+}  # fmt: skip
 
 
 def adapter_layers(
     model: nn.Module,  # model with PEFT adapters, wrapped or not
+    adapter_name: str | None = None,  # only those with this adapter; None: with any
 ) -> dict[str, LoraLayer]:  # layer's name in the base model -> adapted layer
-    "The layers that an adapter was put on, plain LoRA or gated, in the order of the model."
-    return {
-        _WRAPPERS.sub("", name): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and len(module.lora_A) > 0
-    }
+    "The layers that an adapter was put on, as in the model. `ValueError` if none has the one named."
+    layers, modules, names = {}, dict(model.named_modules()), {"": ""}  # path -> name in the base model
+    for path, module in modules.items():
+        if path:
+            parent, _, child = path.rpartition(".")
+            names[path] = f"{names[parent]}.{child}".lstrip(".")
+            if any(_WRAPPERS.get(cls.__name__) == child for cls in type(modules[parent]).__mro__):
+                names[path] = names[parent]
+        if isinstance(module, LoraLayer) and len(module.lora_A) > 0:
+            layers[names[path]] = module
+    found = {n: o for n, o in layers.items() if adapter_name is None or adapter_name in o.lora_A}
+    if layers and not found:
+        known = sorted({name for layer in layers.values() for name in layer.lora_A})
+        raise ValueError(f"no layer has an adapter {adapter_name!r}; this model has {known}")
+    return found
 
 # %% ../../nbs/1_method/adapter.ipynb #c686a6f8
 @torch.no_grad()
@@ -231,11 +290,8 @@ def delta_weights(
     detach_threshold: bool = False,  # True: no gradient to τ (the authors' code does so in the penalty)
 ) -> dict[str, Tensor]:  # layer's name -> ΔW_eff, (out, in), fp32, differentiable
     "The update of every layer that has this adapter."
-    return {
-        name: delta_weight(layer, adapter_name, detach_threshold)
-        for name, layer in adapter_layers(model).items()
-        if adapter_name in layer.lora_A
-    }
+    layers = adapter_layers(model, adapter_name).items()
+    return {name: delta_weight(layer, adapter_name, detach_threshold) for name, layer in layers}
 
 # %% ../../nbs/1_method/adapter.ipynb #5fb011cf
 def delta_weight(layer: LoraLayer, adapter_name: str = "default", detach_threshold: bool = False) -> Tensor:

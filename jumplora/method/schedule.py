@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .adapter import GateGroup, gate_groups
+from .adapter import GateGroup, gate_groups, warn_if_dense
 
 # %% ../../nbs/1_method/schedule.ipynb #55ea6025
 def ramp_steps(
@@ -200,3 +200,9 @@ class SparsityCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         "The schedule's next step."
         self.schedule.after_step(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        "Warn where the gate is not at γ = 1: training stopped early, or went back to its best checkpoint."
+        gamma = min(float(group.gate.interpolation) for group in self.schedule.groups.values())
+        total = self.schedule.total_steps
+        warn_if_dense(gamma, f"training ended at step {state.global_step} of {total}")

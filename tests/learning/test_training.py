@@ -16,7 +16,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tokenizers import processors
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ from jumplora.learning.training import (
     task_steps,
     train_task,
 )
-from jumplora.method.adapter import adapter_layers, delta_weights, gate_groups
+from jumplora.method.adapter import JumpLoraConfig, adapter_layers, delta_weights, gate_groups
 from jumplora.method.regularizers import ELLA, IncLoRA, Regularizer, Update, zero_penalty
 
 OPTIONS = ("no", "natural science", "a sport that is played with a ball")  # 1, a few and many tokens
@@ -497,6 +497,13 @@ class GoesWrong(Regularizer):
 def test_a_loss_that_is_not_finite_stops_the_task_and_names_the_step(value, step):
     with pytest.raises(Diverged, match=rf"task 'topics'.*{value} at step {step}\b.*lower the learning rate"):
         trained(regularizer=GoesWrong(value, step))
+
+
+def test_an_adapter_of_another_name_is_refused_instead_of_trained_without_its_gate():
+    model, tokenizer = make("llama")
+    model = get_peft_model(model, JumpLoraConfig(r=2), adapter_name="red")
+    with pytest.raises(ValueError, match=r"no layer has an adapter 'default'; this model has \['red'\]"):
+        train_task(model, tokenizer, TASK, TrainConfig(rank=2), IncLoRA())
 
 
 def test_only_a_gated_task_must_be_trained_to_its_end():

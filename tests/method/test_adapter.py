@@ -4,16 +4,21 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig, LoraGAConfig
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from jumplora.data.backbones import load_backbone
+from jumplora.learning.training import named_updates
 from jumplora.method.adapter import (
     JumpLoraConfig,
     JumpLoraLinear,
@@ -26,8 +31,11 @@ from jumplora.method.adapter import (
 )
 from jumplora.method.gated_linear import naive_gated_linear, naive_gated_update
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*it is not sparse before")  # many gates here are halfway
 IDS = torch.arange(3, 19).view(2, 8)
 SCOPES = {"model": 1, "block": 2, "layer": 4}  # gates of a Llama of two blocks with two targets each
+NOT_SPARSE = "it is not sparse before γ = 1; finish its schedule, or set gate.interpolation.fill_(1)"
+MOVING = "pissa pissa_niter_4 olora OLoRA loftq corda lora_ga eva mica typo".split()
 both_models = pytest.mark.parametrize("base", ["llama", "t5"])
 # a dropout of 1e-12 drops nothing, and keeps the layer from its fused path
 both_paths = pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fused path", "PEFT's path"])
@@ -163,6 +171,85 @@ def test_forward_gradients_and_merge_are_those_of_the_naive_layer(form, reductio
     assert relative(W - before, update) < 1e-5
 
 
+def on_forward(base, calls):
+    base.register_forward_hook(lambda module, inputs, output: calls.append(1) or output + 1)
+
+
+def before_forward(base, calls):
+    base.register_forward_pre_hook(lambda module, inputs: calls.append(1) or (inputs[0] * 2,))
+
+
+def on_backward(base, calls):
+    base.register_full_backward_hook(lambda module, inputs, outputs: calls.append(1))
+
+
+def before_backward(base, calls):
+    base.register_full_backward_pre_hook(lambda module, outputs: calls.append(1) or (outputs[0] * 2,))
+
+
+def own_forward(base, calls):
+    plain = base.forward
+    base.forward = lambda x: calls.append(1) or plain(x) + 1
+
+
+def offloaded(base, calls):
+    cpu_offload(base, torch.device("cpu"))
+    assert base.weight.device.type == "meta"
+
+
+def weight_norm(base, calls):
+    nn.utils.weight_norm(base)
+    base.weight_g.data.mul_(2)  # the weight itself is computed at the next forward
+
+
+def parametrized(base, calls):
+    nn.utils.parametrizations.weight_norm(base)
+    base.parametrizations.weight.original0.data.mul_(2)
+
+
+def pruned(base, calls):
+    prune.random_unstructured(base, "weight", 0.5)
+    base.weight_mask.zero_()
+
+
+ALTERED = [on_forward, before_forward, on_backward, before_backward, own_forward, offloaded, weight_norm]
+ALTERED += [parametrized, pruned]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("alter", ALTERED, ids=lambda alter: alter.__name__)
+def test_what_is_done_to_the_base_layer_acts_once_per_pass_as_with_stock_lora(alter):
+    x, found = torch.randn(3, 8), []
+    for config in (JumpLoraConfig, LoraConfig):
+        torch.manual_seed(0)
+        settings = config(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+        layer = adapter_layers(get_peft_model(nn.Sequential(nn.Linear(8, 6)), settings))["0"]
+        unaltered = layer(x)
+        alter(layer.base_layer, calls := [])
+        inputs = x.clone().requires_grad_()
+        output = layer(inputs)
+        output.square().sum().backward()
+        found.append((calls, output, inputs.grad, layer.lora_A["default"].weight.grad))
+        assert (alter in (on_backward, before_backward, offloaded)) == torch.allclose(output, unaltered)
+    (calls, *ours), (expected_calls, *theirs) = found
+    assert calls == expected_calls and len(calls) == (alter in ALTERED[:5])
+    for measured, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(measured, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_model_that_is_offloaded_with_its_adapter_runs_and_merges(scope):
+    model = adapted(threshold_scope=scope).eval()
+    with torch.no_grad():
+        expected = logits(model)
+        cpu_offload(model, torch.device("cpu"))
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_fused_path_serves_one_active_adapter_on_a_plain_float32_layer_without_dropout():
     model = two_adapters()
     layer = a_layer(model)
@@ -288,19 +375,55 @@ def test_a_penalty_may_leave_the_threshold_alone():
     assert theta.grad.item() != 0
 
 
-def test_wrapped_models_keep_their_layers_names():
+def wrap(model, kind, attribute):
+    "A stand-in for a wrapper's class that holds the model as the real one does."
+    wrapper = type(kind, (nn.Module,), {})()
+    setattr(wrapper, attribute, model)
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        dict(DistributedDataParallel="module"),
+        dict(DeepSpeedEngine="module", OptimizedModule="_orig_mod"),
+        dict(FullyShardedDataParallel="_fsdp_wrapped_module", CheckpointWrapper="_checkpoint_wrapped_module"),
+    ],
+    ids=" ".join,
+)
+def test_wrapped_models_keep_their_layers_names(kinds):
     model = adapted()
     names = list(adapter_layers(model))
-    for prefixes in ("module", "_orig_mod", "module _orig_mod", "_fsdp_wrapped_module module"):
-        wrapped = model
-        for prefix in prefixes.split():
-            wrapped = nn.ModuleDict({prefix: wrapped})
-        assert list(adapter_layers(wrapped)) == list(delta_weights(wrapped)) == names
-        assert list(next(iter(gate_groups(wrapped).values())).layers) == names
-    assert list(adapter_layers(model.get_base_model())) == names  # adapted in place, not wrapped at all
+    assert list(adapter_layers(nn.DataParallel(model))) == list(adapter_layers(torch.compile(model))) == names
+    assert list(adapter_layers(model.get_base_model())) == list(adapter_layers(model.base_model)) == names
     blocks = model.get_base_model().model.layers
-    blocks[0] = nn.ModuleDict({"_orig_mod": blocks[0]})  # one block compiled by itself
-    assert list(adapter_layers(model)) == names
+    wrapped = model
+    for kind, attribute in kinds.items():
+        blocks[0] = wrap(blocks[0], kind, attribute)  # one block by itself
+        wrapped = wrap(wrapped, kind, attribute)  # the whole model
+    assert list(adapter_layers(wrapped)) == list(delta_weights(wrapped)) == names
+    assert list(next(iter(gate_groups(wrapped).values())).layers) == names
+
+
+def test_layers_that_are_called_like_a_wrappers_attribute_keep_their_names():
+    inner = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+    base = nn.ModuleDict({"module": inner, "_orig_mod": nn.Linear(4, 4)})
+    base.base_model = nn.ModuleDict({"model": nn.ModuleDict({"v_proj": nn.Linear(4, 4)})})
+    targets = ["q_proj", "_orig_mod", "v_proj"]
+    model = get_peft_model(nn.ModuleDict({"module": base}), JumpLoraConfig(target_modules=targets))
+    names = ["module.module.q_proj", "module._orig_mod", "module.base_model.model.v_proj"]
+    for wrapped in (model, nn.DataParallel(model), wrap(model, "OptimizedModule", "_orig_mod")):
+        assert sorted(adapter_layers(wrapped)) == sorted(names)
+    assert all(model.get_base_model().get_submodule(name) is adapter_layers(model)[name] for name in names)
+
+
+def test_an_adapter_that_no_layer_has_is_an_error_that_names_those_there_are():
+    model = get_peft_model(backbone(), JumpLoraConfig(r=2), adapter_name="red")
+    for call in (delta_weights, adapter_layers, named_updates):
+        with pytest.raises(ValueError, match=r"no layer has an adapter 'default'; this model has \['red'\]"):
+            call(model, "default")
+    assert len(delta_weights(model, "red")) == len(named_updates(model, "red")) == 4
+    assert not delta_weights(backbone())
 
 
 # ---- saving and loading -----------------------------------------------------------------------------------
@@ -435,6 +558,49 @@ def test_a_merge_into_quantised_weights_is_refused_and_leaves_them_alone(safe):
     assert torch.equal(layer.get_base_layer().weight, quantised) and not layer.merged
 
 
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "save_pretrained", "layer"])
+@pytest.mark.parametrize(("gamma", "others"), [(0.25, 1.0), (1.0, 1.0), (1.0, 0.25)])
+def test_an_adapter_warns_where_it_is_merged_or_saved_before_gamma_is_1(
+    how, gamma, others, tmp_path, recwarn
+):
+    model = adapted(gamma=gamma)
+    model.add_adapter("second", JumpLoraConfig(r=2))
+    fill(model, "second", gamma=others)  # not the one that is merged or saved
+    recwarn.clear()
+    warnings.simplefilter("always")
+    if how == "save_pretrained":
+        for i, folder in enumerate(
+            ["one", "two", "checkpoint-7"]
+        ):  # the last as the Trainer does: no warning
+            one = dict(selected_adapters=["default"], safe_serialization=i != 1)
+            model.save_pretrained(tmp_path / folder, **one)
+    else:
+        a_layer(model).merge() if how == "layer" else getattr(model, how)()
+    found = {str(warning.message) for warning in recwarn if "sparse" in str(warning.message)}
+    done = "an adapter is saved" if how == "save_pretrained" else "adapter 'default' is merged"
+    assert found == ({f"{done} at γ = 0.25: {NOT_SPARSE}"} if gamma < 1 else set())
+    if how == "save_pretrained" and gamma < 1:
+        assert sum("sparse" in str(warning.message) for warning in recwarn) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:You are.*tied", "ignore:.*layers? tied")
+@pytest.mark.parametrize("kind", ["lm_head", "two layers", "layer_replication"])
+def test_a_merge_into_a_weight_with_two_owners_is_refused_and_leaves_it_alone(kind):
+    base, settings = backbone(), dict(target_modules=["lm_head", "q_proj", "v_proj"])
+    if kind == "lm_head":
+        base.lm_head.weight = base.get_input_embeddings().weight
+    elif kind == "two layers":
+        base.model.layers[0].self_attn.v_proj.weight = base.model.layers[1].self_attn.v_proj.weight
+    else:
+        settings["layer_replication"] = [(0, 2), (1, 2)]
+    model = fill(get_peft_model(base, JumpLoraConfig(r=2, **settings)))
+    before = weights(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="weight and .*weight share a weight: .* untie them"):
+            merge()
+    assert same_bits(weights(model), before) and not a_layer(model).merged
+
+
 # ---- several adapters -------------------------------------------------------------------------------------
 
 
@@ -512,12 +678,23 @@ def test_an_adapted_layer_compiles_in_one_piece(dropout):
         (dict(bandwidth=float("inf")), "bandwidth=inf"),
         (dict(initial_threshold=-1.0), "initial_threshold=-1.0"),
         (dict(initial_threshold=True), "initial_threshold=True"),
+        (dict(r=2.5), "r=2.5 is not positive; give a whole number"),
+        (dict(lora_alpha=0), "lora_alpha=0 is not positive"),
+        (dict(lora_alpha=float("nan")), "lora_alpha=nan is not positive"),
         (dict(lora_bias=True), "lora_bias"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out=True does not go with a gate; leave it out"),
+        (dict(use_qalora=True), "use_qalora=True does not go with a gate"),
+        (dict(megatron_config={"a": 1}), "megatron_config"),
+        (dict(target_parameters=["q_proj.weight"]), "target_parameters"),
+        (dict(lora_ga_config=LoraGAConfig()), "lora_ga_config"),
+        (dict(kasa_config=KasaConfig()), "kasa_config"),
+        (dict(use_jumplora=False), "use_jumplora=False does not go with a gate"),
+        *((dict(init_lora_weights=init), f"{init!r} may move weights.*use True, False") for init in MOVING),
         (dict(threshold_parametrization="exp"), "threshold_parametrization='exp'"),
         (dict(threshold_reduction="max"), "threshold_reduction='max'"),
         (dict(threshold_scope="layers"), r"scope='layers'.*'model'.*'block'.*did you mean 'layer'"),
         (dict(target_modules=["embed_tokens"]), r"Embedding.*nn\.Linear"),
-        (dict(use_dora=True), "use_dora"),  # another variant on top
+        (dict(use_dora=True), "use_dora=True does not go with a gate"),  # another variant on top
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 import weakref
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from jumplora.data.backbones import load_backbone
 from jumplora.method.adapter import JumpLoraConfig, delta_weights, gate_groups
@@ -40,7 +41,7 @@ def fill_B(model, seed=1, groups=None):
             B.data.copy_(torch.randn(B.shape, generator=generator))
 
 
-def train(schedule, folder, rows, resume=None, **more):
+def train(schedule, folder, rows, resume=None, callbacks=(), **more):
     "Train with transformers' Trainer; the schedule's state after each step, and its JSON."
     states = []
 
@@ -54,7 +55,8 @@ def train(schedule, folder, rows, resume=None, **more):
         str(folder), per_device_train_batch_size=2, num_train_epochs=1, report_to="none", disable_tqdm=True,
         logging_strategy="no", use_cpu=True, learning_rate=1e-2, **{"save_strategy": "no"} | more,
     )  # fmt: skip
-    trainer = Trainer(schedule.model, args, train_dataset=data, callbacks=[Recorder(schedule)])
+    callbacks = [Recorder(schedule), *callbacks]
+    trainer = Trainer(schedule.model, args, train_dataset=data, eval_dataset=data[:2], callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return states
@@ -352,3 +354,36 @@ def test_another_total_or_a_gate_set_to_one_stops_before_the_first_step(tmp_path
     with pytest.raises(ValueError, match=message):
         train(schedule, tmp_path, rows=6)
     assert not any(p.any() for n, p in schedule.model.named_parameters() if "lora_B" in n)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+BEST = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+BEST |= dict(
+    load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True
+)  # the worst, which is an early one
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks", "name", "end"),
+    [
+        (dict(), [], "red", None),
+        (dict(save_strategy="steps", save_steps=2), [], "red", None),  # a checkpoint of the ramp is no end
+        (dict(), [Stop()], "red", "at step 3 of 10 at γ = 0.167"),
+        (BEST, [], "default", "at step 10 of 10 at γ = 0"),
+    ],
+    ids=["to the end", "with checkpoints", "stopped early", "back to the best checkpoint"],
+)
+def test_a_training_that_ends_before_its_gate_is_gated_warns(settings, callbacks, name, end, tmp_path):
+    model = get_peft_model(load_backbone("tiny-llama")[0], JumpLoraConfig(r=2), adapter_name=name)
+    schedule = SparsitySchedule(model, 10, adapter_name=name)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        train(schedule, tmp_path, rows=20, callbacks=callbacks, **settings)
+    found = [str(warning.message) for warning in found if "γ" in str(warning.message)]
+    assert len(found) == (end is not None)
+    assert all(message.startswith(f"training ended {end}: it is not sparse") for message in found)
+    assert (schedule.groups["model"].gate.interpolation < 1) == (end is not None)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -152,6 +153,7 @@ def parts_of(folder):
 
 STOCK = """
 import sys
+import warnings
 sys.modules["jumplora"] = None  # an import of it fails
 import re, torch
 from pathlib import Path
@@ -505,6 +507,19 @@ def test_a_kept_adapter_has_no_update_of_one_task_and_without_a_gate_is_not_call
         export_run(folder, tmp_path / "out", "jumplora")
     export_run(folder, tmp_path / "dense", "supertuning")
     assert json.loads((tmp_path / "dense" / "adapter_config.json").read_text())["sparsity"] == 0.0
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_an_adapter_that_is_exported_before_gamma_is_1_warns(gamma, kept, tmp_path):
+    finished = load_finished(kept)
+    for name, value in finished.adapter.items():
+        if name.endswith("interpolation"):
+            value.fill_(gamma)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        finished.write(tmp_path, "jumplora", None)
+    expected = ["an adapter is saved at γ = 0.5: it is not sparse before γ = 1"] * (gamma < 1)
+    assert [str(o.message).split(";")[0] for o in found if "sparse" in str(o.message)] == expected
 
 
 def test_another_base_a_damaged_state_and_a_damaged_archive_are_refused(place, run, tmp_path, monkeypatch):
