@@ -381,7 +381,7 @@ def held_folder(folder: Path | None, tasks: int) -> Iterator[StopRequest]:
                     left.unlink(missing_ok=True)
             stop = held.enter_context(_graceful_shutdown())
         yield stop
-        on_main(_is_complete, folder, keep=tasks)  # removes what a kill after the last score has left
+        on_main(_is_complete, folder, tasks)  # removes what a kill after the last score has left
 
 # %% ../../nbs/5_inside/state.ipynb #e619fe3a
 def weights_fingerprint(model: nn.Module) -> str:
