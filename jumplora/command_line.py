@@ -422,15 +422,24 @@ def grid(
                 method, sequence, seed, strengths, train=budget["train"] | settings, rows=budget["rows"],
                 backbone=backbone, split=split, dtype=dtype,
             )  # fmt: skip
-        grids.run_grid(
+        options = parse_settings(slurm)
+        for name in options.keys() & inspect.signature(grids.run_grid).parameters.keys():
+            flag = f"; use --{name}" if name in inspect.signature(grid).parameters else ""
+            raise ValueError(f"--slurm {name}={options[name]}: this is no parameter of submitit{flag}")
+        asked = grids.run_grid(
             jobs, out, workers=workers, processes=processes, engine=engine, folder=folder, device=device,
-            **parse_settings(slurm),
+            **options,
         )  # fmt: skip
     table = grids.status(out)
     print(table.reset_index(drop=True).to_string(index=False))
     counts = table["state"].value_counts()
     print(", ".join(f"{counts.get(state, 0)} {state}" for state in ("done", "running", "failed", "waiting")))
-    return int("failed" in counts)
+    failed = counts.get("failed", 0)
+    own = failed if status else (asked["state"] == "failed").sum()
+    if failed > own:
+        what = "job is of an earlier command" if failed - own == 1 else "jobs are of earlier commands"
+        print(f"{failed - own} failed {what} with other flags; give that command again to retry")
+    return int(own > 0)
 
 
 def speed(

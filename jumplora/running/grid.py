@@ -9,10 +9,13 @@ __all__ = ['PROTOCOLS', 'Job', 'plan', 'status', 'run_grid']
 import json
 import os
 import re
+import signal
+import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,13 +29,13 @@ from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device, pick_dtype
 from ..data.benchmark import HUB_SEQUENCES, ORDERS
 from ..data.sequences import load_sequence
-from ..learning.continual import Method, learn_sequence
+from ..learning.continual import Method, check_seed, learn_sequence
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
-from ..learning.training import TrainConfig
+from ..learning.training import TrainConfig, check_model
 from .processes import is_main, join_processes, on_main
 from ..storage.record import Damaged, Run, digest
-from ..storage.state import held_lock, new_run
+from ..storage.state import graceful_shutdown, held_lock, new_run
 
 # %% ../../nbs/5_inside/grid.ipynb #2f11dbaf
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
@@ -64,13 +67,17 @@ class Job:
     strength: float | list | None = None  # λ of the method's penalty; None: its default
     split: str = "test"  # rows that are scored: "test" or "dev"
     dtype: str = "auto"  # of the backbone; the command asks for "float32"
+    fingerprint: str = ""  # of the rows; `run_grid` fills it in
 
     @property
     def key(self) -> str:  # letters, digits, "-", "." and "_": safe as a folder's name
         "Sequence, method, seed, and eight digits of the hash of all that is asked."
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
-        return "_".join([*slugs, digest(asdict(self))[:8]])
+        asked = asdict(self)
+        if not self.fingerprint:
+            del asked["fingerprint"]
+        return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
 def plan(
@@ -108,6 +115,11 @@ def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     orders = [f"order{n}" for n, tasks in ORDERS.items() if alone and job.sequence in tasks]
     tasks = load_sequence((orders or [job.sequence])[0], folder, **job.rows)
     return TaskSequence(job.sequence, [tasks[job.sequence]]) if alone else tasks
+
+
+def _rows_fingerprint(tasks: TaskSequence) -> str:
+    "Changes when any row, question or option changes."
+    return digest([[task.name, task.fingerprint()] for task in tasks])[:16]
 
 # %% ../../nbs/5_inside/grid.ipynb #e3b0f1a4
 def _read_json(path: Path) -> dict:
@@ -181,6 +193,8 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
     if visible is not None:  # submitit hides GPUs from jobs of this machine
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
+        if threading.current_thread() is threading.main_thread():  # submitit ignores SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if processes > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         join_processes(device)
@@ -192,6 +206,8 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         job = _read_jobs(Path(out))[key]
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
+        if job.fingerprint not in ("", _rows_fingerprint(tasks)):
+            raise ValueError(f"the rows of {job.sequence} have changed since; give the command again")
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
         run = new_run(model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split)
         note["run"] = run.name
@@ -210,14 +226,30 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
 def _places(device: str, processes: int) -> list[tuple[str, str]]:
     "The device and the visible GPUs of jobs of this machine, to be taken in turn: one GPU per process."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if processes == 1 or not count:
-        return [(f"cuda:{i}", visible) for i in range(count)] or [(device, visible)]
-    if count < processes:
-        raise ValueError(f"processes={processes}, and there are {count} GPUs here; use at most {count}")
-    names = [str(i) for i in range(count)] if visible == "all" else visible.split(",")
-    starts = range(0, count - processes + 1, processes)
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind in ("auto", "cuda") else 0  # starts nothing on them
+    if not count:
+        return [(str(pick_device(device)), visible)]
+    names = [str(i) for i in range(count)] if visible == "all" else visible.split(",")[:count]
+    if number:
+        names = [names[int(check_choice(number, list(map(str, range(count))), "number of a GPU"))]]
+    if len(names) < processes:
+        here = f"processes={processes}, and there are {len(names)} GPUs here"
+        raise ValueError(f"{here} for device={device!r}; use at most {len(names)}")
+    starts = range(0, len(names) - processes + 1, processes)
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
+
+
+def _check_options(engine: str, options: dict) -> None:
+    "`ValueError` for what submitit does not know; nothing is written."
+    other = [name for name in options if name.startswith("slurm_") and engine != "slurm"]
+    if other:
+        raise ValueError(f"{other[0]} needs engine='slurm', and this is engine={engine!r}")
+    with tempfile.TemporaryDirectory() as trial:
+        try:
+            submitit.AutoExecutor(folder=trial, cluster=engine).update_parameters(**options)
+        except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"submitit, engine={engine!r}: {str(error).splitlines()[0]}") from None
 
 
 def run_grid(
@@ -226,26 +258,36 @@ def run_grid(
     workers: int = 1,  # jobs at a time
     engine: str = "local",  # or "slurm"
     folder: str | None = None,  # the benchmark's rows
-    device: str = "auto",  # as in `load_backbone`
+    device: str = "auto",  # as in `load_backbone`; "auto" and "cuda": a GPU of its own for every worker
     processes: int = 1,  # that share one run, each with a GPU of its own if there are any
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
-) -> pd.DataFrame:  # the status of the whole folder
+) -> pd.DataFrame:  # the status of these jobs
     "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
     check_choice(engine, ("local", "slurm"), "engine")
+    jobs = list(jobs)
     for name, count in dict(workers=workers, processes=processes).items():
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}={count!r} is not a whole number of at least 1")
     out = Path(out).resolve()
     folder = folder and str(Path(folder).resolve())
     places = _places(device, processes) if engine == "local" else []
-    sequences = {}
-    for job, method in [(job, job_method(job)[0]) for job in jobs]:  # all words first, then the rows
+    options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
+    _check_options(engine, options)
+    methods = [job_method(job) for job in jobs]  # all words first, then models without weights, then rows
+    for job in jobs:
         check_choice(job.split, ("test", "dev"), "split")
+        check_seed(job.seed)
         pick_dtype(job.dtype, pick_device("cpu"))
+    models = {name: load_backbone(name, device="meta")[0] for name in {job.backbone: 0 for job in jobs}}
+    sequences = {}
+    for i, (job, (method, config)) in enumerate(zip(jobs, methods, strict=True)):
+        check_model(models[job.backbone], config.target_modules)
         place = (job.sequence, str(job.rows), method.training)
         if place not in sequences:
-            sequences[place] = job_sequence(job, folder)
-        method.check_fits(sequences[place])
+            tasks = job_sequence(job, folder)
+            sequences[place] = (tasks, _rows_fingerprint(tasks))
+        method.check_fits(sequences[place][0])
+        jobs[i] = replace(job, fingerprint=sequences[place][1])
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     with held_lock(out / "jobs" / "lock", patience=60):
         asked = {key: asdict(job) for key, job in (_read_jobs(out) | {job.key: job for job in jobs}).items()}
@@ -255,7 +297,6 @@ def run_grid(
         (out / "jobs" / key / "run.json").unlink(missing_ok=True)  # an error of the last attempt
     workers = min(workers, len(missing))
     work = partial(_run_job, str(out), folder=folder, processes=processes)
-    options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
     if engine == "slurm" and missing:
         executor = submitit.AutoExecutor(folder=out / "jobs" / "log", cluster="slurm")
         executor.update_parameters(**dict(slurm_array_parallelism=workers) | options)
@@ -263,33 +304,45 @@ def run_grid(
     if engine == "local" and missing:
         threads = max(1, torch.get_num_threads() // (workers * processes))
         _run_here(out, missing, partial(work, threads=threads), workers, places, options)
-    return status(out)
+    return status(out).loc[list(dict.fromkeys(job.key for job in jobs))]
 
 
 def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict) -> None:
     "Do jobs on this machine, some at a time, and print how each has ended."
     slots = [None] * workers  # the key of a job, and the process that does it
     waiting = keys[::-1]
-    try:
-        while waiting or any(slots):
-            for slot, running in enumerate(slots):
-                if running is None and waiting:
-                    key = waiting.pop()
-                    executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
-                    executor.update_parameters(**options)
-                    device, visible = places[slot % len(places)]
-                    job = executor.submit(partial(work, device=device, visible=visible), key)
-                    slots[slot] = (key, job)
-                elif running is not None and running[1].done():
-                    key = running[0]
-                    if _job_state(out, key)[0] == "waiting":
-                        note = _read_json(out / "jobs" / key / "run.json")
-                        note["error"] = "its process was killed; a second call resumes"
-                        _write_note(out, key, note)
-                    print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
-                    slots[slot] = None
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        for running in filter(None, slots):
-            running[1].cancel()
-        raise
+    told = False  # whether the workers were asked to stop
+
+    def stop_workers():
+        for _, job in filter(None, slots):
+            job._process.terminate()  # `job.cancel` would kill it after a second
+
+    with graceful_shutdown() as stop:
+        try:
+            while any(slots) or (waiting and stop.number is None):
+                for slot, running in enumerate(slots):
+                    if running is None and waiting and stop.number is None:
+                        key = waiting.pop()
+                        executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
+                        executor.update_parameters(**options)
+                        device, visible = places[slot % len(places)]
+                        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+                        job = executor.submit(partial(work, device=device, visible=visible), key)
+                        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+                        slots[slot] = (key, job)
+                    elif running is not None and running[1].done():
+                        key = running[0]
+                        if _job_state(out, key)[0] == "waiting" and stop.number is None:
+                            note = _read_json(out / "jobs" / key / "run.json")
+                            note["error"] = "its process was killed; a second call resumes"
+                            _write_note(out, key, note)
+                        print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
+                        slots[slot] = None
+                if stop.number is not None and not told:
+                    stop_workers()
+                    told = True
+                time.sleep(0.2)
+        except KeyboardInterrupt:  # a second signal
+            stop_workers()
+            raise
+        stop.obey()
