@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from .conventions import check_choice, figure_style, write_atomic
 
@@ -502,10 +502,33 @@ def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
 
 
+def _check_config(parser: ArgumentParser, words: Sequence[str]) -> None:
+    "`ValueError` that names the file for what cannot be read from it."
+    ends = [(word, after) for word, after in zip(words, [*words[1:], ""], strict=True)]
+    files = [after for word, after in ends if word == "--config"]
+    files += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    for file in files:
+        try:
+            parser.exit_on_error = False
+            flags = vars(parser.parse_args(["--config", file]))
+            unset = [action.dest for action in parser._actions if action.default is not None]
+            unset = [name for name in unset if name in flags and flags[name] is None]
+            if unset:
+                raise ValueError(f"{unset[0]} is empty; leave it out for its default")
+        except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:
+            form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
+            raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
+        finally:
+            parser.exit_on_error = True
+
+
 def main(
     argv: Sequence[str] | None = None,  # words after `jumplora`; None: those of the process
 ) -> int:  # exit code: 0 fine, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal
     "The command `jumplora`."
+    if argv is None and sys.stdout is not None:  # a process of its own
+        os.environ["MPLBACKEND"] = "agg"  # figures are written, never shown
+        sys.stdout.reconfigure(errors="replace")  # an encoding without λ
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     speaks = nullcontext()
@@ -521,6 +544,7 @@ def main(
         command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
         parser = parser_of(argv[0])
         _check_flags(parser, argv[1:])
+        _check_config(parser, argv[1:])
         flags = vars(parser.parse_args(argv[1:]))
         names = inspect.signature(command).parameters
         values = {name: flags[name] for name in names if name != "train"}
