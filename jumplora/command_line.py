@@ -424,8 +424,7 @@ def grid(
             )  # fmt: skip
         options = parse_settings(slurm)
         for name in options.keys() & inspect.signature(grids.run_grid).parameters.keys():
-            flag = f"; use --{name}" if name in inspect.signature(grid).parameters else ""
-            raise ValueError(f"--slurm {name}={options[name]}: this is no parameter of submitit{flag}")
+            raise ValueError(f"--slurm {name}={options[name]}: submitit has no such parameter; see --help")
         asked = grids.run_grid(
             jobs, out, workers=workers, processes=processes, engine=engine, folder=folder, device=device,
             **options,
@@ -437,8 +436,7 @@ def grid(
     failed = counts.get("failed", 0)
     own = failed if status else (asked["state"] == "failed").sum()
     if failed > own:
-        what = "job is of an earlier command" if failed - own == 1 else "jobs are of earlier commands"
-        print(f"{failed - own} failed {what} with other flags; give that command again to retry")
+        print(f"{failed - own} failed in an earlier command, with other flags; give that one again to retry")
     return int(own > 0)
 
 
@@ -502,24 +500,20 @@ def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
 
 
-def _check_config(parser: ArgumentParser, words: Sequence[str]) -> None:
-    "`ValueError` that names the file for what cannot be read from it."
-    ends = [(word, after) for word, after in zip(words, [*words[1:], ""], strict=True)]
-    files = [after for word, after in ends if word == "--config"]
-    files += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    for file in files:
+def _check_config(words: Sequence[str]) -> None:
+    "`ValueError` that names a file of flags, for what cannot be read from it."
+    parser = parser_of("compare")
+    parser.exit_on_error = False
+    words = [part for word in words for part in re.split("(?<=^--config)=", word)]
+    for file in [after for word, after in itertools.pairwise(words) if word == "--config"]:
         try:
-            parser.exit_on_error = False
             flags = vars(parser.parse_args(["--config", file]))
-            unset = [action.dest for action in parser._actions if action.default is not None]
-            unset = [name for name in unset if name in flags and flags[name] is None]
-            if unset:
-                raise ValueError(f"{unset[0]} is empty; leave it out for its default")
+            for action in parser._actions:
+                if action.default is not None and flags.get(action.dest, 0) is None:
+                    raise ValueError(f"{action.dest} is empty; leave it out for its default")
         except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:
             form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
             raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
-        finally:
-            parser.exit_on_error = True
 
 
 def main(
@@ -544,7 +538,8 @@ def main(
         command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
         parser = parser_of(argv[0])
         _check_flags(parser, argv[1:])
-        _check_config(parser, argv[1:])
+        if command is compare:
+            _check_config(argv[1:])
         flags = vars(parser.parse_args(argv[1:]))
         names = inspect.signature(command).parameters
         values = {name: flags[name] for name in names if name != "train"}

@@ -104,13 +104,10 @@ def load_backbone(
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(place, **common)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if device.type == "meta":  # shapes without weights
-            with device:
-                model = auto.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = auto.from_pretrained(place, config=config, dtype=dtype, use_safetensors=True, **common)
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        common |= dict(device_map="meta") if device.type == "meta" else {}
+        model = auto.from_pretrained(place, config=config, dtype=dtype, use_safetensors=True, **common)
     except OSError as error:
         allowed = f"use {', '.join(BACKBONES)}, or a folder or Hub id with safetensors"
         raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {error}") from error

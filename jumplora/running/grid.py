@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -74,9 +73,7 @@ class Job:
         "Sequence, method, seed, and eight digits of the hash of all that is asked."
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
-        asked = asdict(self)
-        if not self.fingerprint:
-            del asked["fingerprint"]
+        asked = {name: value for name, value in asdict(self).items() if value or name != "fingerprint"}
         return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
@@ -193,8 +190,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
     if visible is not None:  # submitit hides GPUs from jobs of this machine
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
-        if threading.current_thread() is threading.main_thread():  # submitit ignores SIGTERM
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores, and a run obeys
     if processes > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         join_processes(device)
@@ -240,18 +236,6 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
 
 
-def _check_options(engine: str, options: dict) -> None:
-    "`ValueError` for what submitit does not know; nothing is written."
-    other = [name for name in options if name.startswith("slurm_") and engine != "slurm"]
-    if other:
-        raise ValueError(f"{other[0]} needs engine='slurm', and this is engine={engine!r}")
-    with tempfile.TemporaryDirectory() as trial:
-        try:
-            submitit.AutoExecutor(folder=trial, cluster=engine).update_parameters(**options)
-        except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"submitit, engine={engine!r}: {str(error).splitlines()[0]}") from None
-
-
 def run_grid(
     jobs: Sequence[Job],  # from `plan`
     out: str | Path,  # the grid's folder
@@ -264,7 +248,6 @@ def run_grid(
 ) -> pd.DataFrame:  # the status of these jobs
     "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
     check_choice(engine, ("local", "slurm"), "engine")
-    jobs = list(jobs)
     for name, count in dict(workers=workers, processes=processes).items():
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}={count!r} is not a whole number of at least 1")
@@ -272,22 +255,28 @@ def run_grid(
     folder = folder and str(Path(folder).resolve())
     places = _places(device, processes) if engine == "local" else []
     options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
-    _check_options(engine, options)
-    methods = [job_method(job) for job in jobs]  # all words first, then models without weights, then rows
-    for job in jobs:
+    try:
+        with tempfile.TemporaryDirectory() as trial:
+            submitit.AutoExecutor(folder=trial, cluster=engine).update_parameters(**options)
+    except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"submitit, engine={engine!r}: {str(error).splitlines()[0]}") from None
+    if engine == "local" and (lost := [name for name in options if name.startswith("slurm_")]):
+        raise ValueError(f"{lost[0]} needs engine='slurm', and this is engine='local'")
+    models, sequences, checked = {}, {}, []
+    for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # all words first, then the rows
         check_choice(job.split, ("test", "dev"), "split")
         check_seed(job.seed)
         pick_dtype(job.dtype, pick_device("cpu"))
-    models = {name: load_backbone(name, device="meta")[0] for name in {job.backbone: 0 for job in jobs}}
-    sequences = {}
-    for i, (job, (method, config)) in enumerate(zip(jobs, methods, strict=True)):
+        if job.backbone not in models:  # without the values of its weights
+            models[job.backbone] = load_backbone(job.backbone, device="meta")[0]
         check_model(models[job.backbone], config.target_modules)
         place = (job.sequence, str(job.rows), method.training)
         if place not in sequences:
             tasks = job_sequence(job, folder)
             sequences[place] = (tasks, _rows_fingerprint(tasks))
         method.check_fits(sequences[place][0])
-        jobs[i] = replace(job, fingerprint=sequences[place][1])
+        checked.append(replace(job, fingerprint=sequences[place][1]))
+    jobs = checked
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     with held_lock(out / "jobs" / "lock", patience=60):
         asked = {key: asdict(job) for key, job in (_read_jobs(out) | {job.key: job for job in jobs}).items()}
@@ -319,9 +308,13 @@ def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: l
 
     with graceful_shutdown() as stop:
         try:
-            while any(slots) or (waiting and stop.number is None):
+            while waiting or any(slots):
+                if stop.number is not None and not told:
+                    told = True
+                    waiting.clear()
+                    stop_workers()
                 for slot, running in enumerate(slots):
-                    if running is None and waiting and stop.number is None:
+                    if running is None and waiting:
                         key = waiting.pop()
                         executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
                         executor.update_parameters(**options)
@@ -338,11 +331,7 @@ def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: l
                             _write_note(out, key, note)
                         print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
                         slots[slot] = None
-                if stop.number is not None and not told:
-                    stop_workers()
-                    told = True
                 time.sleep(0.2)
-        except KeyboardInterrupt:  # a second signal
+        finally:  # workers are left after a second signal, or an error here
             stop_workers()
-            raise
         stop.obey()

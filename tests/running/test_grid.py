@@ -336,7 +336,7 @@ def test_the_exit_code_is_of_the_jobs_of_this_command_and_earlier_failures_are_n
         assert main(["grid", *words, "--set", "max_length=20"]) == 1
         assert "earlier command" not in capsys.readouterr().out
         assert main(["grid", *words]) == 0
-        assert "1 failed job is of an earlier command" in capsys.readouterr().out
+        assert "1 failed in an earlier command" in capsys.readouterr().out
         assert main(["grid", "--status", "--out", str(tmp_path)]) == 1
         assert main(["grid", *words, "--set", "max_length=20"]) == 1  # retried
         assert "earlier command" not in capsys.readouterr().out
@@ -455,8 +455,8 @@ WRONG = {
     "--slurm gpus=1": "Parameter 'gpus' need to be prefixed by an executor name",
     "--slurm slurm_partition=x": "slurm_partition needs engine='slurm', and this is engine='local'",
     "--slurm timeout_min=soon": "timeout_min",
-    "--slurm workers=3": "--slurm workers=3: this is no parameter of submitit; use --workers",
-    "--slurm jobs=3": "--slurm jobs=3: this is no parameter of submitit",
+    "--slurm workers=3": "--slurm workers=3: submitit has no such parameter; see --help",
+    "--slurm jobs=3": "--slurm jobs=3: submitit has no such parameter",
     "--engine slurm --slurm slurm_partitoin=x": "engine='slurm'",
 }
 
