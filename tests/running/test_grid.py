@@ -274,9 +274,9 @@ def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
     assert stopped.call_count == 2 and states(tmp_path) == ["waiting"] * 3
 
 
-def grid_command(out, *words):
+def grid_command(out, sequence, *words):
     "`jumplora grid` with two jobs, in a process of its own."
-    flags = f"--method IncLoRA SeqLoRA --sequence newsroom --seed 1 --backbone tiny-llama --out {out}"
+    flags = f"--method IncLoRA SeqLoRA --sequence {sequence} --seed 1 --backbone tiny-llama --out {out}"
     command = [sys.executable, "-m", "jumplora.command_line", "grid", *flags.split(), *words]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, start_new_session=True, **pipes)
@@ -284,7 +284,7 @@ def grid_command(out, *words):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_command_lets_its_workers_save_and_stop(number, tmp_path):
-    process = grid_command(tmp_path, "--workers", "1", "--device", "cpu")
+    process = grid_command(tmp_path, "newsroom", "--workers", "1", "--device", "cpu")
     deadline = time.time() + 120
     while not (begun := list(tmp_path.glob("newsroom*"))) and time.time() < deadline:
         time.sleep(0.05)
@@ -295,14 +295,16 @@ def test_a_signal_to_the_command_lets_its_workers_save_and_stop(number, tmp_path
     assert process.returncode == 128 + number and "Traceback" not in err
     assert f"stopped by {number.name}; resume with:" in err
     assert states(tmp_path) == ["waiting", "waiting"] and len(list(tmp_path.glob("newsroom*"))) == 1
-    assert (begun[0] / "state" / "step.safetensors").exists()  # saved where it stopped
+    (log,) = tmp_path.glob("jobs/*_inclora_*/*.err")
+    assert "stops after this step or score" in log.read_text()
+    assert list(begun[0].glob("state/*.safetensors"))  # saved where it stopped
 
 
 def test_a_worker_that_is_killed_while_it_imports_has_failed(tmp_path, monkeypatch):
     kills = "import os, sys\nif 'submitit.core._submit' in sys.orig_argv: os.kill(os.getpid(), 9)\n"
     (tmp_path / "sitecustomize.py").write_text(kills)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    process = grid_command(tmp_path / "out")
+    process = grid_command(tmp_path / "out", write_rows(tmp_path / "data", "text"))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in err
     assert "0 done, 0 running, 2 failed, 0 waiting" in out and "its process was killed" in out
@@ -372,7 +374,7 @@ def test_a_killed_worker_stops_no_other_and_a_second_call_resumes_it(tmp_path, c
     killer.join()
     assert seen[0] == "running" and list(table["state"]) == ["failed", "done"]
     said = "its process was killed; a second call resumes"
-    assert table["note"].iloc[0] == said and f"{jobs[0].key}: failed: {said}" in capsys.readouterr().out
+    assert table["note"].iloc[0] == said and f"{table.index[0]}: failed: {said}" in capsys.readouterr().out
     killed = Run.load(next(tmp_path.glob("*_inclora_*")))
     assert 0 < killed.finished < 4
     stamp = next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns
