@@ -90,8 +90,8 @@ torture: env  ## kill runs at random moments and compare their ends; thousands o
 mutations: env demo  ## alter the code in one place at a time: the tests must notice (writes results/mutations.json; ARGS="--only PATTERN --jobs N")
 	@$(OFFLINE) $(ONE_THREAD) python tests/mutations.py $(ARGS)
 
-tables: env  ## write the tables of the benchmark's orders to results/tables
-	@jumplora table results/reduced --format markdown --out results/tables
+tables: env  ## write the tables of the benchmark's orders to results/tables (others: make tables RUNS=FOLDER)
+	@jumplora table $(or $(RUNS),results/reduced) --format markdown --out results/tables
 
 # ---------------------------------------------------------------- writing
 

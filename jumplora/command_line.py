@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from .conventions import check_choice, figure_style, write_atomic
 
@@ -422,15 +422,22 @@ def grid(
                 method, sequence, seed, strengths, train=budget["train"] | settings, rows=budget["rows"],
                 backbone=backbone, split=split, dtype=dtype,
             )  # fmt: skip
-        grids.run_grid(
+        options = parse_settings(slurm)
+        for name in options.keys() & inspect.signature(grids.run_grid).parameters.keys():
+            raise ValueError(f"--slurm {name}={options[name]}: submitit has no such parameter; see --help")
+        asked = grids.run_grid(
             jobs, out, workers=workers, processes=processes, engine=engine, folder=folder, device=device,
-            **parse_settings(slurm),
+            **options,
         )  # fmt: skip
     table = grids.status(out)
     print(table.reset_index(drop=True).to_string(index=False))
     counts = table["state"].value_counts()
     print(", ".join(f"{counts.get(state, 0)} {state}" for state in ("done", "running", "failed", "waiting")))
-    return int("failed" in counts)
+    failed = counts.get("failed", 0)
+    own = failed if status else (asked["state"] == "failed").sum()
+    if failed > own:
+        print(f"{failed - own} failed in an earlier command, with other flags; give that one again to retry")
+    return int(own > 0)
 
 
 def speed(
@@ -493,10 +500,29 @@ def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
 
 
+def _check_config(words: Sequence[str]) -> None:
+    "`ValueError` that names a file of flags, for what cannot be read from it."
+    parser = parser_of("compare")
+    parser.exit_on_error = False
+    words = [part for word in words for part in re.split("(?<=^--config)=", word)]
+    for file in [after for word, after in itertools.pairwise(words) if word == "--config"]:
+        try:
+            flags = vars(parser.parse_args(["--config", file]))
+            for action in parser._actions:
+                if action.default is not None and flags.get(action.dest, 0) is None:
+                    raise ValueError(f"{action.dest} is empty; leave it out for its default")
+        except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:
+            form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
+            raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
+
+
 def main(
     argv: Sequence[str] | None = None,  # words after `jumplora`; None: those of the process
 ) -> int:  # exit code: 0 fine, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal
     "The command `jumplora`."
+    if argv is None and sys.stdout is not None:  # a process of its own
+        os.environ["MPLBACKEND"] = "agg"  # figures are written, never shown
+        sys.stdout.reconfigure(errors="replace")  # an encoding without λ
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     speaks = nullcontext()
@@ -512,6 +538,8 @@ def main(
         command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
         parser = parser_of(argv[0])
         _check_flags(parser, argv[1:])
+        if command is compare:
+            _check_config(argv[1:])
         flags = vars(parser.parse_args(argv[1:]))
         names = inspect.signature(command).parameters
         values = {name: flags[name] for name in names if name != "train"}

@@ -339,12 +339,85 @@ def test_print_config_comes_back_through_config(compared, jumplora, tasks, tmp_p
 
 
 @pytest.mark.parametrize(
-    "text, word", [("rank: [", "parsing a flow node"), ("rnak: 3", "rnak"), ("rank: eight", "rank")]
+    "text, word",
+    [
+        (b"rank: [", "parsing a flow node"),
+        (b"rnak: 3", "rnak"),
+        (b"rank: eight", "rank"),
+        (b"", "Unexpected config"),
+        (b"- rank", "Unexpected config"),
+        (b"3: 4", "Key must be a string"),
+        (b"out: caf\xe9", "can't decode byte 0xe9"),
+        (b"a: &x [*x]", "recursion"),
+        (b"method: null", "method is empty"),
+        (b"method: ELLA", "method: [ELLA]"),
+        (b"rank: 4\n---\nrank: 8", "single document"),
+        (None, "does not exist"),
+    ],
 )
-def test_a_wrong_file_of_flags_is_wrong_usage(text, word, jumplora, tmp_path):
-    (tmp_path / "bad.yaml").write_text(text)
-    done = jumplora("compare", "--config", tmp_path / "bad.yaml")
-    assert done.code == 2 and word in done.err
+@pytest.mark.parametrize("flag", ["--config {}", "--config={}"])
+def test_a_wrong_file_of_flags_is_named_with_what_it_should_be(flag, text, word, jumplora, tmp_path):
+    if text is not None:
+        (tmp_path / "bad.yaml").write_bytes(text)
+    done = jumplora("compare", *flag.format(tmp_path / "bad.yaml").split())
+    assert done.code == 2 and word in done.err and done.err.count("\n") < 9
+    assert done.err.startswith(f"jumplora: --config {tmp_path / 'bad.yaml'}: ") and "--print_c" in done.err
+
+
+# ---- odd surroundings -------------------------------------------------------------------------------------
+
+
+def test_a_foreign_backend_of_figures_and_an_encoding_without_greek_change_nothing(
+    compared, tasks, root, monkeypatch
+):
+    foreign = dict(MPLBACKEND="module://not_here.backend", PYTHONIOENCODING="cp1252", PYTHONPATH=str(root))
+    for name, value in foreign.items():
+        monkeypatch.setenv(name, value)
+    for words in (["compare", "--help"], flags_for(tasks, compared[0])):  # its runs are finished
+        command = [sys.executable, "-m", "jumplora.command_line", *words]
+        done = subprocess.run(command, capture_output=True, encoding="cp1252")
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "figures" not in done.stderr and "first_task.png" in done.stdout
+
+
+WITHOUT = """
+import sys, psutil  # which has a file of its own for Windows
+sys.modules |= dict.fromkeys(("resource", "fcntl", "pwd"))  # as on Windows; without pwd, no home folder
+import importlib, os, pkgutil
+from pathlib import Path
+os.environ.pop("HOME", None)
+try:
+    Path.home()
+except RuntimeError:
+    print("no home")
+import jumplora
+for found in pkgutil.walk_packages(jumplora.__path__, "jumplora."):
+    importlib.import_module(found.name)
+from jumplora.command_line import COMMANDS, main
+codes = [main([name, "--help"]) for name in COMMANDS]
+from jumplora.data import backbones
+backbones.demo_file = lambda *names: Path("a.gguf")
+backbones._convert = lambda gguf, folder: folder.mkdir()
+print(codes, backbones._smollm2().parent == Path(os.environ["JUMPLORA_CACHE"]))
+del os.environ["JUMPLORA_CACHE"]
+try:
+    backbones._smollm2()
+except OSError as error:
+    print(error)
+"""
+
+
+def test_without_resource_fcntl_and_a_home_folder_the_package_imports_and_explains_itself(
+    root, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JUMPLORA_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "no home" and lines[-2] == f"{[0] * len(COMMANDS)} True"
+    assert "~/.cache/jumplora" in lines[-1] and "set JUMPLORA_CACHE to a folder that can be" in lines[-1]
 
 
 # ---- show, table, sparsity, rollback ----------------------------------------------------------------------

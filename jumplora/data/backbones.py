@@ -83,7 +83,7 @@ BACKBONES = ("smollm2-135m", "tiny-llama", "tiny-t5")
 def load_backbone(
     name: str = "smollm2-135m",  # a local folder, a Hub id, or one of `BACKBONES`
     *,
-    device: str | torch.device = "auto",  # "auto": CUDA if there is one
+    device: str | torch.device = "auto",  # "auto": CUDA if there is one; "meta": shapes without weights
     dtype: str | torch.dtype = "auto",  # "auto": bfloat16 where it is faster; float32 for a tiny model
     trust_remote_code: bool = False,  # True runs code that comes with a Hub model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # model in eval mode, tokenizer
@@ -104,9 +104,10 @@ def load_backbone(
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(place, **common)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(place, config=config, dtype=dtype, use_safetensors=True, **common)
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        common |= dict(device_map="meta") if device.type == "meta" else {}
+        model = auto.from_pretrained(place, config=config, dtype=dtype, use_safetensors=True, **common)
     except OSError as error:
         allowed = f"use {', '.join(BACKBONES)}, or a folder or Hub id with safetensors"
         raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {error}") from error
@@ -175,8 +176,8 @@ def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # GPUs are left alone
+        torch.default_generator.manual_seed(0)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto.from_config(config), tokenizer
 
@@ -222,13 +223,19 @@ def _is_whole(folder: Path) -> bool:
 def _smollm2() -> Path:
     "The folder of the converted model."
     gguf = demo_file(SMOLLM2_FILE, SMOLLM2_SHA256)
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jumplora"
-    home = Path(os.environ.get("JUMPLORA_CACHE") or usual).expanduser()
-    folder = home / f"smollm2-135m-{SMOLLM2_SHA256[:12]}"
-    if _is_whole(folder):
-        return folder
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix=".converting-") as place:
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jumplora"
+    home = Path(os.environ.get("JUMPLORA_CACHE") or usual)
+    try:
+        home = home.expanduser()
+        folder = home / f"smollm2-135m-{SMOLLM2_SHA256[:12]}"
+        if _is_whole(folder):
+            return folder
+        home.mkdir(parents=True, exist_ok=True)
+        trial = tempfile.TemporaryDirectory(dir=home, prefix=".converting-")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        advice = "set JUMPLORA_CACHE to a folder that can be written"
+        raise OSError(f"the converted model cannot be kept in {home} ({error}); {advice}") from error
+    with trial as place:
         fresh = Path(place) / "fresh"
         _convert(gguf, fresh)
         listed = {}

@@ -169,6 +169,12 @@ def learn_sequence(
 BAR_INTERVAL = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of a progress bar
 
 
+def check_seed(seed: int) -> None:
+    "`ValueError` for a seed that no run can have."
+    if type(seed) is not int or not 0 <= seed <= 4294966:  # 1000 · seed + i is below 2**32
+        raise ValueError(f"seed={seed!r} is not a whole number from 0 to 4294966")
+
+
 @dataclass(eq=False, repr=False)
 class Learner:
     "A model on its way through a sequence, its record and its folder; fields are those of `learn_sequence`."
@@ -195,8 +201,7 @@ class Learner:
         trackers = find_trackers(self.report_to)
         if hasattr(self.model, "peft_config"):
             raise ValueError("the model still carries an adapter; load the backbone again")
-        if type(self.seed) is not int or not 0 <= self.seed <= 4294966:  # 1000 · seed + i is below 2**32
-            raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 4294966")
+        check_seed(self.seed)
         check_processes(self.model, config.batch_size, config.gradient_accumulation)
         check_choice(self.split, ("test", "dev"), "split")
         for one in self.callbacks:

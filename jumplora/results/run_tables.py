@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,13 @@ def in_order(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
+def model_name(backbone: str) -> str:
+    "The last part of a Hub name, of a folder, or of a snapshot in the Hub's cache, such as \"t5-large\"."
+    parts = [part for part in re.split(r"[/\\]", backbone) if part]
+    cached = [part.rsplit("--", 1)[-1] for part in parts if part.startswith("models--")]
+    return [backbone, *parts, *cached][-1].lower()
+
+
 def labelled(words: str, runs: Iterable[Run]) -> str:
     "The words, with \"(different sample)\" where a run's rows come from the Hub."
     notes = [note for run in runs for note in run.extra.get("notes", {}).values()]
@@ -84,7 +92,8 @@ def by_method(
     "Group runs that may stand in one table; `ValueError` if they learned different things or repeat a seed."
     settings = []
     for run in runs:
-        learned = {key: getattr(run, key) for key in ("sequence", "backbone", "tasks", "test_rows")}
+        learned = {key: getattr(run, key) for key in ("sequence", "tasks", "test_rows")}
+        learned["backbone"] = model_name(run.backbone)
         may_differ = ("method", "seed", "device")
         learned |= {key: value for key, value in run.configuration.items() if key not in may_differ}
         settings.append({key: str(value) for key, value in flatten(learned).items()})
@@ -281,13 +290,13 @@ def _check_one_budget(runs: Iterable[Run]) -> None:
     for run in runs:
         about = run.configuration
         optimizer = about.get("method", {}).get("optimizer", "adamw")
-        names = about["train"].keys() - _GATE_SETTINGS
+        names = about.get("train", {}).keys() - _GATE_SETTINGS
         settings = {key: about.get(key) for key in ("dtype", "scored_split", "weights")}
-        settings |= {"backbone": run.backbone, "settings": sorted(names)}
+        settings |= {"backbone": model_name(run.backbone), "settings": sorted(names)}
         for name in names:
             key = f"learning_rate of {optimizer}" if name == "learning_rate" else name
             settings[key] = about["train"][name]
-        settings |= {f"rows of {task}": rows for task, rows in about["rows"].items()}
+        settings |= {f"rows of {task}": rows for task, rows in about.get("rows", {}).items()}
         for key, value in settings.items():
             if known.setdefault(key, value) != value:
                 raise ValueError(f"{run.name} differs from other runs in {key}; compare runs of one budget")
@@ -468,20 +477,20 @@ def reported_table(
     metric: str = "overall accuracy",
     backbone: str = "google-t5/t5-large",
 ) -> pd.DataFrame:
-    "Reported beside measured, for one metric and the runs of one backbone; a row per method and source."
+    "Reported beside measured, rows from the Hub apart, for one backbone; a row per method and source."
     check_choice(metric, ("overall accuracy", "backward transfer"), "metric")
     published = reported[(reported["metric"] == metric) & (reported["model"] == "T5-large")]
+    ours = [run for run in runs if model_name(run.backbone) == model_name(backbone)]
+    places = {f"measured {name}": _ORDERS_OF.get(name, (name,)) for name in columns}
+    for name in columns:  # other rows: columns of their own, where there are any
+        orders = _ORDERS_OF.get(name + HUB, (name + HUB,))
+        if any(run.sequence in orders for run in ours):
+            places[f"measured {name}{HUB} ({DIFFERENT_SAMPLE})"] = orders
     rows = []
     for method in in_order(methods):
-        done = [run for run in runs if run.complete and run.method == method and run.backbone == backbone]
-        cells = {}
-        for name in columns:
-            orders = PARTS.get(name, (name,))  # a mean of orders needs all of them
-            groups = [[run for run in done if run.sequence == order] for order in orders]
-            numbers = [[getattr(run, COLUMNS[metric][0]) for run in group] for group in groups]
-            if len(numbers) > 1 and all(numbers):
-                numbers = [[np.mean([np.mean(group) for group in numbers])]]
-            cells[f"measured {name}"] = _mean_text(numbers[0]) if all(numbers) else "not run"
+        found = measured(ours, method, metric)
+        numbers = {heading: _over_seeds(found, orders) for heading, orders in places.items()}
+        cells = {heading: _mean_text(values) if values else "not run" for heading, values in numbers.items()}
         own = published[published["method"] == method]
         nothing = {f"reported {name}": "not reported" for name in columns}
         sources = []

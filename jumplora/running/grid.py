@@ -9,10 +9,12 @@ __all__ = ['PROTOCOLS', 'Job', 'plan', 'status', 'run_grid']
 import json
 import os
 import re
+import signal
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,13 +28,13 @@ from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device, pick_dtype
 from ..data.benchmark import HUB_SEQUENCES, ORDERS
 from ..data.sequences import load_sequence
-from ..learning.continual import Method, learn_sequence
+from ..learning.continual import Method, check_seed, learn_sequence
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
-from ..learning.training import TrainConfig
+from ..learning.training import TrainConfig, check_model
 from .processes import is_main, join_processes, on_main
 from ..storage.record import Damaged, Run, digest
-from ..storage.state import held_lock, new_run
+from ..storage.state import graceful_shutdown, held_lock, new_run
 
 # %% ../../nbs/5_inside/grid.ipynb #2f11dbaf
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
@@ -64,13 +66,15 @@ class Job:
     strength: float | list | None = None  # λ of the method's penalty; None: its default
     split: str = "test"  # rows that are scored: "test" or "dev"
     dtype: str = "auto"  # of the backbone; the command asks for "float32"
+    fingerprint: str = ""  # of the rows; `run_grid` fills it in
 
     @property
     def key(self) -> str:  # letters, digits, "-", "." and "_": safe as a folder's name
         "Sequence, method, seed, and eight digits of the hash of all that is asked."
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
-        return "_".join([*slugs, digest(asdict(self))[:8]])
+        asked = {name: value for name, value in asdict(self).items() if value or name != "fingerprint"}
+        return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
 def plan(
@@ -108,6 +112,11 @@ def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     orders = [f"order{n}" for n, tasks in ORDERS.items() if alone and job.sequence in tasks]
     tasks = load_sequence((orders or [job.sequence])[0], folder, **job.rows)
     return TaskSequence(job.sequence, [tasks[job.sequence]]) if alone else tasks
+
+
+def _rows_fingerprint(tasks: TaskSequence) -> str:
+    "Changes when any row, question or option changes."
+    return digest([[task.name, task.fingerprint()] for task in tasks])[:16]
 
 # %% ../../nbs/5_inside/grid.ipynb #e3b0f1a4
 def _read_json(path: Path) -> dict:
@@ -181,6 +190,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
     if visible is not None:  # submitit hides GPUs from jobs of this machine
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores, and a run obeys
     if processes > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         join_processes(device)
@@ -192,6 +202,8 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         job = _read_jobs(Path(out))[key]
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
+        if job.fingerprint not in ("", _rows_fingerprint(tasks)):
+            raise ValueError(f"the rows of {job.sequence} have changed since; give the command again")
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
         run = new_run(model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split)
         note["run"] = run.name
@@ -210,13 +222,17 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
 def _places(device: str, processes: int) -> list[tuple[str, str]]:
     "The device and the visible GPUs of jobs of this machine, to be taken in turn: one GPU per process."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if processes == 1 or not count:
-        return [(f"cuda:{i}", visible) for i in range(count)] or [(device, visible)]
-    if count < processes:
-        raise ValueError(f"processes={processes}, and there are {count} GPUs here; use at most {count}")
-    names = [str(i) for i in range(count)] if visible == "all" else visible.split(",")
-    starts = range(0, count - processes + 1, processes)
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind in ("auto", "cuda") else 0  # starts nothing on them
+    if not count:
+        return [(str(pick_device(device)), visible)]
+    names = [str(i) for i in range(count)] if visible == "all" else visible.split(",")[:count]
+    if number:
+        names = [names[int(check_choice(number, list(map(str, range(count))), "number of a GPU"))]]
+    if len(names) < processes:
+        here = f"processes={processes}, and there are {len(names)} GPUs here"
+        raise ValueError(f"{here} for device={device!r}; use at most {len(names)}")
+    starts = range(0, len(names) - processes + 1, processes)
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
 
 
@@ -226,10 +242,10 @@ def run_grid(
     workers: int = 1,  # jobs at a time
     engine: str = "local",  # or "slurm"
     folder: str | None = None,  # the benchmark's rows
-    device: str = "auto",  # as in `load_backbone`
+    device: str = "auto",  # as in `load_backbone`; "auto" and "cuda": a GPU of its own for every worker
     processes: int = 1,  # that share one run, each with a GPU of its own if there are any
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
-) -> pd.DataFrame:  # the status of the whole folder
+) -> pd.DataFrame:  # the status of these jobs
     "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
     check_choice(engine, ("local", "slurm"), "engine")
     for name, count in dict(workers=workers, processes=processes).items():
@@ -238,14 +254,29 @@ def run_grid(
     out = Path(out).resolve()
     folder = folder and str(Path(folder).resolve())
     places = _places(device, processes) if engine == "local" else []
-    sequences = {}
-    for job, method in [(job, job_method(job)[0]) for job in jobs]:  # all words first, then the rows
+    options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
+    try:
+        with tempfile.TemporaryDirectory() as trial:
+            submitit.AutoExecutor(folder=trial, cluster=engine).update_parameters(**options)
+    except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"submitit, engine={engine!r}: {str(error).splitlines()[0]}") from None
+    if engine == "local" and (lost := [name for name in options if name.startswith("slurm_")]):
+        raise ValueError(f"{lost[0]} needs engine='slurm', and this is engine='local'")
+    models, sequences, checked = {}, {}, []
+    for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # all words first, then the rows
         check_choice(job.split, ("test", "dev"), "split")
+        check_seed(job.seed)
         pick_dtype(job.dtype, pick_device("cpu"))
+        if job.backbone not in models:  # without the values of its weights
+            models[job.backbone] = load_backbone(job.backbone, device="meta")[0]
+        check_model(models[job.backbone], config.target_modules)
         place = (job.sequence, str(job.rows), method.training)
         if place not in sequences:
-            sequences[place] = job_sequence(job, folder)
-        method.check_fits(sequences[place])
+            tasks = job_sequence(job, folder)
+            sequences[place] = (tasks, _rows_fingerprint(tasks))
+        method.check_fits(sequences[place][0])
+        checked.append(replace(job, fingerprint=sequences[place][1]))
+    jobs = checked
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     with held_lock(out / "jobs" / "lock", patience=60):
         asked = {key: asdict(job) for key, job in (_read_jobs(out) | {job.key: job for job in jobs}).items()}
@@ -255,7 +286,6 @@ def run_grid(
         (out / "jobs" / key / "run.json").unlink(missing_ok=True)  # an error of the last attempt
     workers = min(workers, len(missing))
     work = partial(_run_job, str(out), folder=folder, processes=processes)
-    options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
     if engine == "slurm" and missing:
         executor = submitit.AutoExecutor(folder=out / "jobs" / "log", cluster="slurm")
         executor.update_parameters(**dict(slurm_array_parallelism=workers) | options)
@@ -263,33 +293,45 @@ def run_grid(
     if engine == "local" and missing:
         threads = max(1, torch.get_num_threads() // (workers * processes))
         _run_here(out, missing, partial(work, threads=threads), workers, places, options)
-    return status(out)
+    return status(out).loc[list(dict.fromkeys(job.key for job in jobs))]
 
 
 def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict) -> None:
     "Do jobs on this machine, some at a time, and print how each has ended."
     slots = [None] * workers  # the key of a job, and the process that does it
     waiting = keys[::-1]
-    try:
-        while waiting or any(slots):
-            for slot, running in enumerate(slots):
-                if running is None and waiting:
-                    key = waiting.pop()
-                    executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
-                    executor.update_parameters(**options)
-                    device, visible = places[slot % len(places)]
-                    job = executor.submit(partial(work, device=device, visible=visible), key)
-                    slots[slot] = (key, job)
-                elif running is not None and running[1].done():
-                    key = running[0]
-                    if _job_state(out, key)[0] == "waiting":
-                        note = _read_json(out / "jobs" / key / "run.json")
-                        note["error"] = "its process was killed; a second call resumes"
-                        _write_note(out, key, note)
-                    print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
-                    slots[slot] = None
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        for running in filter(None, slots):
-            running[1].cancel()
-        raise
+    told = False  # whether the workers were asked to stop
+
+    def stop_workers():
+        for _, job in filter(None, slots):
+            job._process.terminate()  # `job.cancel` would kill it after a second
+
+    with graceful_shutdown() as stop:
+        try:
+            while waiting or any(slots):
+                if stop.number is not None and not told:
+                    told = True
+                    waiting.clear()
+                    stop_workers()
+                for slot, running in enumerate(slots):
+                    if running is None and waiting:
+                        key = waiting.pop()
+                        executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
+                        executor.update_parameters(**options)
+                        device, visible = places[slot % len(places)]
+                        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+                        job = executor.submit(partial(work, device=device, visible=visible), key)
+                        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+                        slots[slot] = (key, job)
+                    elif running is not None and running[1].done():
+                        key = running[0]
+                        if _job_state(out, key)[0] == "waiting" and stop.number is None:
+                            note = _read_json(out / "jobs" / key / "run.json")
+                            note["error"] = "its process was killed; a second call resumes"
+                            _write_note(out, key, note)
+                        print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
+                        slots[slot] = None
+                time.sleep(0.2)
+        finally:  # workers are left after a second signal, or an error here
+            stop_workers()
+        stop.obey()

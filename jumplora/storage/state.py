@@ -91,7 +91,7 @@ class StopRequest:
 
 
 @contextmanager
-def _graceful_shutdown() -> Iterator[StopRequest]:
+def graceful_shutdown() -> Iterator[StopRequest]:
     "Turn signals into a request while the block runs; the handlers from before come back."
     request = StopRequest()
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -379,7 +379,7 @@ def held_folder(folder: Path | None, tasks: int) -> Iterator[StopRequest]:
                     held.enter_context(held_lock(lock, patience=math.inf))
                 for left in folder.rglob(".*.tmp"):
                     left.unlink(missing_ok=True)
-            stop = held.enter_context(_graceful_shutdown())
+            stop = held.enter_context(graceful_shutdown())
         yield stop
         on_main(_is_complete, folder, tasks)  # removes what a kill after the last score has left
 

@@ -281,6 +281,22 @@ def test_the_cache_is_in_the_users_folder_unless_one_is_named(conversions, tmp_p
     assert (tmp_path / "there" / "jumplora" / NAME / "model.safetensors").is_file()
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(conversions, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("JUMPLORA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match="cannot be kept in .*cache .*set JUMPLORA_CACHE to a folder"):
+        load_backbone(**CPU)
+    assert conversions == []
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-t5", "smollm2-135m"])
+def test_a_model_on_the_device_meta_has_shapes_and_no_weights(name, conversions):
+    found, real = (load_backbone(name, device=device)[0].state_dict() for device in ("meta", "cpu"))
+    assert {weight.device.type for weight in found.values()} == {"meta"}
+    shapes = [{name: weight.shape for name, weight in one.items()} for one in (found, real)]
+    assert shapes[0] == shapes[1]
+
+
 # ---------------------------------------------------------------- SmolLM2
 
 

@@ -433,6 +433,48 @@ def test_an_average_needs_all_its_orders_and_the_right_backbone():
     assert set(reported_table(REPORTED, other).loc["ELLA", ["measured order1", "measured SC"]]) == {"not run"}
 
 
+T5 = ("google-t5/t5-large", "t5-large", "/data/models/T5-large/", "a/models--google-t5--t5-large/snapshots/0")
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("hub", ["", "-hub"])
+@pytest.mark.parametrize("names", [*((name,) for name in T5), T5], ids=str)
+def test_runs_of_the_papers_model_fill_the_tables_by_whatever_name_it_was_loaded(names, hub, seeds):
+    name = itertools.cycle(names)
+    every = [order + hub for orders in PARTS.values() for order in orders]
+    where = list(itertools.product(COMPARED, every, seeds))
+    runs = [make_order(*one, backbone=next(name)) for one in where]
+    of = {one: run for one, run in zip(where, runs, strict=True)}
+    shown = f"{hub} ({DIFFERENT_SAMPLE})" if hub else ""
+
+    def text(values):
+        return cell(values) if len(seeds) > 1 else f"{values[0]:.1f}"
+
+    tables = tables_of(runs)
+    for part, orders in PARTS.items():
+        beside = reported_table(REPORTED, runs, (*orders, part))
+        for method in COMPARED:
+            scores = {o: [of[method, o + hub, seed].average_accuracy for seed in seeds] for o in orders}
+            first = beside.loc[[method]].iloc[0]
+            for order, values in scores.items():
+                assert first[f"measured {order}{shown}"] == text(values)
+                assert not hub or first[f"measured {order}"] == "not run"
+            assert first[f"measured {part}{shown}"] == text(np.mean(list(scores.values()), axis=0))
+            lost = [np.mean([of[method, o + hub, seed].forgetting for o in orders]) for seed in seeds]
+            assert tables[f"{part}{hub}-summary"].loc[method, "forgetting"] == text(lost)
+        gate = tables[f"{part}{hub}-gate"]
+        pairs = gate.loc["ELLA + JumpLoRA − ELLA", "pairs"]
+        assert set(pairs) == {str(len(orders) * len(seeds))}
+    assert "not run" not in grid_table(runs, f"SC{hub}", methods=COMPARED).to_numpy()
+
+
+def test_two_budgets_of_the_papers_model_are_not_averaged():
+    runs = [make_order("ELLA", seed=seed, backbone=T5[seed]) for seed in (0, 1)]
+    runs[1].configuration["weights"] = "other"
+    with pytest.raises(ValueError, match="differs from other runs in weights"):
+        reported_table(REPORTED, runs)
+
+
 def test_backward_transfer_keeps_the_digits_of_its_source():
     table = reported_table(REPORTED, [], ("SC", "order1"), metric="backward transfer")
     assert table.loc["ELLA + JumpLoRA", "reported SC"] == "-1.9"

@@ -5,6 +5,8 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -54,6 +56,20 @@ def seeds(*numbers):
     return plan(["IncLoRA"], ["newsroom"], numbers, **SMALL)
 
 
+def short(seed=1):
+    "A job that fails in its worker: there is no room for a text."
+    return plan(["IncLoRA"], ["newsroom"], [seed], **SMALL | dict(train=dict(max_length=20)))
+
+
+def write_rows(folder, word):
+    "A folder of one small task."
+    (folder / "mine").mkdir(parents=True, exist_ok=True)
+    rows = [dict(text=f"{word} {i}", label=label) for i, label in enumerate(["yes", "no"] * 4)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / "mine" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
 JOBS = seeds(1)
 
 
@@ -76,6 +92,7 @@ def test_a_plan_has_every_combination_once_and_single_tasks_once():
 
 def test_the_command_plans_a_protocol_and_flags_override_it(monkeypatch):
     run = Mock()
+    run.return_value = pd.DataFrame(dict(state=["done"]))
     monkeypatch.setattr(grid, "run_grid", run)
     monkeypatch.setattr(grid, "status", lambda out: pd.DataFrame(dict(state=["done"])))
 
@@ -106,7 +123,7 @@ def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
     job = Job("ELLA + JumpLoRA", "order1", 1, "tiny-llama")
     changes = dict(
         method="ELLA", sequence="order2", seed=2, backbone="x", rows={"train": 3}, train={"kept": 0.1},
-        strength=1.0, split="dev", dtype="float32",
+        strength=1.0, split="dev", dtype="float32", fingerprint="0",
     )  # fmt: skip
     keys = {replace(job, **{name: value}).key for name, value in changes.items()}
     assert len(keys | {job.key}) == len(changes) + 1
@@ -125,12 +142,11 @@ def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
 
 
 def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
-    bad = plan(["IncLoRA"], ["newsroom"], [1], **SMALL | dict(backbone="no such model"))
-    table = run_grid([*bad, *JOBS], tmp_path, workers=2)
+    table = run_grid([*short(), *JOBS], tmp_path, workers=2)
     assert list(table["state"]) == ["failed", "done"]
-    error = table["note"].iloc[0]
-    assert "no such model" in error and "\n" not in error
-    assert f"{bad[0].key}: failed: {error}" in capsys.readouterr().out
+    error, key = table["note"].iloc[0], table.index[1]
+    assert "max_length=20 leaves no room" in error and "\n" not in error
+    assert f"{table.index[0]}: failed: {error}" in capsys.readouterr().out
     assert main(["grid", "--status", "--out", str(tmp_path)]) == 1  # a script can see the failure
     assert "1 done, 0 running, 1 failed, 0 waiting" in capsys.readouterr().out
 
@@ -151,7 +167,7 @@ def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
     record.write_text(text)
     assert states(tmp_path) == ["failed", "done"]
 
-    note = tmp_path / "jobs" / JOBS[0].key / "run.json"
+    note = tmp_path / "jobs" / key / "run.json"
     for odd in ('{"run": "../../../etc"}', '{"run": 5}', "no json", "[1]", "[" * 5000):
         note.write_text(odd)
         assert states(tmp_path) == ["failed", "waiting"]  # a name is never a path
@@ -205,8 +221,10 @@ def test_workers_share_the_threads_of_torch(workers, processes, each, here, tmp_
 @pytest.mark.parametrize(
     "device, processes, visible, expected",
     [
-        ("auto", 1, None, [(f"cuda:{i}", "all") for i in range(5)]),
-        ("cuda:1", 1, None, [("cuda:1", "all")]),
+        ("auto", 1, None, [("cuda", str(i)) for i in range(5)]),
+        ("cuda", 1, "7,2,3,4,GPU-9", [("cuda", name) for name in ("7", "2", "3", "4", "GPU-9")]),
+        ("cuda:1", 1, None, [("cuda", "1")]),
+        ("cuda:1", 1, "7,2,3,4,GPU-9", [("cuda", "2")]),
         ("cpu", 3, None, [("cpu", "all")]),
         ("auto", 2, None, [("cuda", "0,1"), ("cuda", "2,3")]),
         ("cuda", 2, "7,2,3,4,GPU-9", [("cuda", "7,2"), ("cuda", "3,4")]),
@@ -221,8 +239,30 @@ def test_jobs_take_gpus_in_turn(device, processes, visible, expected, here, tmp_
     run_grid(seeds(*range(6)), tmp_path, workers=6, device=device, processes=processes)
     given = list(zip(here.given("device"), here.given("visible"), strict=True))
     assert given == [expected[i % len(expected)] for i in range(6)]
-    with pytest.raises(ValueError, match="processes=6, and there are 5 GPUs here; use at most 5"):
-        run_grid(JOBS, tmp_path, processes=6)
+    for wrong, n, message in (
+        ("auto", 6, "processes=6, and there are 5 GPUs here for device='auto'; use at most 5"),
+        ("cuda:1", 2, "processes=2, and there are 1 GPUs here for device='cuda:1'; use at most 1"),
+        ("cuda:5", 1, "number of a GPU='5' is not known; use '0', '1', '2', '3' or '4'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_grid(JOBS, tmp_path, device=wrong, processes=n)
+
+
+def test_a_job_loads_its_model_on_the_only_gpu_that_it_sees(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    load, seen = grid.load_backbone, []
+
+    def load_here(name, *, device="auto", **options):
+        if device == "meta":  # the check before any job starts
+            return load(name, device=device, **options)
+        seen.append((device, os.environ["CUDA_VISIBLE_DEVICES"]))
+        raise ValueError("no GPU is needed to see where it would go")
+
+    monkeypatch.setattr(grid, "load_backbone", load_here)
+    jobs = plan(["IncLoRA"], [write_rows(tmp_path / "data", "text")], [1, 2, 3], **SMALL)
+    run_grid(jobs, tmp_path, workers=2)
+    assert seen == [("cuda", "4"), ("cuda", "6"), ("cuda", "4")]
 
 
 def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
@@ -230,7 +270,78 @@ def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_grid(seeds(1, 2, 3), tmp_path, workers=2)
-    assert here.submit.return_value.cancel.call_count == 2 and states(tmp_path) == ["waiting"] * 3
+    stopped = here.submit.return_value._process.terminate
+    assert stopped.call_count == 2 and states(tmp_path) == ["waiting"] * 3
+
+
+def grid_command(out, sequence, *words):
+    "`jumplora grid` with two jobs, in a process of its own."
+    flags = f"--method IncLoRA SeqLoRA --sequence {sequence} --seed 1 --backbone tiny-llama --out {out}"
+    command = [sys.executable, "-m", "jumplora.command_line", "grid", *flags.split(), *words]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, start_new_session=True, **pipes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_command_lets_its_workers_save_and_stop(number, tmp_path):
+    process = grid_command(tmp_path, "newsroom", "--workers", "1", "--device", "cpu")
+    deadline = time.time() + 120
+    while not (begun := list(tmp_path.glob("newsroom*"))) and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl+C goes to the workers too
+    send(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert f"stopped by {number.name}; resume with:" in err
+    assert states(tmp_path) == ["waiting", "waiting"] and len(list(tmp_path.glob("newsroom*"))) == 1
+    (log,) = tmp_path.glob("jobs/*_inclora_*/*.err")
+    assert "stops after this step or score" in log.read_text()
+    assert list(begun[0].glob("state/*.safetensors"))  # saved where it stopped
+
+
+def test_a_worker_that_is_killed_while_it_imports_has_failed(tmp_path, monkeypatch):
+    kills = "import os, sys\nif 'submitit.core._submit' in sys.orig_argv: os.kill(os.getpid(), 9)\n"
+    (tmp_path / "sitecustomize.py").write_text(kills)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    process = grid_command(tmp_path / "out", write_rows(tmp_path / "data", "text"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "0 done, 0 running, 2 failed, 0 waiting" in out and "its process was killed" in out
+
+
+def test_other_rows_behind_a_path_are_another_job(here, tmp_path):
+    def write(word):
+        return write_rows(tmp_path / "data", word)
+
+    jobs = plan(["IncLoRA"], [write("text")], [1], **SMALL)
+    first = run_grid(jobs, tmp_path / "out")
+    assert run_grid(jobs, tmp_path / "out").equals(first) and here.submit.call_count == 1
+    write("word")
+    second = run_grid(jobs, tmp_path / "out")
+    assert here.submit.call_count == 2 and first.index[0] != second.index[0]
+    assert states(tmp_path / "out") == ["done", "done"]
+    here.works = False
+    write("third")
+    (key,) = run_grid(jobs, tmp_path / "out").index
+    write("late")
+    with pytest.raises(ValueError, match="have changed since; give the command again"):
+        grid._run_job(str(tmp_path / "out"), key, folder=None, device="cpu", processes=1)
+
+
+def test_the_exit_code_is_of_the_jobs_of_this_command_and_earlier_failures_are_named(here, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", "text")
+    words = f"--method IncLoRA --sequence {data} --seed 1 --backbone tiny-llama --out {tmp_path}".split()
+    few = dict(rows=SMALL["rows"], train=SMALL["train"], strengths={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(grid.PROTOCOLS, "reduced", few)
+        assert main(["grid", *words, "--set", "max_length=20"]) == 1
+        assert "earlier command" not in capsys.readouterr().out
+        assert main(["grid", *words]) == 0
+        assert "1 failed in an earlier command" in capsys.readouterr().out
+        assert main(["grid", "--status", "--out", str(tmp_path)]) == 1
+        assert main(["grid", *words, "--set", "max_length=20"]) == 1  # retried
+        assert "earlier command" not in capsys.readouterr().out
 
 
 def worker_of(lock):
@@ -263,7 +374,7 @@ def test_a_killed_worker_stops_no_other_and_a_second_call_resumes_it(tmp_path, c
     killer.join()
     assert seen[0] == "running" and list(table["state"]) == ["failed", "done"]
     said = "its process was killed; a second call resumes"
-    assert table["note"].iloc[0] == said and f"{jobs[0].key}: failed: {said}" in capsys.readouterr().out
+    assert table["note"].iloc[0] == said and f"{table.index[0]}: failed: {said}" in capsys.readouterr().out
     killed = Run.load(next(tmp_path.glob("*_inclora_*")))
     assert 0 < killed.finished < 4
     stamp = next(tmp_path.glob("*_seqlora_*/record.json")).stat().st_mtime_ns
@@ -300,8 +411,9 @@ def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, 
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     options = dict(slurm_partition="fast", gpus_per_node=1, timeout_min=90)
     with held_lock(out / "one" / "state" / "lock"):  # the first job is running
-        for job in JOBS:
-            write_atomic(out / "jobs" / job.key / "run.json", '{"run": "one"}')
+        rows = grid._rows_fingerprint(job_sequence(JOBS[0]))
+        key = replace(JOBS[0], fingerprint=rows).key
+        write_atomic(out / "jobs" / key / "run.json", '{"run": "one"}')
         table = run_grid(seeds(1, 2, 3), out, workers=2, engine="slurm", processes=4, **options)
     script = (tmp_path / "sbatch.sh").read_text()
     assert "#SBATCH --array=0-1%2" in script  # two of three, two at a time
@@ -336,14 +448,27 @@ WRONG = {
     "--orders order1": "--orders is called --sequence",
     "--seeds=1": "--seeds is called --seed",
     "--status": "holds no grid",
+    "--seed -1": "seed=-1 is not a whole number from 0",
+    "--device cuad": "device='cuad' is not usable here",
+    "--device cuda:99": "device='cuda:99' is not usable here",
+    "--backbone tiny-lama": "did you mean 'tiny-llama'",
+    "--backbone no/such": "backbone='no/such' cannot be loaded",
+    "--set target_modules=q_prj": "q_proj",
+    "--slurm gpus=1": "Parameter 'gpus' need to be prefixed by an executor name",
+    "--slurm slurm_partition=x": "slurm_partition needs engine='slurm', and this is engine='local'",
+    "--slurm timeout_min=soon": "timeout_min",
+    "--slurm workers=3": "--slurm workers=3: submitit has no such parameter; see --help",
+    "--slurm jobs=3": "--slurm jobs=3: submitit has no such parameter",
+    "--engine slurm --slurm slurm_partitoin=x": "engine='slurm'",
 }
 
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_are_answered_and_nothing_is_written(words, tmp_path, capsys):
     out = tmp_path / "grid"
-    sequence = [] if "--sequence" in words else ["--sequence", "newsroom"]
-    code = main(["grid", *sequence, "--backbone", "tiny-llama", "--out", str(out), *words.split()])
-    assert code == (1 if "nowhere" in words else 2)
+    usual = dict(sequence="newsroom", backbone="tiny-llama", out=out)
+    flags = [word for k, v in usual.items() if f"--{k}" not in words for word in (f"--{k}", str(v))]
+    code = main(["grid", *flags, *words.split()])
+    assert code == (1 if "nowhere" in words or "no/such" in words else 2)
     said = capsys.readouterr()
     assert WRONG[words] in said.err and "Traceback" not in said.err and not out.exists()
