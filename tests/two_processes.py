@@ -119,14 +119,19 @@ def refused(call, *arguments, **options):
 
 def cases(folder):
     "Learn every case; count the files that this process puts in place, and the batches that it answers."
-    found, written, batches, real = {}, count_files(), [], evaluation.answer
+    found, written, real = {}, count_files(), evaluation.answer
+    batches, counting = [], []
 
     def answer(model, tokenizer, task, texts, **settings):
         batches.append([0, math.ceil(len(texts) / settings["batch_size"])])
-        return real(model, tokenizer, task, texts, **settings)
+        counting.append(True)
+        found = real(model, tokenizer, task, texts, **settings)
+        counting.clear()
+        return found
 
     def counted(read, *args, **settings):
-        batches[-1][0] += 1
+        if counting:  # not the question that comes before anything is learned
+            batches[-1][0] += 1
         return read(*args, **settings)
 
     for name in ("read_decoder", "read_by_option"):
