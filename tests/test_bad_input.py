@@ -60,7 +60,7 @@ def refused(name: str, values, what: str) -> list:
         (JumpLoraConfig, dict(threshold_scope="blok"), "threshold_scope='blok' .*did you mean 'block'"),
         (TrainConfig, dict(threshold_reduction="avg"), "threshold_reduction='avg' .*use 'mean' or 'sum'"),
         *refused("kept", [-1, -0.5, 1.5, NAN, "many"], ""),
-        *refused("target_modules", [(), "q_proj"], ""),
+        *refused("target_modules", [(), 5], ""),
         *(
             case
             for name in ("rank", "batch_size", "gradient_accumulation", "max_length")

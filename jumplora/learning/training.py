@@ -57,7 +57,7 @@ class TrainConfig:
     rank: int = 8  # r, at least 1
     lora_alpha: float = 32.0  # α; the update is scaled by α / r
     lora_dropout: float = 0.0  # on the input of the update, in [0, 1)
-    target_modules: tuple[str, ...] | str | None = None  # names, or a regex; None: PEFT's default
+    target_modules: tuple[str, ...] | str | None = None  # by names or one regex; by default PEFT's
     learning_rate: float = 1e-3  # above 0; constant unless training_arguments has a schedule
     batch_size: int = 8  # rows per forward pass, at least 1
     gradient_accumulation: int = 1  # N, batches per optimizer step, at least 1
@@ -172,6 +172,7 @@ def attach_adapter(
 ) -> nn.Module:  # PEFT model with one fresh trainable adapter, "default"
     "Add a fresh adapter to a backbone. `ValueError` with the linear layers where a target is none of them."
     targets = config.target_modules
+    check_model(model, config.batch_size)
     target_layers(model, targets)
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank,

@@ -31,7 +31,7 @@ from ..data.sequences import load_sequence
 from ..learning.continual import Method, check_seed, learn_sequence
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
-from ..learning.training import TrainConfig, check_model
+from ..learning.training import TrainConfig, target_layers
 from .processes import is_main, join_processes, on_main
 from ..storage.record import Damaged, Run, digest
 from ..storage.state import graceful_shutdown, held_lock, new_run
@@ -269,7 +269,7 @@ def run_grid(
         pick_dtype(job.dtype, pick_device("cpu"))
         if job.backbone not in models:  # without the values of its weights
             models[job.backbone] = load_backbone(job.backbone, device="meta")[0]
-        check_model(models[job.backbone], config.target_modules)
+        target_layers(models[job.backbone], config.target_modules)
         place = (job.sequence, str(job.rows), method.training)
         if place not in sequences:
             tasks = job_sequence(job, folder)

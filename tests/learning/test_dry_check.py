@@ -6,6 +6,9 @@ import pytest
 import torch
 import transformers as T
 from equal_runs import same_weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -23,6 +26,14 @@ SPECIAL = dict(unk_token="<|?|>", bos_token="<|start|>", eos_token="<|end|>", pa
 
 def tokenizer(**changes):
     return byte_tokenizer(**{k: v for k, v in (SPECIAL | changes).items() if v is not None})
+
+
+def of_words(*words):
+    "A tokenizer that knows these words alone."
+    numbers = {word: i for i, word in enumerate([*SPECIAL.values(), *words])}
+    known = Tokenizer(WordLevel(numbers, unk_token=SPECIAL["unk_token"]))
+    known.pre_tokenizer = Whitespace()
+    return T.PreTrainedTokenizerFast(tokenizer_object=known, **SPECIAL)
 
 
 def sequence(options=("good", "bad"), text="a text", instruction="What is it?\n"):
@@ -92,8 +103,8 @@ REFUSED = {
     ),
     "no first token": (lambda: t5(decoder_start_token_id=None), None, {}, "start_token_id is missing; set"),
     "prompts that end": (llama, ends_every_text(), {}, "ends every prompt with '<.end.>'.*add_eos_token"),
-    "an option that spells a token": (
-        llama, tokenizer(eos_token="</s>"), dict(options=("good", "bad </s>")), "'bad </s>' into 'bad', so",
+    "an option of unknown characters": (
+        llama, of_words("good", "is"), dict(options=("good", "is bad")), "'is bad' into 'is', so no answer",
     ),
     "positions": (
         lambda: llama(max_position_embeddings=64), tokenizer(), dict(text="long " * 40),

@@ -279,7 +279,11 @@ def grid_command(out, sequence, *words):
     flags = f"--method IncLoRA SeqLoRA --sequence {sequence} --seed 1 --backbone tiny-llama --out {out}"
     command = [sys.executable, "-m", "jumplora.command_line", "grid", *flags.split(), *words]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, start_new_session=True, **pipes)
+
+    def heard():  # tests that run in the background inherit that Ctrl+C is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=heard, **pipes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -349,7 +349,9 @@ def test_a_bfloat16_run_is_exported_in_float32_and_the_card_says_why(half, place
         (KEPT, "lm_head", ("jumplora",)),
     ],
 )
-def test_tied_weights_stay_tied_in_an_export_or_it_is_refused(place, tmp_path, method, target, good):
+def test_tied_weights_stay_tied_or_are_refused(place, tmp_path, method, target, good, monkeypatch):
+    if target == "lm_head":  # a run of an older version: today such a run does not begin
+        monkeypatch.setattr("jumplora.learning.continual.dry_check", lambda *args, **options: None)
     config = replace(QUICK, target_modules=(target,))
     folder, learned = learn(place, method, "tied", config=config, tasks=TASKS[:1], out=tmp_path / "runs")
     folder = tmp_path / "runs" / folder.name
