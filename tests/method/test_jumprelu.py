@@ -253,3 +253,12 @@ def test_the_gate_survives_its_state_dict_and_a_copy():
     for other in (loaded, copy.deepcopy(gate)):
         assert torch.equal(other.threshold, gate.threshold)
         assert torch.equal(other.interpolation, gate.interpolation)
+
+
+def test_adam_moves_the_threshold_by_little():
+    gate = Gate()
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(350):
+        gate.theta.grad = torch.full((1,), -1e-2)
+        optimizer.step()
+    assert (gate.threshold / gate.start).item() == pytest.approx(math.exp(0.35), rel=1e-3)

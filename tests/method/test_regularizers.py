@@ -93,6 +93,15 @@ def test_o_lora_equals_its_formula_in_float64_after_several_tasks():
         np.testing.assert_allclose(u.B.grad.numpy(), 0.1 * B / np.linalg.norm(B), rtol=1e-5)
 
 
+def test_the_authors_mean_of_scaled_factors_is_s4_over_l_times_the_papers_sum():
+    s, bare, old = 4.0, random_updates(0), random_updates(1)
+    paper = sum(np.sum((double(bare[n].delta) * double(old[n].delta)) ** 2) for n in SHAPES)
+    ella = ELLA(1.0, "mean")
+    ella.after_task({name: Update(s * u.delta) for name, u in old.items()})
+    code = ella.penalty({name: Update(s * u.delta) for name, u in bare.items()}).item()
+    np.testing.assert_allclose(code / paper, s**4 / len(SHAPES), rtol=1e-5)
+
+
 def test_n_lora_is_the_sum_of_all_entries_of_the_dense_update():
     current = random_updates(0)
     expected = 0.25 * sum(np.abs(double(u.B) @ double(u.A)).sum() for u in current.values())
