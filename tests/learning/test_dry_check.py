@@ -107,14 +107,17 @@ REFUSED = {
         llama, of_words("good", "is"), dict(options=("good", "is bad")), "'is bad' into 'is', so no answer",
     ),
     "positions": (
-        lambda: llama(max_position_embeddings=64), tokenizer(), dict(text="long " * 40),
-        "task 'mine': a prompt of 128 tokens and an answer of 4 exceed the 64 positions.*max_length=60",
+        lambda: llama(max_position_embeddings=130), tokenizer(), dict(text="long " * 40),
+        "task 'mine': a prompt of 128 tokens and an answer of 4 exceed the 130 positions.*max_length=126",
     ),
     "no default targets": (
         lambda: model_of("Phi3"), tokenizer(), {}, "no default target_modules for 'phi3'.*'qkv_proj'"
     ),
     "another type of layer": (
         lambda: model_of("GPT2", n_embd=32, n_layer=2, n_head=2), tokenizer(), {}, "c_attn is of type Conv1D"
+    ),
+    "batches that are read wrongly": (
+        lambda: model_of("Rwkv", attention_hidden_size=32), tokenizer(), {}, "'rwkv' reads padding as text"
     ),
     "a weight with two owners": (
         lambda: changed(llama(), shares_a_weight), tokenizer(), {},
