@@ -101,7 +101,7 @@ def dry_check(
     "Find what would fail or be wrong in silence later. `ValueError` says what to change, `OSError` no room."
     config = config or TrainConfig()
     check_model(model, config.batch_size)
-    layers = target_layers(model, config.target_modules)
+    layers = target_layers(model, config.target_modules, config.top_layers)
     _check_layers(model, layers)
     _check_tokens(model, tokenizer, sequence)
     task, text = _longest_prompt(model, tokenizer, sequence, config, split)

@@ -31,6 +31,7 @@ from .tasks import Task, encode_answer, encode_prompt, is_encoder_decoder, pad
 from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
 from ..method.regularizers import Regularizer, Update
 from ..method.schedule import SparsityCallback, SparsitySchedule, ramp_steps
+from ..running.trunk import block_of
 from ..running.processes import fill_batches, fill_rows, gathered, largest, split_batch, world_size
 from ..storage.state import Checkpoint, ResumableTrainer
 
@@ -58,6 +59,7 @@ class TrainConfig:
     lora_alpha: float = 32.0  # α; the update is scaled by α / r
     lora_dropout: float = 0.0  # on the input of the update, in [0, 1)
     target_modules: tuple[str, ...] | str | None = None  # by names or one regex; by default PEFT's
+    top_layers: int | None = None  # K: adapters on the last K blocks of each stack only; None: on all
     learning_rate: float = 1e-3  # above 0; constant unless training_arguments has a schedule
     batch_size: int = 8  # rows per forward pass, at least 1
     gradient_accumulation: int = 1  # N, batches per optimizer step, at least 1
@@ -92,6 +94,8 @@ class TrainConfig:
         ramp_steps(1, self.gate_start, self.gate_stop)
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} is outside [0, 1)")
+        if self.top_layers is not None and (type(self.top_layers) is not int or self.top_layers < 1):
+            raise ValueError(f"top_layers={self.top_layers!r} is not a whole number of at least 1, or None")
         share = type(self.kept) is float and 0 < self.kept <= 1
         if not (self.kept is None or share or (type(self.kept) is int and self.kept >= 1)):
             raise ValueError(f"kept={self.kept!r} is not a whole number of at least 1, or a share in (0, 1]")
@@ -126,6 +130,7 @@ class TrainConfig:
     def describe(self) -> dict:  # JSON types
         "The settings for a record. Settings that older records do not have appear only where they are set."
         absent = dict(threshold_parametrization="log", learn_threshold=True, training_arguments={})
+        absent["top_layers"] = None
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         found |= {item.name: float(found[item.name]) for item in fields(self) if item.type is float}
         return {key: value for key, value in found.items() if key not in absent or value != absent[key]}
@@ -142,7 +147,9 @@ def check_model(model: nn.Module, batch_size: int = 1) -> None:
         raise ValueError(f"{what}; use batch_size=1 and, for larger steps, gradient_accumulation")
 
 
-def target_layers(model: nn.Module, targets: tuple[str, ...] | str | None) -> dict[str, nn.Module]:
+def target_layers(
+    model: nn.Module, targets: tuple[str, ...] | str | None, top_layers: int | None = None
+) -> dict[str, nn.Module]:
     "The layers that PEFT adapts for these `target_modules`. `ValueError` where a name matches none."
     check_model(model)
     modules = dict(model.named_modules())
@@ -162,7 +169,21 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | str | None) -> di
         if wanted is None:
             what = f"PEFT has no default target_modules for {kind!r}; give some"
         raise ValueError(f"{what}; this model has {sorted({name.rpartition('.')[2] for name in linear})}")
-    return {name: module for name, module in modules.items() if name in found}
+    layers = {name: module for name, module in modules.items() if name in found}
+    if top_layers is None:
+        return layers
+    for name in list(layers):
+        stack, number = block_of(model, name)
+        if not stack:
+            raise ValueError(f"top_layers={top_layers}, but the target {name} is in no block; leave it out")
+        depth = len(modules[stack])
+        if top_layers > depth:
+            raise ValueError(f"top_layers={top_layers}, but {stack} has {depth} blocks; use at most {depth}")
+        if number < depth - top_layers:
+            del layers[name]
+    if not layers:
+        raise ValueError(f"top_layers={top_layers}: these blocks hold no layer of {wanted!r}; use more blocks")
+    return layers
 
 # %% ../../nbs/2_learning/training.ipynb #e859863f
 def attach_adapter(
@@ -173,7 +194,9 @@ def attach_adapter(
     "Add a fresh adapter to a backbone. `ValueError` with the linear layers where a target is none of them."
     targets = config.target_modules
     check_model(model, config.batch_size)
-    target_layers(model, targets)
+    layers = target_layers(model, targets, config.top_layers)
+    if config.top_layers is not None:
+        targets = list(layers)
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank,
         lora_alpha=config.lora_alpha,

@@ -88,7 +88,12 @@ class JumpLoraVariant(LoraVariant):
     @staticmethod
     def forward(module, active_adapter, x, result, **kwargs):
         x = module.lora_dropout[active_adapter](x)
-        return result + module.gated_output(active_adapter, x).to(result.dtype)
+        gate = module.lora_gate[active_adapter]
+        if not gate.is_dense():
+            return result + module.gated_output(active_adapter, x).to(result.dtype)
+        thin = module.lora_A[active_adapter](x)  # LoRA's own products, (..., r)
+        thin = thin + 0 * gate.threshold.to(thin)  # τ receives a gradient of zero, not none
+        return result + module.lora_B[active_adapter](thin) * module.scaling[active_adapter]
 
     @staticmethod
     @torch.no_grad()
@@ -165,6 +170,8 @@ class JumpLoraLinear(LoraLinear):
         hooks = base._forward_pre_hooks or base._forward_hooks
         hooks = hooks or base._backward_pre_hooks or base._backward_hooks
         if len(active) != 1 or self.disable_adapters or self.merged or not plain or hooks:
+            return None
+        if self.lora_gate[active[0]].is_dense():  # LoRA's thin products take less
             return None
         return active[0] if isinstance(self.lora_dropout[active[0]], nn.Identity) else None
 

@@ -106,6 +106,7 @@ class Gate(nn.Module):
         self.register_buffer("interpolation", torch.zeros(1, dtype=torch.float32))  # γ: 0 dense, 1 gated
         self.theta = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         self.group = ""  # name of the layers that share this gate, given by the model
+        self._last_read = (None, 0, False)  # γ, its version, whether it was 0
         self.set_threshold(initial_threshold)
 
     @property
@@ -121,6 +122,16 @@ class Gate(nn.Module):
             raise ValueError(f"threshold={number!r} is not allowed; use a finite number, 0 or above")
         self.start.fill_(number)
         self.theta.zero_()
+
+    def is_dense(self) -> bool:
+        "Whether γ is 0. Its value is read once after every change: reading waits for a GPU."
+        gamma = self.interpolation
+        if gamma.is_meta or torch.compiler.is_compiling():
+            return False
+        version = -1 if gamma.is_inference() else gamma._version
+        if self._last_read[0] is not gamma or self._last_read[1] != version or version < 0:
+            self._last_read = (gamma, version, gamma.item() == 0)
+        return self._last_read[2]
 
     def _apply(self, fn, recurse=True):
         "Follow the model to another device, and keep fp32: a cast to half precision would move τ."
