@@ -12,8 +12,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ..conventions import check_choice, set_seed
 from ..data.backbones import BACKBONES
 from .dry_check import dry_check
-from .evaluation import evaluate
+from .evaluation import evaluate, text_loss
 from .tasks import Task, TaskSequence
 from jumplora.learning.training import (
     OPTIMIZERS,
@@ -36,6 +36,7 @@ from jumplora.learning.training import (
     attach_adapter,
     named_updates,
     row_gradients,
+    target_layers,
     task_steps,
     train_task,
     training_arguments,
@@ -44,6 +45,7 @@ from ..method.adapter import adapter_layers
 from ..method.regularizers import IncLoRA, Regularizer, Update
 from ..running.processes import check_processes, check_same, is_main, on_main, split_batch, world_size
 from ..running.tracking import Tracking, find_trackers
+from ..running.trunk import Trunk
 from ..storage.record import Run, peak_memory
 from jumplora.storage.state import (
     StopRequest,
@@ -92,14 +94,20 @@ class Method:
     rehearsal: float = 0.0  # share of every older task's training rows that is learned again, 0 to 1
     training: str = "sequential"  # or "joint": all tasks at once; "isolated": one task alone
     optimizer: str = "adamw"  # or "muon"
+    settings: dict = field(default_factory=dict, hash=False)  # fields of `TrainConfig` that belong to it
 
     def __post_init__(self):
+        for name in self.settings:
+            check_choice(name, [item.name for item in fields(TrainConfig)], f"{self.name!r}: setting")
+        TrainConfig(**self.settings)
         check_choice(self.after_task, ("merge", "keep"), "after_task")
         check_choice(self.training, ("sequential", "joint", "isolated"), "training")
         check_choice(self.optimizer, tuple(OPTIMIZERS), "optimizer")
         kind = type(self.regularizer).__name__
         if type(self.rehearsal) not in (int, float) or not 0 <= self.rehearsal <= 1:
             raise ValueError(f"rehearsal={self.rehearsal!r} is not a share; use a number from 0 to 1")
+        if not self.gated and type(self.regularizer).masks is not Regularizer.masks:
+            raise ValueError(f"{self.name!r}: {kind} bars entries of a gated update; use gated=True")
         if self.gated and self.optimizer == "muon":
             raise ValueError(f"{self.name!r}: Muon moves matrices, and a gate has a threshold; use adamw")
         if self.regularizer.needs_kept_adapter and self.after_task != "keep":
@@ -129,7 +137,8 @@ class Method:
         found = dict(name=self.name, gated=self.gated, after_task=self.after_task)
         found["regularizer"] = self.regularizer.describe()
         late = {key: getattr(self, key) for key in ("rehearsal", "training", "optimizer")}
-        return found | {key: value for key, value in late.items() if value != getattr(Method, key)}
+        found |= {key: value for key, value in late.items() if value != getattr(Method, key)}
+        return found | ({"settings": dict(self.settings)} if self.settings else {})
 
 # %% ../../nbs/2_learning/continual.ipynb #55620f5d
 def learn_sequence(
@@ -149,12 +158,16 @@ def learn_sequence(
     report_to: str | Sequence[str] = "none",  # trackers, such as "tensorboard"
     checkpoint_every: float = 60.0,  # seconds between checkpoints; inf: only at a graceful shutdown
     callbacks: Sequence[TrainerCallback] = (),  # for the Trainer of every task
+    scoring: str = "answers",  # or "labels": a row is read once, and the label's first token is scored
+    neutral: Sequence[str] = (),  # texts whose loss is measured before and after every task
+    hidden_states: str | Path | None = None,  # with `top_layers`: a folder that runs share; None: memory only
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. `ValueError`, `Diverged`, or `Stopped`."
     learner = Learner(
         model, tokenizer, sequence, method, config or TrainConfig(),
         seed=seed, out=out, backbone=backbone, split=split, zero_shot=zero_shot, progress=progress,
         archive=archive, report_to=report_to, checkpoint_every=checkpoint_every, callbacks=callbacks,
+        scoring=scoring, neutral=neutral, hidden_states=hidden_states,
     )  # fmt: skip
     with learner.running():
         learner.score()  # before anything is learned
@@ -195,9 +208,13 @@ class Learner:
     report_to: str | Sequence[str] = "none"
     checkpoint_every: float = 60.0
     callbacks: Sequence[TrainerCallback] = ()
+    scoring: str = "answers"
+    neutral: Sequence[str] = ()
+    hidden_states: str | Path | None = None
 
     def __post_init__(self):
-        config = self.config
+        self.config = config = replace(self.config, **self.method.settings)
+        check_choice(self.scoring, ("answers", "labels"), "scoring")
         trackers = find_trackers(self.report_to)
         if hasattr(self.model, "peft_config"):
             raise ValueError("the model still carries an adapter; load the backbone again")
@@ -215,6 +232,7 @@ class Learner:
         self.run = new_run(
             self.model, self.sequence, self.method, config,
             seed=self.seed, backbone=self.backbone, split=self.split, callbacks=self.callbacks,
+            scoring=self.scoring,
         )  # fmt: skip
         check_same((self.run.name, str(self.out)), "runs")
         if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:
@@ -246,8 +264,16 @@ class Learner:
             total += sum(rows) if self.zero_shot is True and not done else 0
             hidden = not self.progress or self.run.complete or not is_main()
             bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
-            with bar as self.bar, closing(self.tracking):
+            with bar as self.bar, closing(self.tracking), self._trunk():
                 yield
+
+    def _trunk(self):
+        "A context in which the blocks below the adapted ones run once per text, where that is possible."
+        config = self.config
+        if config.top_layers is None or self.run.complete:
+            return nullcontext()
+        layers = target_layers(self.model, config.target_modules, config.top_layers)
+        return Trunk(self.model, layers, self.hidden_states)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -268,6 +294,13 @@ class Learner:
             exact = target.dtype == torch.float32
             self.weights[name] = target.detach() if exact else weight.to(target.device)
 
+    def _set_masks(self) -> None:
+        "Bar the entries that the regularizer bars."
+        layers = adapter_layers(self.adapted)
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        for name, mask in self.regularizer.masks(shapes).items():
+            layers[name].gate_options["default"]["mask"] = mask
+
     def remaining(self) -> range:
         "The tasks that are not learned and scored yet; in joint training only the last, for all of them."
         first = len(self.sequence) - 1 if self.method.training == "joint" else 0
@@ -287,6 +320,7 @@ class Learner:
         self.bar.set_description(f"{self.method.name}, learning {task.name}", refresh=False)
         if self.adapted is None:
             self.adapted = attach_adapter(self.model, self.config, self.method.gated)
+            self._set_masks()
         self.weights = self.weights or weights_of(self.adapted)
         self.tracking.before = self._steps(before=i)
         progress = Progress(lambda steps: self.bar.update(steps * self._rows_per_step))
@@ -303,7 +337,8 @@ class Learner:
         start = time.perf_counter()
         run = self.run
         task = self.sequence[i]
-        updates = named_updates(self.adapted)
+        learned = named_updates(self.adapted)
+        updates = self.regularizer.finish(learned)
         broken = [name for name, update in updates.items() if not update.delta.isfinite().all()]
         if broken:
             what = f"the last step left an update that is not finite in {broken[0]}"
@@ -325,7 +360,7 @@ class Learner:
         adapter = {}
         if self.method.after_task == "merge":
             if self.folder is not None and self.archive and self.method.training != "joint":
-                archive_task(self.folder, run, i, self.adapted, weights)
+                archive_task(self.folder, run, i, self.adapted, weights, None if updates is learned else updates)
             self.model = merge_adapter(self.adapted, weights, updates)
             self.adapted = None
         elif self.folder is not None:
@@ -341,11 +376,19 @@ class Learner:
     def score(self, i: int | None = None) -> None:
         "Score the tasks up to i, the one learned last; None: all, before learning. Recorded scores stay."
         run = self.run
+        losses = run.extra.get("neutral_loss", {})  # task learned last, or "" -> loss
+        after = "" if i is None else run.tasks[i]
+        if self.neutral and after not in losses and (i is not None or not run.tasks_learned):
+            loss = text_loss(self.adapted or self.model, self.tokenizer, self.neutral)
+            run.extra["neutral_loss"] = losses | {after: loss}
         if i is None and (self.zero_shot is not True or run.tasks_learned):
             return
         seconds = run.seconds["evaluate"]
         seconds += [0.0] * (len(run.seconds["train"]) - len(seconds))
-        for j, task in enumerate(self.sequence if i is None else self.sequence[: i + 1]):
+        seen = self.sequence if i is None else self.sequence[: i + 1]
+        labels = list(dict.fromkeys(option for task in seen for option in task.options))
+        labels = labels if self.scoring == "labels" else None
+        for j, task in enumerate(seen):
             known = j < len(run.zero_shot or ()) if i is None else not math.isnan(run.accuracy[i, j])
             if known:
                 self.bar.update(run.test_rows[j])
@@ -353,7 +396,7 @@ class Learner:
             start = time.perf_counter()
             self.bar.set_description(f"{self.method.name}, scoring {task.name}", refresh=False)
             score = evaluate(
-                self.adapted or self.model, self.tokenizer, task, self.split,
+                self.adapted or self.model, self.tokenizer, task, self.split, labels,
                 max_length=self.config.max_length, truncation=self.config.truncation,
                 batch_size=2 * self.config.batch_size, advance=self.bar.update, share=True,
             )  # fmt: skip

@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..conventions import check_choice
 from ..data.files import check_characters
-from .tasks import Question, Task, encode_answer, encode_prompt, is_encoder_decoder
+from jumplora.learning.tasks import (
+    Collator,
+    Example,
+    Question,
+    Task,
+    encode_answer,
+    encode_prompt,
+    is_encoder_decoder,
+)
 from ..running.answers import generate, read_by_option, read_decoder, read_prefix, reads_together
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
@@ -39,10 +48,13 @@ class Score:
     answers: tuple[str, ...]  # generated answers, in the order of the rows
     right: tuple[bool, ...]  # per row: the generated answer equals the label
     likeliest: tuple[bool, ...]  # per row: the label is the likeliest option
+    seen: tuple[bool, ...] = ()  # per row: the label is the likeliest of all labels given; () if none were
+    log_loss: float = math.nan  # mean of -ln p(label) among all labels given, in nats
 
     rows = property(lambda score: len(score.right))  # how many were scored
     exact_match = property(lambda score: 100.0 * sum(score.right) / score.rows)  # percent
     option_accuracy = property(lambda score: 100.0 * sum(score.likeliest) / score.rows)  # percent
+    seen_accuracy = property(lambda score: 100.0 * sum(score.seen) / score.rows)  # percent
 
     def __repr__(self) -> str:
         percent = f"exact_match={self.exact_match:.1f}, option_accuracy={self.option_accuracy:.1f}"
@@ -54,6 +66,7 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
     task: Task,  # what to score
     split: str = "test",  # "train", "dev" or "test"
+    labels: Sequence[str] | None = None,  # score by labels, among these: see `score_labels`; None: by answers
     **settings,  # of `answer`: max_length, truncation, batch_size, max_new_tokens, advance, share
 ) -> Score:  # which rows are correct
     "Score one split of a task; labels outside the options count as wrong. `ValueError` without rows."
@@ -62,6 +75,8 @@ def evaluate(
         raise ValueError(f"task {task.name!r} has no {split} rows to score")
     was_training = model.training
     try:
+        if labels is not None:
+            return score_labels(model.eval(), tokenizer, task, rows, labels, **settings)
         answers, scores = answer(model.eval(), tokenizer, task, [row.text for row in rows], **settings)
     finally:
         model.train(was_training)
@@ -262,3 +277,74 @@ def answer(
         if len(answers) > own:
             advance(len(answers) - own)
     return [answers[row] for row in range(len(texts))], scores
+
+# %% ../../nbs/2_learning/evaluation.ipynb #9464be45
+@torch.no_grad()
+def score_labels(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    rows: Sequence[Example],
+    labels: Sequence[str],
+    max_length: int = 128,
+    truncation: str = "field",
+    batch_size: int = 16,
+    advance: Callable[[int], None] = lambda rows: None,
+    share: bool = False,
+) -> Score:
+    "Score rows by the first token after the prompt, which must differ between labels. Nothing is generated."
+    collator = Collator.for_model(model, tokenizer)
+    tokens = {label: encode_answer(tokenizer, label, collator.encoder_decoder) for label in labels}
+    first = [ids[0] for ids in tokens.values()]
+    unknown = [row.label for row in rows if row.label not in tokens]
+    if len(set(first)) < len(tokens) or unknown or not set(task.options) <= set(tokens):
+        what = f"label {unknown[0]!r} is not among them" if unknown else "two begin with the same token"
+        raise ValueError(f"task {task.name!r} cannot be scored by the labels {list(labels)}: {what}")
+    own = [list(tokens).index(option) for option in task.options]
+    encoded = [encode_prompt(tokenizer, task, row.text, max_length, truncation) for row in rows]
+    pairs = [(ids, tokens[row.label]) for ids, row in zip(encoded, rows, strict=True)]
+    device = next(model.parameters()).device
+    exact = []
+    chosen = []
+    for start in range(0, len(pairs), batch_size):
+        batch = collator(pairs[start : start + batch_size])
+        given = batch.pop("labels").to(device)
+        batch = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+        logits = model(**batch, use_cache=False).logits
+        if not collator.encoder_decoder:
+            logits = logits[:, -given.shape[1] : -1]
+            given = given[:, 1:]
+        exact += ((logits.argmax(-1) == given) | (given == -100)).all(-1).tolist()
+        begin = (given != -100).int().argmax(-1)  # where the label begins
+        chosen.append(logits[torch.arange(len(begin)), begin][:, first].float().log_softmax(-1).cpu())
+        advance(len(begin))
+    scores = torch.cat(chosen)  # (rows, labels), ln p among the labels
+    right = torch.tensor([list(tokens).index(row.label) for row in rows])
+    of_label = scores.gather(1, right[:, None])  # (rows, 1)
+    return Score(
+        answers=(),
+        right=tuple(exact),
+        likeliest=tuple(((scores[:, own] >= of_label).sum(1) == 1).tolist()),  # a tie is no choice
+        seen=tuple(((scores >= of_label).sum(1) == 1).tolist()),
+        log_loss=-of_label.mean().item(),
+    )
+
+
+@torch.no_grad()
+def text_loss(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int = 32
+) -> float:  # nats per token
+    "Mean loss of the tokens of plain texts, cut to `max_length`; for a decoder."
+    if is_encoder_decoder(model):
+        raise ValueError("the loss of plain texts is that of a decoder; leave `neutral` out")
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = count = 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text).input_ids[:max_length]], device=device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        total += F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    model.train(was_training)
+    return total / count

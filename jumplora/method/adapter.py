@@ -89,7 +89,7 @@ class JumpLoraVariant(LoraVariant):
     def forward(module, active_adapter, x, result, **kwargs):
         x = module.lora_dropout[active_adapter](x)
         gate = module.lora_gate[active_adapter]
-        if not gate.is_dense():
+        if not gate.is_dense() or "mask" in module.gate_options[active_adapter]:
             return result + module.gated_output(active_adapter, x).to(result.dtype)
         thin = module.lora_A[active_adapter](x)  # LoRA's own products, (..., r)
         thin = thin + 0 * gate.threshold.to(thin)  # τ receives a gradient of zero, not none
@@ -171,8 +171,8 @@ class JumpLoraLinear(LoraLinear):
         hooks = hooks or base._backward_pre_hooks or base._backward_hooks
         if len(active) != 1 or self.disable_adapters or self.merged or not plain or hooks:
             return None
-        if self.lora_gate[active[0]].is_dense():  # LoRA's thin products take less
-            return None
+        if self.lora_gate[active[0]].is_dense() and "mask" not in self.gate_options[active[0]]:
+            return None  # LoRA's thin products take less
         return active[0] if isinstance(self.lora_dropout[active[0]], nn.Identity) else None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -288,7 +288,9 @@ def dense_update(
     adapter_name: str = "default",  # which adapter
 ) -> Tensor:  # BA, (out, in), fp32, neither scaled nor gated
     "The product of the two factors, which the threshold is compared with."
-    return dense_product(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+    product = dense_product(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+    mask = getattr(layer, "gate_options", {}).get(adapter_name, {}).get("mask")
+    return product if mask is None else product * mask.to(product.device)
 
 
 def delta_weights(

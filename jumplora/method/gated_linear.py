@@ -34,9 +34,10 @@ def naive_gated_update(
     scaling: float = 1.0,  # s = α / r
     bandwidth: float = 1e-3,  # ε, above 0
     reduction: str = "mean",  # "mean" or "sum" in the gradient of τ
+    mask: Tensor | None = None,  # (out, in), bool: the entries that may differ from 0; None: all
 ) -> Tensor:  # ΔW_eff, (out, in), fp32 or wider
     "The update that a layer applies, s · (γ · J_τ(BA) + (1 - γ) · BA), under autograd."
-    delta = dense_product(A, B)
+    delta = dense_product(A, B) if mask is None else dense_product(A, B) * mask
     gamma = gate_scalar(interpolation, delta).detach()
     gated = two_sided_jumprelu(delta, threshold, bandwidth, reduction)
     return scaling * (gamma * gated + (1 - gamma) * delta)
@@ -54,9 +55,10 @@ def naive_gated_linear(
     scaling: float = 1.0,  # s = α / r
     bandwidth: float = 1e-3,  # ε, above 0
     reduction: str = "mean",  # "mean" or "sum" in the gradient of τ
+    mask: Tensor | None = None,  # (out, in), bool: the entries that may differ from 0; None: all
 ) -> Tensor:  # (..., out), dtype of x
     "y = x Wᵀ + x ΔW_effᵀ + bias, written out: two products, and autograd stores every step."
-    update = naive_gated_update(A, B, threshold, interpolation, scaling, bandwidth, reduction)
+    update = naive_gated_update(A, B, threshold, interpolation, scaling, bandwidth, reduction, mask)
     branch = F.linear(x, update.to(x.dtype))  # (..., in) @ (in, out)
     if weight is None:
         return branch if bias is None else branch + bias
@@ -69,6 +71,12 @@ class _Gate(NamedTuple):
     scaling: float  # s = α / r
     bandwidth: float  # ε
     reduction: str  # "mean" or "sum" in the gradient of τ
+    mask: Tensor | None  # (out, in), bool: the entries that may differ from 0; None: all
+
+    def product(self, A, B):
+        "ΔW with zeros where the mask is."
+        delta = dense_product(A, B)
+        return delta if self.mask is None else delta.mul_(self.mask.to(delta.device))
 
     def factor(self, delta, tau, gamma):
         "f: s where |ΔW| > τ, s · (1 - γ) elsewhere."
@@ -137,7 +145,7 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, B, tau, gamma)
         ctx.gate = gate
         with torch.autocast(A.device.type, enabled=False):
-            update, rest = gate.forward(dense_product(A, B), tau, gamma)  # (out, in)
+            update, rest = gate.forward(gate.product(A, B), tau, gamma)  # (out, in)
             if x is None:
                 return update if rest == 1 else update.mul_(rest)
             return _linear_with_update(x, weight, update, rest, bias)
@@ -149,7 +157,7 @@ class _GatedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_A, need_B, need_tau = ctx.needs_input_grad[:6]
         grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_tau = None
         with torch.autocast(grad.device.type, enabled=False):
-            delta = dense_product(A, B)  # (out, in), as in forward
+            delta = ctx.gate.product(A, B)  # (out, in), as in forward
             if need_x:
                 update, rest = ctx.gate.forward(delta, tau, gamma)
                 grad_x = _linear_with_update(grad, None if weight is None else weight.T, update.T, rest)
@@ -161,6 +169,7 @@ class _GatedLinear(torch.autograd.Function):
                 grad_weight = G if need_weight else None
             if need_A or need_B or need_tau:
                 G = G.to(delta.dtype)
+                G = G if ctx.gate.mask is None else G * ctx.gate.mask.to(G.device)
                 d_delta, rest, grad_tau = ctx.gate.backward(delta, tau, gamma, G, need_tau)
                 grad_A = rest * B.to(delta.dtype).T @ d_delta  # (r, out) @ (out, in)
                 grad_B = d_delta @ (rest * A.to(delta.dtype).T)  # (out, in) @ (in, r)
@@ -179,6 +188,7 @@ def gated_linear(
     scaling: float = 1.0,  # s = α / r
     bandwidth: float = 1e-3,  # ε, above 0
     reduction: str = "mean",  # "mean" or "sum" in the gradient of τ
+    mask: Tensor | None = None,  # (out, in), bool: the entries that may differ from 0; None: all
 ) -> Tensor:  # (..., out), dtype of x
     "Values and gradients of `naive_gated_linear`, without storing ΔW or ΔW_eff; `ValueError` on shapes."
     check_gate(bandwidth, reduction)
@@ -190,7 +200,7 @@ def gated_linear(
         x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
     tau = gate_scalar(threshold, A)
     gamma = gate_scalar(interpolation, A)
-    return _GatedLinear.apply(x, weight, bias, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction))
+    return _GatedLinear.apply(x, weight, bias, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction, mask))
 
 # %% ../../nbs/1_method/gated_linear.ipynb #7076a402
 def gated_update(
@@ -201,9 +211,10 @@ def gated_update(
     scaling: float = 1.0,  # s = α / r
     bandwidth: float = 1e-3,  # ε, above 0
     reduction: str = "mean",  # "mean" or "sum" in the gradient of τ
+    mask: Tensor | None = None,  # (out, in), bool: the entries that may differ from 0; None: all
 ) -> Tensor:  # ΔW_eff, (out, in), fp32 or wider
     "Values and gradients of `naive_gated_update`, nothing of size (out, in) stored."
     check_gate(bandwidth, reduction)
     tau = gate_scalar(threshold, A)
     gamma = gate_scalar(interpolation, A)
-    return _GatedLinear.apply(None, None, None, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction))
+    return _GatedLinear.apply(None, None, None, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction, mask))

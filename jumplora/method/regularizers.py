@@ -52,7 +52,15 @@ class Regularizer:
             total = total + self.layer_penalty(name, update)
         return total
 
-    def after_task(self, updates: dict[str, Update]) -> None:  # the finished updates
+    def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
+        "Change the updates of a finished task before they are merged; here they stay as they are."
+        return updates
+
+    def masks(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:  # name -> (out, in), bool
+        "Entries that the next task may change, for a gated method; empty: all."
+        return {}
+
+    def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
         "Remember what the next tasks need."
 
     def state_dict(self) -> dict[str, Tensor]:  # "past.NAME", "tasks", ...

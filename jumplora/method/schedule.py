@@ -113,6 +113,7 @@ class SparsitySchedule:
     kept: int | float | None = None  # P per threshold: None, its LoRA parameters; int, entries; float, share
     adapter_name: str = "default"  # the adapter that is trained
     log_every: int = 1  # steps between two entries of `history`; an entry costs one device transfer
+    hold: bool = False  # True: τ is chosen again after every step, so that exactly P entries pass at the end
 
     def __post_init__(self):
         self.first, self.last = ramp_steps(self.total_steps, self.start, self.stop)
@@ -133,11 +134,11 @@ class SparsitySchedule:
     def after_step(self, step: int) -> None:  # k ≥ 1: optimizer steps done
         "Set γ and, once step f is done, choose the thresholds from the data; extend the history."
         if step >= self.first:
-            for name in [name for name in self.groups if name not in self.started]:
+            for name in [name for name in self.groups if self.hold or name not in self.started]:
                 threshold = initial_threshold(self.groups[name], self.kept_entries[name])
                 if threshold > 0:  # else the update is still zero: try again after the next step
                     self.groups[name].gate.set_threshold(threshold)
-                    self.started.append(name)
+                    self.started += [name] if name not in self.started else []
         self.set_step(step)
         if step % self.log_every == 0 or step in (self.first, self.last, self.total_steps):
             thresholds = read_thresholds(self.groups)

@@ -334,7 +334,7 @@ class Run:
                 else:
                     percents = (self.option_accuracy if option else self.accuracy)[i]
                 percent = percents[j] if j < len(percents) else math.nan
-                share = 100 * self.rows_right(i, j, option).mean()
+                share = 100 * self.rows_right(i, j, "option_accuracy" if option else "exact_match").mean()
                 if not abs(share - percent) <= 1e-9:
                     raise ValueError(f"right[{after!r}][{task!r}] has {share} % of the rows, score {percent}")
 
@@ -345,6 +345,9 @@ class Run:
         if i is not None:
             self.accuracy[i, j] = score.exact_match
             self.option_accuracy[i, j] = score.option_accuracy
+            if score.seen:
+                losses = self.extra.setdefault("log_loss", {}).setdefault(self.tasks[i], {})
+                losses[self.tasks[j]] = score.log_loss
         else:
             scores = self.zero_shot or []
             if j != len(scores):
@@ -353,14 +356,24 @@ class Run:
             self.zero_shot_options = [*(self.zero_shot_options or []), score.option_accuracy]
         scored = self.right.setdefault("" if i is None else self.tasks[i], {})
         rows = dict(exact_match=score.right, option_accuracy=score.likeliest)
+        rows |= dict(seen_accuracy=score.seen) if score.seen else {}
         packed = {kind: np.packbits(np.array(right, dtype=bool)) for kind, right in rows.items()}
         scored[self.tasks[j]] = {kind: bits.tobytes().hex() for kind, bits in packed.items()}
 
-    def rows_right(self, i: int | None, j: int, option: bool = False) -> np.ndarray:  # (rows,) bool
+    @property
+    def seen_accuracy(self) -> np.ndarray:  # (T, T) percent; nan = not measured
+        "How often the right label was the likeliest of all labels seen so far; with scoring by labels only."
+        found = np.full_like(self.accuracy, np.nan)
+        for i, j in np.argwhere(~np.isnan(self.accuracy)):
+            if "seen_accuracy" in self.right.get(self.tasks[i], {}).get(self.tasks[j], {}):
+                found[i, j] = 100 * self.rows_right(i, j, "seen_accuracy").mean()
+        return found
+
+    def rows_right(self, i: int | None, j: int, score: str = "exact_match") -> np.ndarray:  # (rows,) bool
         "Which rows of task j were right after learning task i (None: before any). `ValueError` if unknown."
         after = "" if i is None else self.tasks[i]
         task = self.tasks[j]
-        text = self.right.get(after, {}).get(task, {}).get("option_accuracy" if option else "exact_match")
+        text = self.right.get(after, {}).get(task, {}).get(score)
         if not isinstance(text, str):
             when = f"after learning {after!r}" if after else "before anything was learned"
             raise ValueError(

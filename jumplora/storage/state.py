@@ -396,6 +396,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 def new_run(
     model: nn.Module, sequence: TaskSequence, method, config, *,
     seed: int, backbone: str | None = None, split: str = "test", callbacks: Sequence[TrainerCallback] = (),
+    scoring: str = "answers",
 ) -> Run:  # fmt: skip
     "The record of a run that is about to begin."
     parameter = next(model.parameters())
@@ -409,6 +410,8 @@ def new_run(
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=parameter.device.type,
     )
+    if scoring != "answers":
+        configuration["scoring"] = scoring
     if callbacks:
         kinds = map(type, callbacks)
         configuration["callbacks"] = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]

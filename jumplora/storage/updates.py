@@ -171,19 +171,21 @@ def grow_support(support: dict | None, archives: Sequence[UpdateArchive]) -> dic
 
 
 @torch.no_grad()
-def archive_task(folder: Path, run: Run, position: int, adapted: nn.Module, weights: dict[str, Tensor]):
-    "Write the update of an adapter that is not merged into `weights` yet, and note it in the record."
+def archive_task(
+    folder: Path, run: Run, position: int, adapted: nn.Module, weights: dict[str, Tensor], updates=None
+) -> None:
+    "Write an update that is not merged into `weights` yet, the adapter's own or those given, and note it."
     task = run.tasks[position]
     path = archive_path(folder, position, task)
     support = run.extra.get("support")
-    gated = bool(gate_groups(adapted))
+    gated = bool(gate_groups(adapted)) or updates is not None
 
     def work():
         tensors = {}
         sums = {}
         kept = 0
         for name, module in adapter_layers(adapted).items():
-            update = sparse_update(delta_weight(module))
+            update = sparse_update(delta_weight(module) if updates is None else updates[name].delta)
             sums[name] = update.checksum()
             kept += len(update.indices)
             if gated:
