@@ -8,11 +8,12 @@ __all__ = ['load_sequence']
 # %% ../../nbs/5_inside/sequences.ipynb #f28af68b
 #| code-fold: true
 import os
+import re
 from pathlib import Path
 
 from ..conventions import check_choice
 from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_sequence, read_folder
-from .newsroom import newsroom, newsroom20
+from .newsroom import newsroom, newsroom20, topics
 from ..learning.tasks import TaskSequence
 
 # %% ../../nbs/5_inside/sequences.ipynb #1b960b68
@@ -30,7 +31,9 @@ def load_sequence(
 ) -> TaskSequence:  # the tasks in their order
     "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
     name = f"order{name}" if str(name) in map(str, ORDERS) else str(name)
-    if name in ("newsroom", "newsroom20"):
+    if re.fullmatch(r"topics-\d{1,7}", name):
+        found = topics(folder, int(name.removeprefix("topics-")))
+    elif name in ("newsroom", "newsroom20"):
         found = newsroom(folder, seed) if name == "newsroom" else newsroom20(folder, seed)
     elif name in HUB_SEQUENCES:
         found = hub_sequence(name, seed)
@@ -43,6 +46,6 @@ def load_sequence(
         found = TaskSequence(name, [as_in_the_paper(task) for task in read])
     else:
         if not Path(name).expanduser().is_dir():
-            check_choice(name, (*_NAMES, "the path of a folder"), "sequence")
+            check_choice(name, (*_NAMES, "topics-0", "the path of a folder"), "sequence")
         found = read_folder(name)
     return found.limit(train, dev, test, seed)

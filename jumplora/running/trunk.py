@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..conventions import write_atomic
+from .answers import reads_together
 from ..storage.record import digest, tensors_checksum
 
 # %% ../../nbs/5_inside/trunk.ipynb #fce7fbb7
@@ -71,7 +72,7 @@ class Trunk:
         self._first = blocks[first]
         self._left = not _reads_encoder(model)  # the side of padding
         self._takes = set(inspect.signature(self._stack.forward).parameters)
-        self.reason = self._find_reason()
+        self.reason = self._find_reason(model)
         if folder is not None and not self.reason:
             below = nn.ModuleList([m for n, m in self._stack.named_children() if m is not blocks] + self._blocks)
             environment = [metadata.version("torch"), metadata.version("transformers"), torch.get_num_threads()]
@@ -126,7 +127,7 @@ class Trunk:
         padded = not mask.all()
         if positions is not None and not torch.equal(positions.expand_as(counted)[mask], counted[mask]):
             return None
-        if padded and positions is None and not mask[:, 0].all():
+        if padded and positions is None and "position_ids" in self._takes and not mask[:, 0].all():
             return None  # padding on the left would shift positions
         if (mask.diff(dim=-1).sum(-1) > 1).any():  # a difference of bools is their exclusive or
             return None  # padding inside a row
@@ -186,10 +187,12 @@ class Trunk:
         raise RuntimeError("the first adapted block was not reached")
 
     @torch.no_grad()
-    def _find_reason(self) -> str:
+    def _find_reason(self, model: nn.Module) -> str:
         "Why this model is not replayed; an empty text if it can be."
         if not self._blocks:
             return "the first block is adapted"
+        if not reads_together(model, 1):
+            return f"models of type {model.config.model_type!r} are not known to read a row alone as in a batch"
         if "input_ids" not in self._takes or any("forward" in vars(block) for block in self._blocks):
             return "its stack of blocks takes no token ids, or its blocks were altered"
         training = self._stack.training
@@ -208,8 +211,6 @@ class Trunk:
                 plain = self._stack.eval()(**inputs)[0]
                 output = kinds[0]
                 self._beside = None if isinstance(output, Tensor) else len(output) - 1
-                if self._beside and any(part is not None for part in output[1:]):
-                    return "its blocks hand on more than hidden states"
                 known = self._run(**inputs)
                 self._stack.train()
                 if not all(torch.equal(self._run(**inputs), known) for _ in range(2)):
