@@ -135,7 +135,7 @@ class DisjointMasks(Regularizer):
         "Bar their entries."
         for name, update in updates.items():
             changed = update.delta != 0
-            self.used[name] = changed | self.used[name].to(changed.device) if self.used else changed
+            self.used[name] = changed | self.used[name].to(changed.device) if name in self.used else changed
 
 # %% ../../nbs/2_learning/methods.ipynb #e80077f9
 LATE = dict(gate_start=0.7, gate_stop=0.9, kept=0.1, hold_kept=True)  # dense for most of the steps
