@@ -9,12 +9,9 @@ __all__ = ['PARTS', 'measure', 'load_parts', 'speed_table']
 import copy
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -26,18 +23,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler._utils import traverse_dfs
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from ..conventions import check_choice, set_seed, write_atomic
 from ..data.backbones import load_backbone
 from ..data.sequences import load_sequence
 from ..learning import continual, evaluation, training
 from ..learning.methods import METHODS
-from ..learning.tasks import Example, Task, TaskSequence, encode_answer, encode_prompt
+from ..learning.tasks import Task, encode_answer, encode_prompt
 from ..method import adapter
 from ..method.gated_linear import naive_gated_linear, naive_gated_update
 from ..method.regularizers import ELLA, IncLoRA, Update
 from ..method.schedule import initial_threshold
+from ..running.answers import generate
 from ..storage.record import environment
 
 # %% ../../nbs/3_results/speed.ipynb #6ab438ef
@@ -106,30 +104,26 @@ def _naive_answer(
     model, tokenizer, task, texts, max_length=128, truncation="field", batch_size=16, max_new_tokens=8,
     advance=lambda rows: None, share=False, scored=True,
 ):  # fmt: skip
-    "What `answer` gives for a decoder, in file order and without sharing; scored=False: exact match only."
+    "What `answer` gives for a decoder: every prompt generates, and is read again for every option if scored."
+    model = getattr(model, "get_base_model", lambda: model)()
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
-    endings = [encode_answer(tokenizer, option, False) for option in task.options if scored]
-    answers, scores = [], torch.zeros(len(texts), len(endings))
-    pad, end, device = tokenizer.pad_token_id, tokenizer.eos_token_id, next(model.parameters()).device
+    options = [encode_answer(tokenizer, option, False) for option in task.options]
+    longest = max([max_new_tokens, *map(len, options)])
+    answers, scores = [], torch.zeros(len(texts), len(options) if scored else 0)
+
+    def padded(rows):  # on the left, where the attention mask is 0
+        batch = tokenizer.pad(dict(input_ids=rows), padding_side="left", return_tensors="pt")
+        return batch.to(next(model.parameters()).device)
+
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
-        for option, ending in enumerate([[], *endings], -1):
-            tokens = training.pad([prompt + ending for prompt in some], -1, left=True).to(device)
-            mask = (tokens >= 0).long()
-            tokens = tokens.masked_fill(mask == 0, pad)
-            if not ending:  # no token has the id of the vocabulary's size, so nothing ends early
-                new = model.generate(
-                    input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                    pad_token_id=pad, eos_token_id=model.config.vocab_size,
-                )[:, tokens.shape[1] :]  # fmt: skip
-                new = new.masked_fill((new == end).cumsum(1) > 0, end)
-                answers += tokenizer.batch_decode(new, skip_special_tokens=True)
-                continue
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
-            logs = logits[:, -len(ending) - 1 : -1].float().log_softmax(-1)
-            wanted = torch.tensor(ending, device=device).expand(len(some), -1)
-            scores[start : start + len(some), option] = logs.gather(2, wanted[:, :, None]).sum((1, 2)).cpu()
+        answers += generate(model, tokenizer, longest, **padded(some))
+        for i in range(scores.shape[1]):
+            batch = padded([prompt + options[i] for prompt in some])
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            logs = model(**batch).logits[:, -len(options[i]) - 1 : -1].float().log_softmax(-1)
+            wanted = batch["input_ids"][:, -len(options[i]) :, None]
+            scores[start : start + len(some), i] = logs.gather(2, wanted).sum((1, 2)).cpu()
         advance(len(some))
     return answers, scores
 
@@ -237,22 +231,20 @@ def _step(quick: bool, device, dtype) -> list[dict]:
     return found
 
 # %% ../../nbs/3_results/speed.ipynb #a838cd5c
-@dataclass
 class _RandomLayers:
-    "|BA| of random factors, computed anew at every pass."
+    "|BA| of random factors of rank 8, computed anew at every pass."
 
-    A: Tensor  # (layers, n, 8)
-    B: Tensor  # (layers, n, 8)
+    def __init__(self, count: int, size: int, device="cpu"):
+        self.factors = 0.02 * torch.randn((2, count, size, 8), device=device)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return ((B @ A.T).abs_() for A, B in zip(self.A, self.B, strict=True))
+        return ((B @ A.T).abs_() for A, B in zip(*self.factors, strict=True))
 
 
 def _start(quick: bool, device, dtype, count: int = 144, size: int = 1024) -> list[dict]:
     "The threshold that keeps a share of the entries: by `kthvalue` of all at once, and by counting."
     set_seed(0)
-    factors = 0.02 * torch.randn((2, count, size, 8), device=device)
-    layers = _RandomLayers(factors[0], factors[1])
+    layers = _RandomLayers(count, size, device)
     entries = count * size**2
     rows = []
     for share in (1 / 64, 1 / 2):  # LoRA's own size at rank 8, and the middle
@@ -294,20 +286,6 @@ def _evaluation(quick: bool, device, dtype) -> list[dict]:
         rows += [row | dict(score=score, rows=count, differ=differ) for row in _compare(seconds, "fast")]
     return rows
 
-
-def _batches(quick: bool, device, dtype) -> list[dict]:
-    "The share of answers that change when rows are answered one by one, in two formats."
-    model, tokenizer, task, texts = _trained(device, dtype)
-    count = 16 if quick else 50
-    texts = [texts[i * len(texts) // count] for i in range(count)]
-    rows = []
-    for name in ("float32", "bfloat16"):
-        model = model.to(getattr(torch, name))
-        together, _ = evaluation.answer(model, tokenizer, task, texts)
-        alone = [evaluation.answer(model, tokenizer, task, [text])[0][0] for text in texts]
-        rows.append(dict(variant=name, rows=count, differ=np.not_equal(together, alone).mean().item()))
-    return rows
-
 # %% ../../nbs/3_results/speed.ipynb #4e4e5917
 def _run(quick: bool, device, dtype) -> list[dict]:
     "Four tasks the naive way, with fast training alone, and the fast way."
@@ -330,55 +308,10 @@ def _run(quick: bool, device, dtype) -> list[dict]:
         rows.append(taken | dict(accuracy=accuracy))
     return [row | extra for row, extra in zip(_compare(seconds, "fast"), rows, strict=True)]
 
-
-def _equal_tasks(quick: bool, device, dtype, large: bool = False) -> list[dict]:
-    "Fifty equal tasks on a small model, or the second of two on a large one: seconds, and memory after it."
-    import psutil
-
-    set_seed(0)
-    model, tokenizer = load_backbone("tiny-t5" if large else "tiny-llama")
-    tasks, length, count = (2, 200, 8) if large else (10 if quick else 50, 10, 64)
-    if large and not quick:
-        model = _t5_large_shape()
-    elif not large:
-        shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
-    words = ("red", "blue")
-    examples = [Example(f"{word} " * length, word) for word in words * (count // 2)]
-    sequence = [Task(f"task {i}", "Which?\n", words, examples, [], examples[:8]) for i in range(tasks)]
-    learner = continual.Learner(
-        model.to(device, dtype), tokenizer, TaskSequence("two words", sequence),
-        METHODS["ELLA + JumpLoRA"], training.TrainConfig(batch_size=8),
-    )  # fmt: skip
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    rows = []
-    for i in range(tasks):
-        learner.finish(i, learner.train(i))
-        learner.score(i)
-        row = dict(task=i + 1, million_weights=size, megabytes=psutil.Process().memory_info().rss / 1e6)
-        row |= {name: values[-1] for name, values in learner.run.seconds.items()}
-        row |= dict(step_milliseconds=1e3 * row["train"] / (count / 8))
-        rows.append(row | dict(peak_megabytes=learner.run.peak_memory / 1e6))
-    return rows[-1:] if large else rows  # the first of two has no past
-
-
-def _startup(quick: bool, device, dtype) -> list[dict]:
-    "Fresh processes."
-    programs = {
-        "python": "pass",
-        "jumplora --help": "from jumplora.command_line import main; main(['--help'])",
-        "import torch": "import torch",
-        "import torch, jumplora": "import torch, jumplora",
-    }
-    start = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    works = {name: partial(start, [sys.executable, "-c", code]) for name, code in programs.items()}
-    return _compare(_alternate(works, 3 if quick else 9), "python")
-
 # %% ../../nbs/3_results/speed.ipynb #6aaba9c9
 PARTS: dict[str, Callable[..., list[dict]]] = dict(
-    layer=_layer, step=_step, start=_start, evaluation=_evaluation, batches=_batches,
-    run=_run, growth=_equal_tasks, path=partial(_equal_tasks, large=True), startup=_startup,
-)  # fmt: skip
+    layer=_layer, step=_step, start=_start, evaluation=_evaluation, run=_run
+)
 
 
 def measure(

@@ -34,7 +34,6 @@ def small(monkeypatch):
     monkeypatch.setattr(speed, "_t5_large_shape", lambda: load_backbone("tiny-t5")[0])
     monkeypatch.setitem(speed.PARTS, "layer", partial(speed._layer, tokens=(8, 16), size=64))
     monkeypatch.setitem(speed.PARTS, "start", partial(speed._start, count=3, size=64))
-    monkeypatch.setattr(speed.sys, "executable", "true")  # a fresh Python with torch takes seconds
 
 
 @pytest.fixture
