@@ -199,9 +199,9 @@ def told_apart(
     pairs = len(ends) * (len(ends) - 1) // 2
     seeds = " or ".join(map(str, sorted({len(done[name]) for name in ends})))
     clear = f"; they are apart for {', '.join(apart)}" if apart else ""
+    found = f"The intervals overlap for {pairs - len(apart)} of {pairs} pairs of {what}{clear}"
     cover = "The intervals cover test-set sampling, not seed variance"
-    return (f"The intervals overlap for {pairs - len(apart)} of {pairs} pairs of {what}{clear}. "
-            f"{cover}; seeds per {what.removesuffix('s')}: {seeds}.")  # fmt: skip
+    return f"{found}. {cover}; seeds per {what.removesuffix('s')}: {seeds}."
 
 
 def markdown_table(
@@ -346,16 +346,15 @@ def measured(
             if other.method == "single task" and other.complete and other.tasks[0] in alone:
                 if other.configuration["train"] | {"learning_rate": None} == train:
                     alone[other.tasks[0]].append(other.average_accuracy)
-        scores = [float(np.mean(scores)) if scores else math.nan for scores in alone.values()]
-        known = not any(map(math.isnan, scores))
+        known = all(alone.values())
+        scores = [float(np.mean(scores)) for scores in alone.values() if known]
         transfer[run.sequence, run.seed] = forward_transfer(run.accuracy, scores) if known else math.nan
     return transfer
 
 # %% ../../nbs/3_results/run_tables.ipynb #77920efb
 def _over_seeds(found: dict[tuple[str, int], float], orders: Sequence[str]) -> list[float]:
     "One number per seed that has all the orders: its mean over them."
-    seeds = sorted({seed for _, seed in found})
-    full = [seed for seed in seeds if all((order, seed) in found for order in orders)]
+    full = [seed for seed in sorted({s for _, s in found}) if all((order, seed) in found for order in orders)]
     return [float(np.mean([found[order, seed] for order in orders])) for seed in full]
 
 
@@ -414,11 +413,12 @@ def wins(
     won = pd.DataFrame(False, index=table.index, columns=table.columns)
     for name, sign in signs.items():
         column = table[name].drop(index=["single task", "multi-task"], errors="ignore")
-        cells = column.str.extract(r"^(-?[\d.]+) ± ([\d.]+)$").astype(float).dropna()
-        ranked = cells.assign(good=sign * cells[0]).sort_values("good", ascending=False)
-        if len(ranked) > 1 and column.str.match(r"^-?[\d.]+$").sum() == 0:
-            gaps = (ranked["good"].iloc[0] - ranked["good"].iloc[1:]).round(1)  # to every other method
-            won.loc[ranked.index[0], name] = (gaps > ranked[1].iloc[1:].clip(lower=ranked[1].iloc[0])).all()
+        cells = column.str.extract(r"^(-?[\d.]+)(?: ± ([\d.]+))?$").astype(float).dropna(subset=0)
+        if len(cells) > 1 and cells[1].notna().all():  # a single seed has no spread
+            best = (sign * cells[0]).idxmax()
+            others = cells.drop(index=best)
+            gaps = (sign * (cells[0][best] - others[0])).round(1)
+            won.loc[best, name] = (gaps > others[1].clip(lower=cells[1][best])).all()
     return won
 
 # %% ../../nbs/3_results/run_tables.ipynb #e266ce20
@@ -433,12 +433,12 @@ def gate_table(
     for base, measure in itertools.product(("IncLoRA", "ELLA", "O-LoRA"), measures):
         gated = measured(runs, f"{base} + JumpLoRA", measure)
         plain = measured(runs, base, measure)
-        differences = [gated[key] - plain[key] for key in gated.keys() & plain.keys() if key[0] in orders]
+        common = sorted(key for key in gated.keys() & plain.keys() if key[0] in orders)
+        differences = [gated[key] - plain[key] for key in common]
         n = len(differences)
         row = {"compared": f"{base} + JumpLoRA − {base}", "measure": measure, "pairs": str(n)}
-        missing = "not measured" if differences else "not run"
-        row |= dict.fromkeys(("mean", "95 % interval", "outcome"), missing)
-        if differences and not any(math.isnan(d) for d in differences):
+        row |= dict.fromkeys(("mean", "95 % interval", "outcome"), "not measured" if n else "not run")
+        if n and not any(map(math.isnan, differences)):
             row["mean"] = f"{np.mean(differences):+.1f}"
             row["95 % interval"] = "too few pairs" if n < 6 else "too many pairs"
             if 6 <= n <= 16:
@@ -459,10 +459,12 @@ def budget_text(runs: Sequence[Run], notes: bool = True) -> str:
     "Backbone, rows, length and, with `notes`, what must be known of the rows; computed from the records."
     if not runs:
         return "Not run."
+    def span(values):
+        return " to ".join(map(str, sorted({min(values), max(values)})))
+
     counts = [rows for run in runs for rows in run.configuration["counts"].values()]
-    lengths = [run.configuration["train"]["max_length"] for run in runs]
-    spans = [sorted(values) for values in ([c[0] for c in counts], [c[2] for c in counts], lengths)]
-    train, test, length = (f"{s[0]} to {s[-1]}" if s[0] < s[-1] else str(s[0]) for s in spans)
+    train, test = span([count[0] for count in counts]), span([count[2] for count in counts])
+    length = span([run.configuration["train"]["max_length"] for run in runs])
     names = " and ".join(sorted({run.backbone for run in runs}))
     facts = {f"{task}: {note}" for run in runs for task, note in run.extra.get("notes", {}).items()}
     return (f"{len(runs)} runs of {names}; per task {train} training rows and {test} test rows, "

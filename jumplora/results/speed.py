@@ -41,15 +41,13 @@ from ..storage.record import environment
 # %% ../../nbs/3_results/speed.ipynb #6ab438ef
 def _alternate(works: dict[str, Callable], rounds: int, device="cpu") -> dict[str, list[float]]:
     "Seconds of works that take turns; after a round that is not timed, unless there is only one."
-    cuda = torch.device(device).type == "cuda"
-    wait = partial(torch.cuda.synchronize, device) if cuda else (lambda: None)
     seconds = {name: [] for name in works}
     for turn in range(rounds + (rounds > 1)):
         for name, work in works.items():
-            wait()
             start = time.perf_counter()
             work()
-            wait()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
             if turn or rounds == 1:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -196,26 +194,25 @@ def _training_step(model: nn.Module, batch: dict, penalty: Callable[[], Tensor] 
 
 def _step(quick: bool, device, dtype) -> list[dict]:
     "A step with PEFT's LoRA, with JumpLoRA and ELLA, and with both the naive way."
-    large = dict(rows=32, length=512) if torch.device(device).type == "cuda" else dict(rows=8, length=128)
-    sizes = {"smollm2-135m": dict(rows=8, length=128)} | ({} if quick else {"T5-large's shape": large})
     found = []
-    for name, size in sizes.items():
+    for name in ("smollm2-135m",) if quick else ("smollm2-135m", "T5-large's shape"):
         set_seed(0)
-        model = load_backbone(name, dtype=dtype)[0] if name == "smollm2-135m" else _t5_large_shape()
+        seq2seq = name != "smollm2-135m"
+        model = _t5_large_shape() if seq2seq else load_backbone(name, dtype=dtype)[0]
         model = model.to(device, dtype)
-        seq2seq = model.config.is_encoder_decoder
-        prompt = size["length"] if seq2seq else size["length"] - 4  # the answer has four tokens
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(3, model.config.vocab_size, (size["rows"], prompt + 4), generator=generator)
+        rows, length = (32, 512) if seq2seq and torch.device(device).type == "cuda" else (8, 128)
+        prompt = length if seq2seq else length - 4  # the answer has four tokens
+        tokens = torch.randint(3, model.config.vocab_size, (rows, prompt + 4))
         start = getattr(model.config, "decoder_start_token_id", None)
         collator = training.Collator(0, seq2seq, start, keep_last=not seq2seq)
         batch = collator([(row[:prompt], row[prompt:]) for row in tokens.tolist()])
         batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
-        shared = {id(p): p for p in model.parameters()}  # these are not copied
-        plain = training.attach_adapter(copy.deepcopy(model, dict(shared)), training.TrainConfig(), False)
-        gated = training.attach_adapter(copy.deepcopy(model, dict(shared)), training.TrainConfig(), True)
-        plain, gated = (_random_update(adapted).train() for adapted in (plain, gated))
+        adapted = {}
+        for gate in (False, True):
+            base = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # they share their weights
+            adapted[gate] = training.attach_adapter(base, training.TrainConfig(), gate)
+        plain, gated = (_random_update(each).train() for each in adapted.values())
         ella = ELLA(strength=1.0)
         updates = training.named_updates(gated)
         ella.after_task({key: Update(1e-2 * torch.randn_like(u.delta)) for key, u in updates.items()})
@@ -226,36 +223,9 @@ def _step(quick: bool, device, dtype) -> list[dict]:
             "JumpLoRA + ELLA": partial(_training_step, gated, batch, training.penalty_function(gated, ella)),
             "naive": _naive_way()(partial(_training_step, gated, batch, naive_penalty)),
         }
-        rounds = 3 if quick else 30 if name == "smollm2-135m" else 5
-        found += _timed(works, rounds, "LoRA", device, model=name, **size)
+        rounds = 3 if quick else 5 if seq2seq else 30
+        found += _timed(works, rounds, "LoRA", device, model=name, rows=rows, length=length)
     return found
-
-# %% ../../nbs/3_results/speed.ipynb #a838cd5c
-class _RandomLayers:
-    "|BA| of random factors of rank 8, computed anew at every pass."
-
-    def __init__(self, count: int, size: int, device="cpu"):
-        self.factors = 0.02 * torch.randn((2, count, size, 8), device=device)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return ((B @ A.T).abs_() for A, B in zip(*self.factors, strict=True))
-
-
-def _start(quick: bool, device, dtype, count: int = 144, size: int = 1024) -> list[dict]:
-    "The threshold that keeps a share of the entries: by `kthvalue` of all at once, and by counting."
-    set_seed(0)
-    layers = _RandomLayers(count, size, device)
-    entries = count * size**2
-    rows = []
-    for share in (1 / 64, 1 / 2):  # LoRA's own size at rank 8, and the middle
-        kept = int(entries * share)
-
-        def kthvalue(below=entries - kept):
-            return torch.cat([layer.flatten() for layer in layers]).kthvalue(below).values.item()
-
-        works = {"kthvalue": kthvalue, "counting": partial(initial_threshold, layers, kept)}
-        rows += _timed(works, 2 if quick else 5, "kthvalue", device, share=share)
-    return rows
 
 # %% ../../nbs/3_results/speed.ipynb #7aca7bab
 def _trained(device, dtype) -> tuple:
@@ -310,7 +280,7 @@ def _run(quick: bool, device, dtype) -> list[dict]:
 
 # %% ../../nbs/3_results/speed.ipynb #6aaba9c9
 PARTS: dict[str, Callable[..., list[dict]]] = dict(
-    layer=_layer, step=_step, start=_start, evaluation=_evaluation, run=_run
+    layer=_layer, step=_step, evaluation=_evaluation, run=_run
 )
 
 
@@ -322,15 +292,14 @@ def measure(
     dtype: torch.dtype = torch.float32,  # of weights and inputs
 ) -> None:
     "Measure parts and write one record each. `ValueError` for an unknown part, before anything is measured."
-    kind = torch.device(device).type
     number = str(dtype).removeprefix("torch.")
     for name in [check_choice(name, tuple(PARTS), "part") for name in parts]:
         start = time.perf_counter()
         rows = PARTS[name](quick, device, dtype)
         seconds = time.perf_counter() - start
         content = dict(part=name, dtype=number, quick=quick, seconds=seconds, rows=rows)
-        file = Path(out) / f"{kind}-{number}-{name}.json"
         content["environment"] = environment(device)
+        file = Path(out) / f"{torch.device(device).type}-{number}-{name}.json"
         write_atomic(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"{name}: {seconds:.0f} s, {file}", flush=True)
 
@@ -352,15 +321,11 @@ def load_parts(
 def speed_table(
     parts: dict[str, pd.DataFrame],  # from `load_parts`
 ) -> pd.DataFrame:  # one row per variant; "" where nothing was measured
-    "Everything that was measured: milliseconds, ratio and quartiles, peak memory, seconds of a run's stages."
+    "All variants: milliseconds, ratio and quartiles, peak memory, seconds of a run's stages."
     rows = []
     for part, table in parts.items():
-        if part == "growth":
-            ends = {"tasks 2 to 6": table[1:6], f"last five of {len(table)}": table[-5:]}
-            table = pd.DataFrame([end.median().to_dict() | {"variant": name} for name, end in ends.items()])
-            table["milliseconds"], table["peak_megabytes"] = table["step_milliseconds"], table["megabytes"]
-        for row in table.to_dict("records"):
+        for row in table.to_dict("records") if "variant" in table else ():
             keys = [row[key] for key in ("tokens", "model", "share", "score", "variant") if key in row]
             rows.append(row | {"what": ", ".join(map(str, [part, *keys]))})
-    columns = "what milliseconds ratio low high peak_megabytes train evaluate merge differ".split()
+    columns = "what milliseconds ratio low high peak_megabytes train evaluate differ".split()
     return pd.DataFrame(rows, columns=columns).set_index("what").round(2).astype(object).fillna("")

@@ -39,7 +39,6 @@ def small(monkeypatch):
     monkeypatch.setattr(speed, "load_sequence", few)
     monkeypatch.setattr(speed, "_t5_large_shape", lambda: load_backbone("tiny-t5")[0])
     monkeypatch.setitem(speed.PARTS, "layer", partial(speed._layer, tokens=(8, 16), size=64))
-    monkeypatch.setitem(speed.PARTS, "start", partial(speed._start, count=3, size=64))
 
 
 @pytest.fixture
@@ -154,7 +153,7 @@ def test_the_parts_of_the_page_alone_measure_answers_equal_tasks_and_fresh_proce
     cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     found = vars(speed) | dict(PARTS=dict(speed.PARTS))
-    for mark in ("import psutil", "PARTS |= "):
+    for mark in ("import psutil", "def start_of_threshold", "PARTS |= "):
         exec(next(source for source in sources if mark in source), found)
     tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     found["LlamaConfig"] = lambda **shape: LlamaConfig(**shape | tiny)
@@ -163,6 +162,8 @@ def test_the_parts_of_the_page_alone_measure_answers_equal_tasks_and_fresh_proce
     assert [row["variant"] for row in rows["batches"]] == ["float32", "bfloat16"]
     assert rows["batches"][0]["differ"] == 0
     assert [row["variant"] for row in rows["startup"]][0] == "python" and rows["startup"][0]["ratio"] == 1
+    counted = found["start_of_threshold"](True, "cpu", torch.float32, count=3, size=64)
+    assert [row["variant"] for row in counted] == ["kthvalue", "counting"] * 2
     growth = found["equal_tasks"](True, "cpu", torch.float32, tasks=2)
     assert [row["task"] for row in growth] == [1, 2]
     assert all(row["step_milliseconds"] == 1e3 * row["train"] / 8 for row in growth)
@@ -180,13 +181,13 @@ def test_the_full_step_has_rows_for_the_large_model_too(small, monkeypatch):
 
 def test_a_part_that_does_not_exist_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(ValueError, match="part='layers' is not known.*did you mean 'layer'"):
-        speed.measure(["start", "layers"], tmp_path)
+        speed.measure(["step", "layers"], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_stored_records_load_as_they_were_written_and_the_table_repeats_them():
     parts = speed.load_parts(RECORDS)
-    assert parts.keys() == speed.PARTS.keys() | {"batches", "growth", "path", "startup"}
+    assert parts.keys() == speed.PARTS.keys() | {"batches", "growth", "path", "start", "startup"}
     assert set(speed.load_parts(RECORDS, dtype="bfloat16")) == {"layer", "step"}
     stored = json.loads((RECORDS / "cpu-float32-layer.json").read_text())
     assert parts["layer"].to_dict("records") == stored["rows"]
@@ -194,6 +195,3 @@ def test_stored_records_load_as_they_were_written_and_the_table_repeats_them():
     table = speed.speed_table(parts)
     assert table.index.is_unique and table["ratio"]["layer, 512, JumpLoRA"] == 1.51
     assert table["low"]["run, naive"] == 2.41 and table["differ"]["batches, bfloat16"] == 0.04
-    growth = pd.DataFrame(dict(step_milliseconds=[task**2 for task in range(1, 13)], megabytes=1.0))
-    shown = speed.speed_table({"growth": growth})["milliseconds"].to_dict()
-    assert shown == {"growth, tasks 2 to 6": 4**2, "growth, last five of 12": 10**2}
