@@ -110,7 +110,7 @@ def _check_one_budget(runs: Sequence[Run], fields: Iterable[str] = ()) -> None:
             other, expected = known.setdefault(key, (run, value))
             if value != expected:
                 differ = f"{other.name} and {run.name} differ in {key}: {expected} / {value}"
-                raise ValueError(f"{differ}; put runs of one budget into a table")
+                raise ValueError(f"{differ}; a table takes runs that agree in it")
 
 
 def _check_one_method(runs: Sequence[Run]) -> None:

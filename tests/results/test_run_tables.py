@@ -360,7 +360,7 @@ def with_setting(run, where, key, value="another"):
 def test_runs_of_two_budgets_are_not_put_into_one_table(where, key, named):
     other = with_setting(make_order("N-LoRA"), where, key)
     for table in (grid_table, summary_table, gate_table, tables_of):
-        with pytest.raises(ValueError, match=f"differ in {named}: .*; put runs of one budget"):
+        with pytest.raises(ValueError, match=f"differ in {named}: .*; a table takes runs that agree in it"):
             table([*RUNS, other])
 
 
