@@ -303,6 +303,10 @@ def test_pairs_share_order_and_seed_and_less_forgetting_is_better():
         assert 0 < better < 6 and row["outcome"] == f"{better} better, {6 - better} worse, 0 equal"
     everything = gate_table(runs)
     assert set(everything["pairs"]) == {"6", "0"} and "not run" in set(everything["mean"])
+    last = np.full((4, 4), np.nan)
+    last[3] = 50.0  # no score before the end
+    ends = gate_table([make_order(method, accuracy=last) for method in METHODS[:2]]).iloc[:2]
+    assert ends[["pairs", "mean"]].to_numpy().tolist() == [["1", "+0.0"], ["1", "not measured"]]
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 7, 9, 16, 17])
