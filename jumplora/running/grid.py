@@ -74,8 +74,7 @@ class Job:
         "Sequence, method, seed, and eight digits of the hash of all that is asked."
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
-        asked = {name: value for name, value in asdict(self).items() if value or name != "fingerprint"}
-        return "_".join([*slugs, digest(asked)[:8]])
+        return "_".join([*slugs, digest(asdict(self))[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
 def plan(
@@ -178,8 +177,8 @@ def status(
     for key, job in jobs.items():
         strength = "" if job.strength is None else str(job.strength)
         settings = " ".join(f"{name}={value}" for name, value in job.train.items())
-        state, note = _job_state(Path(out), key)
-        rows.append([key, job.method, job.sequence, job.seed, strength, settings, state, note])
+        asked = [key, job.method, job.sequence, job.seed, strength, settings]
+        rows.append([*asked, *_job_state(Path(out), key)])
     columns = ["key", "method", "sequence", "seed", "strength", "settings", "state", "note"]
     return pd.DataFrame(rows, columns=columns).set_index("key")
 
@@ -270,8 +269,7 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:
     if number:
         names = [names[int(check_choice(number, list(map(str, range(count))), "number of a GPU"))]]
     if len(names) < processes:
-        here = f"processes={processes}, and there are {len(names)} GPUs here"
-        raise ValueError(f"{here} for device={device!r}; use at most {len(names)}")
+        raise ValueError(f"processes={processes}: device={device!r} has {len(names)} GPUs here; use as many")
     starts = range(0, len(names) - processes + 1, processes)
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
 

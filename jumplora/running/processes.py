@@ -68,8 +68,7 @@ def join_processes(
             "parallelism (DDP): `torchrun --nproc-per-node N`, or `accelerate launch --multi_gpu` without it"
         )
     if _launched() > 1:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        PartialState(cpu=torch.device(auto if str(device) == "auto" else device).type == "cpu")
+        PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
         if _launched() != world_size():
             count = f"{_launched()} processes were started, but {world_size()} have met"
             raise ValueError(f"{count}; call `join_processes` before anything else of accelerate")
@@ -124,23 +123,20 @@ class _FilledBatches(BatchSampler):
         yield from full + [[None] * self.batch_size] * (len(self) - len(full))
 
 
-class _Filler(tuple):
-    "The shortest row, in a place that would be empty."
-
-
 class _FilledRows(list):
     "Training rows; number None is a filler."
 
     def __getitem__(self, i):
-        return _Filler(min(self, key=lambda row: len(row[0]))) if i is None else super().__getitem__(i)
+        return None if i is None else super().__getitem__(i)
 
 
 def fill_rows(rows: list, collate: Callable[[list], dict]) -> tuple[list, Callable[[list], dict]]:
     "Training rows, and what makes a batch of them, ready for fillers; for one process nothing is changed."
 
-    def collate_filled(rows):
-        batch = collate(rows)
-        batch["labels"][[isinstance(row, _Filler) for row in rows]] = -100
+    def collate_filled(some):
+        shortest = min(rows, key=lambda row: len(row[0]))  # stands in a place that would be empty
+        batch = collate([shortest if row is None else row for row in some])
+        batch["labels"][[row is None for row in some]] = -100
         return batch
 
     return (rows, collate) if world_size() == 1 else (_FilledRows(rows), collate_filled)

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import submitit
 import torch
+from tokenizers import normalizers
 from torch import nn
 
 from jumplora.command_line import main
@@ -88,6 +89,15 @@ def seeds(*numbers, **other):
 def far(seed=1):
     "A job that fails in its worker."
     return seeds(seed, train=dict(max_length=200, batch_size=2, learning_rate=1e300))
+
+
+def saved(change, folder):
+    "tiny-llama as a folder, with a change that asks for settings of training."
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    train = change(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return dict(backbone=str(folder), train=train)
 
 
 JOBS = seeds(1)
@@ -257,8 +267,8 @@ def test_jobs_take_gpus_in_turn(device, processes, visible, expected, here, tmp_
     given = list(zip(here.given("device"), here.given("visible"), strict=True))
     assert given == [expected[i % len(expected)] for i in range(6)]
     for wrong, n, message in (
-        ("auto", 6, "processes=6, and there are 5 GPUs here for device='auto'; use at most 5"),
-        ("cuda:1", 2, "processes=2, and there are 1 GPUs here for device='cuda:1'; use at most 1"),
+        ("auto", 6, "processes=6: device='auto' has 5 GPUs here; use as many"),
+        ("cuda:1", 2, "processes=2: device='cuda:1' has 1 GPUs here; use as many"),
         ("cuda:5", 1, "number of a GPU='5' is not known; use '0', '1', '2', '3' or '4'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -338,26 +348,20 @@ def test_a_worker_that_is_killed_while_it_imports_has_failed(tmp_path, monkeypat
     assert "0 done, 0 running, 2 failed, 0 waiting" in said and "its process was killed" in said
 
 
-def save_backbone(folder, scale=1.0):
-    "tiny-llama as a folder, its first layer scaled."
-    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
-    model.model.layers[0].self_attn.q_proj.weight.data *= scale
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("changed", ["rows", "weights"])
 def test_other_rows_or_weights_behind_a_path_are_another_job(changed, here, tmp_path):
     words = iter(["text", "word", "third", "late"])
     scales = iter([1.0, 1.5, 2.0, 2.5])
 
+    def scale_first_layer(model, tokenizer):
+        model.model.layers[0].self_attn.q_proj.weight.data *= next(scales)
+
     def change():
         if changed == "weights":
-            save_backbone(tmp_path / "model", next(scales))
+            saved(scale_first_layer, tmp_path / "model")
         return write_rows(tmp_path / "data", next(words) if changed == "rows" else "text")
 
-    backbone = save_backbone(tmp_path / "model")
+    backbone = str(tmp_path / "model") if changed == "weights" else "tiny-llama"
     jobs = plan(["IncLoRA"], [change()], [1], **SMALL | dict(backbone=backbone, dtype="float32"))
     first = run_grid(jobs, tmp_path / "out")
     assert run_grid(jobs, tmp_path / "out").equals(first) and here.submit.call_count == 1
@@ -487,14 +491,17 @@ def test_a_signal_of_the_cluster_lets_a_worker_save_and_stop(number, here, tmp_p
 # ---- before a worker starts -------------------------------------------------------------------------------
 
 
-def tied(folder):
-    "A backbone whose output layer is its embedding."
-    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+def tied(model, tokenizer):
+    "An output layer that is the embedding."
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return dict(backbone=str(folder), train=dict(max_length=200, target_modules=("lm_head",)))
+    return dict(max_length=200, target_modules=["lm_head"])
+
+
+def lossy(model, tokenizer):
+    "A tokenizer that does not give an option back."
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("no", "on")
+    return dict(max_length=200)
 
 
 def quantised(folder, monkeypatch):
@@ -515,7 +522,8 @@ UNFIT = {
     "max_length=20 leaves no room": lambda folder, patch: dict(train=dict(max_length=20)),
     "have no dev rows": lambda folder, patch: dict(split="dev"),
     "4 processes cannot share": lambda folder, patch: dict(train=dict(max_length=200, batch_size=2)),
-    "shares its weight with": lambda folder, patch: tied(folder),
+    "turns the option 'no' into 'on'": lambda folder, patch: saved(lossy, folder),
+    "shares its weight with": lambda folder, patch: saved(tied, folder),
     "are quantised": quantised,
     "0.0 GB free": lambda folder, patch: patch.setattr("shutil.disk_usage", lambda place: Mock(free=1)) or {},
 }
@@ -525,10 +533,26 @@ UNFIT = {
 def test_what_cannot_work_is_refused_before_a_worker_starts_and_the_job_is_named(
     message, here, tmp_path, monkeypatch
 ):
-    jobs = JOBS + seeds(3, **UNFIT[message](tmp_path / "model", monkeypatch))
+    jobs = [*JOBS, replace(seeds(3)[0], **UNFIT[message](tmp_path / "unfit", monkeypatch))]
     with pytest.raises((ValueError, OSError), match=f"IncLoRA on .*mine, seed [13]: .*{message}"):
         run_grid(jobs, tmp_path / "out", processes=4, device="cpu")
     assert not here.submit.called and not (tmp_path / "out").exists()
+
+
+def test_a_model_is_loaded_and_checked_once_for_all_jobs_that_read_the_same(here, tmp_path, monkeypatch):
+    here.works = False
+    load, check = (Mock(side_effect=getattr(grid, name)) for name in ("load_backbone", "dry_check"))
+    monkeypatch.setattr(grid, "load_backbone", load)
+    monkeypatch.setattr(grid, "dry_check", check)
+    jobs = plan(["ELLA", "IncLoRA + JumpLoRA"], [ROWS], [1, 2], **SMALL)
+    jobs += seeds(1, train=dict(max_length=200, kept=0.1)) + seeds(1, train=dict(max_length=300))
+    run_grid(jobs + jobs, tmp_path)
+    assert (load.call_count, check.call_count, here.submit.call_count) == (1, 2, 6)
+    for path in tmp_path.glob("jobs/*/run.json"):
+        path.write_text('{"run": "one"}')
+    with held_lock(tmp_path / "one" / "state" / "lock"):  # all are running
+        run_grid(jobs, tmp_path)
+    assert (check.call_count, here.submit.call_count) == (2, 6)
 
 
 # ---- the command ------------------------------------------------------------------------------------------
