@@ -239,12 +239,10 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         tasks = job_sequence(job, folder)
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
         run = new_run(model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split)
-        now = _rows_fingerprint(tasks) + run.configuration["weights"]
-        exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"
-        digits = 32 if exact else 16  # rounded weights have another fingerprint
-        if job.fingerprint[:digits] not in ("", now[:digits]):
-            what = f"the rows of {job.sequence} or the weights of {job.backbone}"
-            raise ValueError(f"{what} have changed since; give the command again")
+        exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounded: another fingerprint
+        now = _rows_fingerprint(tasks) + run.configuration["weights"] * exact
+        if not job.fingerprint.startswith(now):
+            raise ValueError(f"{job.sequence} or {job.backbone} has changed since; give the command again")
         note["run"] = run.name
         _write_note(out, key, note)
         learn_sequence(
@@ -295,9 +293,8 @@ def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: l
                     if worker in running and running[worker][1].done():
                         key, _ = running.pop(worker)
                         if _job_state(out, key)[0] == "waiting" and stop.number is None:
-                            note = _read_json(out / "jobs" / key / "run.json")
-                            note["error"] = "its process was killed; a second call resumes"
-                            _write_note(out, key, note)
+                            killed = dict(error="its process was killed; a second call resumes")
+                            _write_note(out, key, _read_json(out / "jobs" / key / "run.json") | killed)
                         print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
                     elif worker not in running and waiting:
                         key = waiting.pop()

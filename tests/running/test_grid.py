@@ -373,7 +373,7 @@ def test_other_rows_or_weights_behind_a_path_are_another_job(changed, here, tmp_
     change()
     (key,) = run_grid(jobs, tmp_path / "out").index
     change()
-    with pytest.raises(ValueError, match="have changed since; give the command again"):
+    with pytest.raises(ValueError, match="has changed since; give the command again"):
         grid._run_job(str(tmp_path / "out"), key, folder=None, device="cpu", processes=1)
 
 
