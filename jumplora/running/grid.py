@@ -74,7 +74,8 @@ class Job:
         "Sequence, method, seed, and eight digits of the hash of all that is asked."
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
-        return "_".join([*slugs, digest(asdict(self))[:8]])
+        asked = {name: value for name, value in asdict(self).items() if value or name != "fingerprint"}
+        return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
 def plan(
@@ -108,6 +109,8 @@ def job_method(job: Job) -> tuple[Method, TrainConfig]:
 
 def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     "The tasks of a job, or the one it learns alone. Raises ValueError or OSError for what is not there."
+    for name in job.rows:
+        check_choice(name, ("train", "dev", "test"), "rows of")
     alone = METHODS[job.method].training == "isolated"
     orders = [f"order{n}" for n, tasks in ORDERS.items() if alone and job.sequence in tasks]
     tasks = load_sequence((orders or [job.sequence])[0], folder, **job.rows)

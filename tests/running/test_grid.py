@@ -521,6 +521,10 @@ def quantised(folder, monkeypatch):
 UNFIT = {
     "max_length=20 leaves no room": lambda folder, patch: dict(train=dict(max_length=20)),
     "have no dev rows": lambda folder, patch: dict(split="dev"),
+    "rows of='trian' is not known": lambda folder, patch: dict(rows=dict(trian=4)),
+    "exceed the 2048 positions": lambda folder, patch: dict(
+        sequence=write_rows(folder / "mine", "word " * 3000), train=dict(max_length=5000)
+    ),
     "4 processes cannot share": lambda folder, patch: dict(train=dict(max_length=200, batch_size=2)),
     "turns the option 'no' into 'on'": lambda folder, patch: saved(lossy, folder),
     "shares its weight with": lambda folder, patch: saved(tied, folder),
