@@ -223,9 +223,11 @@ def _report(runs: Sequence, out: Path) -> None:
 def _folder(run: str) -> Path:
     "The folder of a run that is named by its folder or its record."
     path = Path(run)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a run's folder, or its record.json")
-    return path.parent if path.is_file() else path
+    folder = path.parent if path.name == "record.json" else path
+    if not (folder / "record.json").is_file():
+        why = "does not exist" if not path.exists() else "has no record.json" if path.is_dir() else "is no run"
+        raise ValueError(f"{path} {why}; give a run's folder, or its record.json")
+    return folder
 
 
 def show(
@@ -237,8 +239,7 @@ def show(
     from jumplora.results.run_tables import COLUMNS
     from jumplora.storage.record import Run
 
-    _folder(run)
-    found = Run.load(run)
+    found = Run.load(_folder(run))
     print(found.name)
     rows = [f"after {task}" for task in found.tasks]
     for heading, scores in (("exact match", found.accuracy), ("option accuracy", found.option_accuracy)):
@@ -279,6 +280,7 @@ def predict(
     task: str,  # which task's instruction and options to use
     text: Sequence[str] = (),  # texts; by default one per line of standard input
     without: str | None = None,  # a task that rollback has taken out
+    backbone: str | None = None,  # where its base is now, a folder or a Hub id; by default as recorded
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
@@ -289,10 +291,11 @@ def predict(
     from jumplora.storage.state import load_learned
 
     texts = text or [line.rstrip("\n") for line in sys.stdin]
+    options = dict(backbone=backbone, device=device, dtype=dtype)
     if without:
-        model, tokenizer, found = load_without(_folder(run), without, device=device, dtype=dtype)
+        model, tokenizer, found = load_without(_folder(run), without, **options)
     else:
-        model, tokenizer, found = load_learned(_folder(run), device=device, dtype=dtype)
+        model, tokenizer, found = load_learned(_folder(run), **options)
     prompts = found.extra["prompts"]
     instruction, options = prompts[check_choice(task, tuple(prompts), "task")]
     question = Question(task, instruction, tuple(options))
@@ -315,8 +318,7 @@ def sparsity(
     from jumplora.results.sparsity import density_figure, overlap_figure, overlap_report, recorded_overlap
     from jumplora.storage.record import Run
 
-    _folder(run)
-    found = Run.load(run)
+    found = Run.load(_folder(run))
     overlap = recorded_overlap(found)
     report = overlap_report(found, overlap)
     print(report, end="")
@@ -334,6 +336,7 @@ def rollback(
     evaluate: bool = False,  # score all tasks without it, and compare
     sequence: str | None = None,  # which rows to score, as in compare; by default the sequence of the record
     folder: str | None = None,  # folder with the benchmark's rows, for order1 to order6
+    backbone: str | None = None,  # where its base is now, a folder or a Hub id; by default as recorded
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
@@ -343,7 +346,7 @@ def rollback(
 
     place = _folder(run)
     rows = archives.load_rows(Run.load(place), sequence, folder) if evaluate else None
-    found = archives.rollback(place, task, rows, device=device, dtype=dtype)
+    found = archives.rollback(place, task, rows, backbone=backbone, device=device, dtype=dtype)
     print(archives.rollback_report(found))
     print(f"weights and report are in {archives.rollback_folder(place, found.task)}; the run is as it was")
 
@@ -359,6 +362,7 @@ def export(
     dry_run: bool = False,  # only list what would be written and sent
     base_model: str | None = None,  # the base's Hub id, where the record does not have it
     license: str | None = None,  # the base's licence, where its card does not have it
+    backbone: str | None = None,  # where its base is now, a folder or a Hub id; by default as recorded
 ) -> None:
     "Write a finished run as files that other tools read, with a card; --push sends them to the Hub."
     from jumplora.storage.export import export_run, files_to_push, free_folder, push_to_hub
@@ -367,7 +371,10 @@ def export(
     place = free_folder(out)
     with tempfile.TemporaryDirectory() as trial:
         folder = Path(trial) / place.name if dry_run else place
-        export_run(source, folder, format, task=task, repo_id=push, base_model=base_model, license=license)
+        export_run(
+            source, folder, format, task=task, repo_id=push, base_model=base_model, license=license,
+            backbone=backbone,
+        )  # fmt: skip
         for name, size in files_to_push(folder).items():
             print(f"{size:>13,} bytes  {name}")
     there = f" and sent to {push}" if push else ""
