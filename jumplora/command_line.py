@@ -290,12 +290,11 @@ def predict(
     from jumplora.storage.rollback import load_without
     from jumplora.storage.state import load_learned
 
+    place = _folder(run)
     texts = text or [line.rstrip("\n") for line in sys.stdin]
     options = dict(backbone=backbone, device=device, dtype=dtype)
-    if without:
-        model, tokenizer, found = load_without(_folder(run), without, **options)
-    else:
-        model, tokenizer, found = load_learned(_folder(run), **options)
+    loaded = load_without(place, without, **options) if without else load_learned(place, **options)
+    model, tokenizer, found = loaded
     prompts = found.extra["prompts"]
     instruction, options = prompts[check_choice(task, tuple(prompts), "task")]
     question = Question(task, instruction, tuple(options))

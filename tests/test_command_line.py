@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from jumplora.command_line import COMMANDS, chosen_methods, main, parser_of
+from jumplora.data.backbones import load_backbone
 from jumplora.data.newsroom import DEMO_COMMAND
 from jumplora.learning import continual
 from jumplora.learning.evaluation import answer
@@ -506,6 +508,68 @@ def test_a_rollback_that_cannot_be_done_leaves_nothing(gated_run, jumplora):
         done = jumplora("rollback", gated_run, *flags.split())
         assert done.code in (1, 2) and re.search(message, done.err), done.err
     assert not [path for path in gated_run.iterdir() if "rollback" in path.name]
+
+
+# ---- a base somewhere else, and what is no run ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moved(tasks, tmp_path_factory):
+    "A finished run whose base is no longer where it was: the run, the base, and a base that differs a little."
+    place = tmp_path_factory.mktemp("moved")
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    for name, change in dict(other=1e-3, base=-1e-3).items():
+        model.model.norm.weight.data += change
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    flags = flags_for(tasks, place / "runs", METHODS[1], leave_out=("--backbone",))
+    with redirect_stdout(io.StringIO()):
+        assert main([*flags, "--backbone", str(place / "base")]) == 0
+    (run,) = place.glob("runs/*/record.json")
+    return run.parent, (place / "base").rename(place / "elsewhere"), place / "other"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict {run} --task topics --text x",
+        "predict {run}/record.json --task topics --text x --dtype bfloat16",
+        "export {run} --out {new} --format supertuning",
+        "rollback {run} --task weather --evaluate --sequence {tasks}",
+    ],
+)
+def test_a_base_that_was_moved_is_found_with_backbone_and_another_is_refused(
+    words, moved, tasks, jumplora, tmp_path
+):
+    run, base, other = moved
+    words = words.format(run=run, new=tmp_path / "new", tasks=tasks).split()
+    lost = jumplora(*words)
+    assert lost.code == 1 and "or give backbone= (--backbone), its folder, its Hub id" in lost.err
+    wrong = jumplora(*words, "--backbone", other)
+    assert wrong.code == 2 and f"{other} has other weights (float32) than the backbone that" in wrong.err
+    assert not (tmp_path / "new").exists() and not list(run.glob("*rollback*"))
+    found = jumplora(*words, "--backbone", base)
+    assert found.code == 0 and found.out, found.err
+    for card in tmp_path.glob("new/README.md"):
+        assert "elsewhere after learning" in card.read_text() and str(base) not in card.read_text()
+
+
+def test_a_backbone_that_a_rollback_does_not_need_is_compared_too(moved, jumplora):
+    run, base, other = moved
+    wrong = jumplora("rollback", run, "--task", "topics", "--backbone", other)
+    assert wrong.code == 2 and "has other weights" in wrong.err and not (run / "rollback-topics").exists()
+    assert jumplora("rollback", run, "--task", "topics", "--backbone", base).code == 0
+
+
+@pytest.mark.parametrize("command", ["show", "sparsity", "predict --task a", "rollback --task a", "export --out o"])
+@pytest.mark.parametrize(
+    "place, message",
+    [("", "has no record.json"), ("RUN/state", "has no record.json"), ("RUN/state/after-2.json", "is no run")],
+)
+def test_what_is_no_run_is_refused_by_every_command(command, place, message, compared, run_folders, jumplora):
+    place = compared[0] / place.replace("RUN", run_folders[0].name)
+    done = jumplora(*command.split(), place)
+    assert done.code == 2 and f"{place} {message}; give a run's folder, or its record.json" in done.err
 
 
 # ---- predict ----------------------------------------------------------------------------------------------

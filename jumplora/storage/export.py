@@ -343,7 +343,10 @@ def export_run(
     if repo_id is not None:
         _check_repo_id(repo_id)
     finished = load_finished(folder, task, backbone)
-    origin = _find_origin(finished.run.backbone, base_model, license)
+    named = finished.run.backbone
+    if named not in BACKBONES and isinstance(backbone, str | Path):
+        named = str(backbone)  # the record's may be a folder that was moved
+    origin = _find_origin(named, base_model, license)
     finished.check(format)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:

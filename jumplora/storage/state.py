@@ -443,21 +443,23 @@ def load_start(
     trust_remote_code: bool = False,  # as for `load_backbone`
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # model, tokenizer
     "The backbone that a run began with. `ValueError` where its weights have changed."
-    wanted = run.configuration["dtype"]
-    dtype = wanted if dtype == "auto" else dtype
-    loaded = backbone if isinstance(backbone, tuple) else None
-    if loaded is None:
-        name = str(backbone or run.backbone)
-        try:
-            loaded = load_backbone(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        except OSError as error:
-            raise OSError(f"{error}; or give backbone=, its folder or (model, tokenizer)") from error
-    model, tokenizer = loaded
-    same = f"torch.{wanted}" == str(next(model.parameters()).dtype)
-    if same and weights_fingerprint(model) != run.configuration["weights"]:
-        what = "the model given" if isinstance(backbone, tuple) else backbone or run.backbone
-        raise ValueError(f"{what} has other weights than the backbone that {run.name} began with")
-    return model, tokenizer
+    begun = run.configuration["dtype"]  # the fingerprint is that of weights of this type
+    given = isinstance(backbone, tuple)
+    other = not given and str(dtype).removeprefix("torch.") not in ("auto", begun)
+    name = str(backbone or run.backbone)
+    options = dict(trust_remote_code=trust_remote_code)
+    where = "cpu" if other else device
+    try:
+        model, tokenizer = backbone if given else load_backbone(name, device=where, dtype=begun, **options)
+    except OSError as error:
+        advice = "backbone= (--backbone), its folder, its Hub id or (model, tokenizer)"
+        raise OSError(f"{error}; or give {advice}") from error
+    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if kind != begun or weights_fingerprint(model) != run.configuration["weights"]:
+        what = "the model given" if given else name
+        why = f"has other weights ({kind}) than the backbone that {run.name} began with ({begun})"
+        raise ValueError(f"{what} {why}; give that one as backbone= (--backbone)")
+    return load_backbone(name, device=device, dtype=dtype, **options) if other else (model, tokenizer)
 
 
 def load_learned(
