@@ -36,10 +36,7 @@ class _PlainHelp(DefaultHelpFormatter):
         if action.required or default == "==SUPPRESS==" or action.dest in ("config", "print_config"):
             return action.help or ""
         shown = shlex.join(map(str, default)) if isinstance(default, list) else str(default)
-        if default is None or default == []:
-            shown = "not set"
-        elif isinstance(default, bool):
-            shown = shown.lower()
+        shown = "not set" if default in (None, []) else shown.lower() if isinstance(default, bool) else shown
         return f"{action.help} (default: {shown})".replace("%", "%%")
 
 
@@ -87,10 +84,8 @@ def swept(pairs: Sequence[str]) -> list[dict[str, object]]:
     for pair in pairs:
         for name, value in parse_settings([pair]).items():
             values.setdefault(name, {})[repr(value)] = value
-    tries = [{}]
-    for name, found in values.items():
-        tries = [one | {name: value} for one in tries for value in found.values()]
-    return tries
+    tries = itertools.product(*(found.values() for found in values.values()))
+    return [dict(zip(values, one, strict=True)) for one in tries]
 
 
 def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
@@ -101,13 +96,12 @@ def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
     allowed = [name for name, method in bases.items() if hasattr(method.regularizer, "strength")]
     found = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, _, text = pair.partition("=")
         try:
             values = [float(value) for value in text.split(",")]
-        except ValueError:
-            values = []
-        if not equals or not values:
-            raise ValueError(f"strength {pair!r} is not NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4")
+        except ValueError:  # also where there is no equals sign: the text is empty
+            form = "NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4"
+            raise ValueError(f"strength {pair!r} is not {form}") from None
         check_choice(name, allowed, "method with a strength")
         if len(values) > 1 and name != "ELLA":
             raise ValueError(f"strength {pair!r}: only ELLA takes one per task")
@@ -190,18 +184,17 @@ def compare(
         one.check_fits(tasks)
     print(tasks.table().to_string(), flush=True)
     runs = []
-    zero_shot = True
     todo = list(itertools.product(dict.fromkeys(seed), methods))
     bar = tqdm(todo, desc="runs", unit="run", disable=not progress, leave=False, mininterval=BAR_INTERVAL)
     for number, one in bar:
         model, tokenizer = load_backbone(backbone, device=device, dtype=dtype)
+        zero_shot = (runs[-1].zero_shot, runs[-1].zero_shot_options) if runs else True
         run = learn_sequence(
             model, tokenizer, tasks, one, config,
             seed=number, out=out, backbone=backbone, split=split, zero_shot=zero_shot, progress=progress,
             archive=archive, report_to=report_to, checkpoint_every=checkpoint_every,
             callbacks=_import_callbacks(callbacks),
         )  # fmt: skip
-        zero_shot = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")
     on_main(_report, runs, Path(out))
@@ -225,7 +218,7 @@ def _folder(run: str) -> Path:
     path = Path(run)
     folder = path.parent if path.name == "record.json" else path
     if not (folder / "record.json").is_file():
-        why = "does not exist" if not path.exists() else "has no record.json" if path.is_dir() else "is no run"
+        why = "has no record.json" if path.is_dir() else "is no run" if path.exists() else "does not exist"
         raise ValueError(f"{path} {why}; give a run's folder, or its record.json")
     return folder
 
@@ -479,17 +472,16 @@ def parser_of(
     "The parser of a subcommand."
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"jumplora {name}", description=command.__doc__, formatter_class=_PlainHelp)
-    if command is not compare:
-        _add_flags(parser, command)
-    else:
+    if command is compare:
+        parser.add_argument("--config", action="config", help="read flags from a YAML file")
+    _add_flags(parser, command)
+    if command is compare:
         from jumplora.learning.training import TrainConfig
 
-        parser.add_argument("--config", action="config", help="read flags from a YAML file")
-        _add_flags(parser, command)
         _add_flags(parser.add_argument_group("how each task is learned"), TrainConfig)
     return parser
 
-
+# %% ../nbs/command_line.ipynb #5a1d3d02
 def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
     "`ValueError` for a flag that does not exist, and for one of several values that comes twice."
     given = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
@@ -521,6 +513,33 @@ def _check_config(words: Sequence[str]) -> None:
             form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
             raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
 
+# %% ../nbs/command_line.ipynb #5a1d3d04
+def _call(argv: Sequence[str]) -> int:
+    "Check the flags of a subcommand and call it."
+    command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
+    parser = parser_of(argv[0])
+    _check_flags(parser, argv[1:])
+    if command is compare:
+        _check_config(argv[1:])
+    flags = vars(parser.parse_args(argv[1:]))
+    names = inspect.signature(command).parameters
+    values = {name: flags[name] for name in names if name != "train"}
+    if command is compare:
+        values["train"] = {name: flags[name] for name in flags if name not in (*names, "config")}
+    speaks = nullcontext()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
+        from jumplora.running.processes import join_processes, only_main_speaks
+
+        if command is not compare:
+            what = "start this command by itself (`jumplora grid` has --processes)"
+            raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
+        join_processes(values["device"])
+        speaks = only_main_speaks()
+    with speaks:
+        code = command(**values) or 0
+        sys.stdout.flush()
+        return code
+
 
 def main(
     argv: Sequence[str] | None = None,  # words after `jumplora`; None: those of the process
@@ -531,7 +550,6 @@ def main(
         sys.stdout.reconfigure(errors="replace")  # an encoding without λ
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
-    speaks = nullcontext()
     try:
         if not argv or argv[0] in ("-h", "--help"):
             listed = "\n".join(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items())
@@ -541,28 +559,7 @@ def main(
             return 0 if argv else 2
         if argv[0] == "benchmark":
             raise ValueError("`jumplora benchmark` is called `jumplora speed`")
-        command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
-        parser = parser_of(argv[0])
-        _check_flags(parser, argv[1:])
-        if command is compare:
-            _check_config(argv[1:])
-        flags = vars(parser.parse_args(argv[1:]))
-        names = inspect.signature(command).parameters
-        values = {name: flags[name] for name in names if name != "train"}
-        if command is compare:
-            values["train"] = {name: flags[name] for name in flags if name not in (*names, "config")}
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
-            from jumplora.running.processes import join_processes, only_main_speaks
-
-            if command is not compare:
-                what = "start this command by itself (`jumplora grid` has --processes)"
-                raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
-            join_processes(values["device"])
-            speaks = only_main_speaks()
-        with speaks:
-            code = command(**values) or 0
-            sys.stdout.flush()
-            return code
+        return _call(argv)
     except BrokenPipeError:  # whoever reads the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

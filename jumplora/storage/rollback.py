@@ -47,25 +47,20 @@ def load_archives(
     method = run.configuration["method"]
     listed = run.extra.get("archives", {})
     tasks = run.tasks[: run.tasks_learned]
-    if method["after_task"] == "keep":
-        raise ValueError(f"{run.method} trains one adapter through all tasks: no update is one task's own")
-    if method.get("training") == "joint":
-        raise ValueError(f"{run.method} learns all tasks at once: no update is one task's own")
+    if method["after_task"] == "keep" or method.get("training") == "joint":
+        raise ValueError(f"{run.method} learns all tasks in one update: no update is one task's own")
     missing = [f"archive of {task!r}" for task in tasks if task not in listed]
     if missing or not tasks:
         what = missing[0] if missing else "learned task"
         raise ValueError(f"{run.name} has no {what}; learn it again, with archive=True")
     archives = []
     for i, task in enumerate(tasks):
-        archive = read_archive(archive_path(folder, i, task), listed[task]["checksum"])
+        archives.append(read_archive(archive_path(folder, i, task), listed[task]["checksum"]))
         wanted = dict(task=task, position=i, method=run.method, base=run.configuration["weights"])
         for name, value in wanted.items():
-            if (found := getattr(archive.header, name)) != value:
-                raise ValueError(
-                    f"the archive of {task!r} does not belong to {run.name}: its {name} is {found!r}, "
-                    f"that of the run {value!r}; put the run's own file back"
-                )
-        archives.append(archive)
+            if (found := getattr(archives[i].header, name)) != value:
+                what = f"its {name} is {found!r}, that of the run {value!r}; put the run's own file back"
+                raise ValueError(f"the archive of {task!r} does not belong to {run.name}: {what}")
     return archives
 
 # %% ../../nbs/5_inside/rollback.ipynb #cd5c38d7
