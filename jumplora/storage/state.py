@@ -254,9 +254,9 @@ def load_state(folder: Path, tasks: int, sha256: str) -> dict[str, dict[str, Ten
 # %% ../../nbs/5_inside/state.ipynb #101b4556
 def _remove_states(folder: Path, keep: set[int]) -> None:
     "Remove all states but those after so many tasks, with their copies of the record."
-    names = {_state_path(folder, tasks).stem for tasks in keep}
+    kept = {_state_path(folder, tasks).stem for tasks in keep}
     for path in (folder / "state").glob("after-*.*"):
-        if path.stem not in names and ".damaged-" not in path.name:
+        if path.stem not in kept and ".damaged-" not in path.name:
             path.unlink(missing_ok=True)
 
 
@@ -330,11 +330,9 @@ def step_checkpoint(
     folder: Path | None, run: Run, task: int, every: float, stop: StopRequest
 ) -> Checkpoint | None:
     "Where the training of one task of a run, and of no other, is kept until it is finished."
-    if folder is None:
-        return None
     begun = run.extra.get("state_sha256", "")  # the state that the task began with
     owner = dict(run=run.configuration_hash, task=task, after=begun)
-    return Checkpoint(folder / "state" / "step.safetensors", owner, every, stop)
+    return Checkpoint(folder / "state" / "step.safetensors", owner, every, stop) if folder else None
 
 
 def _is_complete(folder: Path, keep: int | None = None) -> bool:
@@ -398,23 +396,17 @@ def new_run(
     path = Path(model.config.name_or_path)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
     own_name = str(path) if on_hub else path.name or type(model).__name__  # never a path of this machine
+    prompts = {task.name: [task.instruction, list(task.options)] for task in sequence}
+    notes = {task.name: task.note for task in sequence if task.note}
     return Run(
-        method=method.name,
-        backbone=backbone or own_name,
-        sequence=sequence.name,
-        seed=seed,
+        method.name, backbone or own_name, sequence.name, seed,
         tasks=list(sequence.names),
         test_rows=[len(getattr(task, split)) for task in sequence],
         configuration=configuration,
         seconds=dict(train=[], evaluate=[], merge=[]),
         environment=record.environment(parameter.device),
-        extra=dict(
-            loss={},
-            penalty={},
-            prompts={task.name: [task.instruction, list(task.options)] for task in sequence},
-            notes={task.name: task.note for task in sequence if task.note},
-        ),
-    )
+        extra=dict(loss={}, penalty={}, prompts=prompts, notes=notes),
+    )  # fmt: skip
 
 # %% ../../nbs/5_inside/state.ipynb #ce6b3192
 def load_start(
