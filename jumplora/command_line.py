@@ -286,8 +286,8 @@ def predict(
     place = _folder(run)
     texts = text or [line.rstrip("\n") for line in sys.stdin]
     options = dict(backbone=backbone, device=device, dtype=dtype)
-    loaded = load_without(place, without, **options) if without else load_learned(place, **options)
-    model, tokenizer, found = loaded
+    opened = load_without(place, without, **options) if without else load_learned(place, **options)
+    model, tokenizer, found = opened
     prompts = found.extra["prompts"]
     instruction, options = prompts[check_choice(task, tuple(prompts), "task")]
     question = Question(task, instruction, tuple(options))
@@ -361,12 +361,10 @@ def export(
 
     source = _folder(run)
     place = free_folder(out)
+    options = dict(task=task, repo_id=push, base_model=base_model, license=license, backbone=backbone)
     with tempfile.TemporaryDirectory() as trial:
         folder = Path(trial) / place.name if dry_run else place
-        export_run(
-            source, folder, format, task=task, repo_id=push, base_model=base_model, license=license,
-            backbone=backbone,
-        )  # fmt: skip
+        export_run(source, folder, format, **options)
         for name, size in files_to_push(folder).items():
             print(f"{size:>13,} bytes  {name}")
     there = f" and sent to {push}" if push else ""
@@ -553,8 +551,8 @@ def main(
     try:
         if not argv or argv[0] in ("-h", "--help"):
             listed = "\n".join(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items())
-            about = "Sparse low-rank continual learning of language models."
-            print(f"usage: jumplora COMMAND [flags]\n\n{about}\n\ncommands:\n{listed}\n")
+            print("usage: jumplora COMMAND [flags]\n")
+            print(f"Sparse low-rank continual learning of language models.\n\ncommands:\n{listed}\n")
             print("`jumplora COMMAND --help` lists a command's flags.", flush=True)
             return 0 if argv else 2
         if argv[0] == "benchmark":
