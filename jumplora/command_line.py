@@ -36,10 +36,7 @@ class _PlainHelp(DefaultHelpFormatter):
         if action.required or default == "==SUPPRESS==" or action.dest in ("config", "print_config"):
             return action.help or ""
         shown = shlex.join(map(str, default)) if isinstance(default, list) else str(default)
-        if default is None or default == []:
-            shown = "not set"
-        elif isinstance(default, bool):
-            shown = shown.lower()
+        shown = "not set" if default in (None, []) else shown.lower() if isinstance(default, bool) else shown
         return f"{action.help} (default: {shown})".replace("%", "%%")
 
 
@@ -87,10 +84,8 @@ def swept(pairs: Sequence[str]) -> list[dict[str, object]]:
     for pair in pairs:
         for name, value in parse_settings([pair]).items():
             values.setdefault(name, {})[repr(value)] = value
-    tries = [{}]
-    for name, found in values.items():
-        tries = [one | {name: value} for one in tries for value in found.values()]
-    return tries
+    tries = itertools.product(*(found.values() for found in values.values()))
+    return [dict(zip(values, one, strict=True)) for one in tries]
 
 
 def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
@@ -101,13 +96,12 @@ def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
     allowed = [name for name, method in bases.items() if hasattr(method.regularizer, "strength")]
     found = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, _, text = pair.partition("=")
         try:
             values = [float(value) for value in text.split(",")]
-        except ValueError:
-            values = []
-        if not equals or not values:
-            raise ValueError(f"strength {pair!r} is not NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4")
+        except ValueError:  # also where there is no equals sign: the text is empty
+            form = "NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4"
+            raise ValueError(f"strength {pair!r} is not {form}") from None
         check_choice(name, allowed, "method with a strength")
         if len(values) > 1 and name != "ELLA":
             raise ValueError(f"strength {pair!r}: only ELLA takes one per task")
@@ -190,18 +184,17 @@ def compare(
         one.check_fits(tasks)
     print(tasks.table().to_string(), flush=True)
     runs = []
-    zero_shot = True
     todo = list(itertools.product(dict.fromkeys(seed), methods))
     bar = tqdm(todo, desc="runs", unit="run", disable=not progress, leave=False, mininterval=BAR_INTERVAL)
     for number, one in bar:
         model, tokenizer = load_backbone(backbone, device=device, dtype=dtype)
+        zero_shot = (runs[-1].zero_shot, runs[-1].zero_shot_options) if runs else True
         run = learn_sequence(
             model, tokenizer, tasks, one, config,
             seed=number, out=out, backbone=backbone, split=split, zero_shot=zero_shot, progress=progress,
             archive=archive, report_to=report_to, checkpoint_every=checkpoint_every,
             callbacks=_import_callbacks(callbacks),
         )  # fmt: skip
-        zero_shot = (run.zero_shot, run.zero_shot_options)
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")
     on_main(_report, runs, Path(out))
@@ -223,9 +216,11 @@ def _report(runs: Sequence, out: Path) -> None:
 def _folder(run: str) -> Path:
     "The folder of a run that is named by its folder or its record."
     path = Path(run)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a run's folder, or its record.json")
-    return path.parent if path.is_file() else path
+    folder = path.parent if path.name == "record.json" else path
+    if not (folder / "record.json").is_file():
+        why = "has no record.json" if path.is_dir() else "is no run" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {why}; give a run's folder, or its record.json")
+    return folder
 
 
 def show(
@@ -237,8 +232,7 @@ def show(
     from jumplora.results.run_tables import COLUMNS
     from jumplora.storage.record import Run
 
-    _folder(run)
-    found = Run.load(run)
+    found = Run.load(_folder(run))
     print(found.name)
     rows = [f"after {task}" for task in found.tasks]
     for heading, scores in (("exact match", found.accuracy), ("option accuracy", found.option_accuracy)):
@@ -279,6 +273,7 @@ def predict(
     task: str,  # which task's instruction and options to use
     text: Sequence[str] = (),  # texts; by default one per line of standard input
     without: str | None = None,  # a task that rollback has taken out
+    backbone: str | None = None,  # where its base is now, a folder or a Hub id; by default as recorded
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
@@ -288,11 +283,11 @@ def predict(
     from jumplora.storage.rollback import load_without
     from jumplora.storage.state import load_learned
 
+    place = _folder(run)
     texts = text or [line.rstrip("\n") for line in sys.stdin]
-    if without:
-        model, tokenizer, found = load_without(_folder(run), without, device=device, dtype=dtype)
-    else:
-        model, tokenizer, found = load_learned(_folder(run), device=device, dtype=dtype)
+    options = dict(backbone=backbone, device=device, dtype=dtype)
+    opened = load_without(place, without, **options) if without else load_learned(place, **options)
+    model, tokenizer, found = opened
     prompts = found.extra["prompts"]
     instruction, options = prompts[check_choice(task, tuple(prompts), "task")]
     question = Question(task, instruction, tuple(options))
@@ -315,8 +310,7 @@ def sparsity(
     from jumplora.results.sparsity import density_figure, overlap_figure, overlap_report, recorded_overlap
     from jumplora.storage.record import Run
 
-    _folder(run)
-    found = Run.load(run)
+    found = Run.load(_folder(run))
     overlap = recorded_overlap(found)
     report = overlap_report(found, overlap)
     print(report, end="")
@@ -334,6 +328,7 @@ def rollback(
     evaluate: bool = False,  # score all tasks without it, and compare
     sequence: str | None = None,  # which rows to score, as in compare; by default the sequence of the record
     folder: str | None = None,  # folder with the benchmark's rows, for order1 to order6
+    backbone: str | None = None,  # where its base is now, a folder or a Hub id; by default as recorded
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
@@ -343,7 +338,7 @@ def rollback(
 
     place = _folder(run)
     rows = archives.load_rows(Run.load(place), sequence, folder) if evaluate else None
-    found = archives.rollback(place, task, rows, device=device, dtype=dtype)
+    found = archives.rollback(place, task, rows, backbone=backbone, device=device, dtype=dtype)
     print(archives.rollback_report(found))
     print(f"weights and report are in {archives.rollback_folder(place, found.task)}; the run is as it was")
 
@@ -359,15 +354,17 @@ def export(
     dry_run: bool = False,  # only list what would be written and sent
     base_model: str | None = None,  # the base's Hub id, where the record does not have it
     license: str | None = None,  # the base's licence, where its card does not have it
+    backbone: str | None = None,  # where its base is now, a folder or a Hub id; by default as recorded
 ) -> None:
     "Write a finished run as files that other tools read, with a card; --push sends them to the Hub."
     from jumplora.storage.export import export_run, files_to_push, free_folder, push_to_hub
 
     source = _folder(run)
     place = free_folder(out)
+    options = dict(task=task, repo_id=push, base_model=base_model, license=license, backbone=backbone)
     with tempfile.TemporaryDirectory() as trial:
         folder = Path(trial) / place.name if dry_run else place
-        export_run(source, folder, format, task=task, repo_id=push, base_model=base_model, license=license)
+        export_run(source, folder, format, **options)
         for name, size in files_to_push(folder).items():
             print(f"{size:>13,} bytes  {name}")
     there = f" and sent to {push}" if push else ""
@@ -473,17 +470,16 @@ def parser_of(
     "The parser of a subcommand."
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"jumplora {name}", description=command.__doc__, formatter_class=_PlainHelp)
-    if command is not compare:
-        _add_flags(parser, command)
-    else:
+    if command is compare:
+        parser.add_argument("--config", action="config", help="read flags from a YAML file")
+    _add_flags(parser, command)
+    if command is compare:
         from jumplora.learning.training import TrainConfig
 
-        parser.add_argument("--config", action="config", help="read flags from a YAML file")
-        _add_flags(parser, command)
         _add_flags(parser.add_argument_group("how each task is learned"), TrainConfig)
     return parser
 
-
+# %% ../nbs/command_line.ipynb #5a1d3d02
 def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
     "`ValueError` for a flag that does not exist, and for one of several values that comes twice."
     given = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
@@ -515,6 +511,33 @@ def _check_config(words: Sequence[str]) -> None:
             form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
             raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
 
+# %% ../nbs/command_line.ipynb #5a1d3d04
+def _call(argv: Sequence[str]) -> int:
+    "Check the flags of a subcommand and call it."
+    command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
+    parser = parser_of(argv[0])
+    _check_flags(parser, argv[1:])
+    if command is compare:
+        _check_config(argv[1:])
+    flags = vars(parser.parse_args(argv[1:]))
+    names = inspect.signature(command).parameters
+    values = {name: flags[name] for name in names if name != "train"}
+    if command is compare:
+        values["train"] = {name: flags[name] for name in flags if name not in (*names, "config")}
+    speaks = nullcontext()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
+        from jumplora.running.processes import join_processes, only_main_speaks
+
+        if command is not compare:
+            what = "start this command by itself (`jumplora grid` has --processes)"
+            raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
+        join_processes(values["device"])
+        speaks = only_main_speaks()
+    with speaks:
+        code = command(**values) or 0
+        sys.stdout.flush()
+        return code
+
 
 def main(
     argv: Sequence[str] | None = None,  # words after `jumplora`; None: those of the process
@@ -525,38 +548,16 @@ def main(
         sys.stdout.reconfigure(errors="replace")  # an encoding without λ
     argv = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
-    speaks = nullcontext()
     try:
         if not argv or argv[0] in ("-h", "--help"):
             listed = "\n".join(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items())
-            about = "Sparse low-rank continual learning of language models."
-            print(f"usage: jumplora COMMAND [flags]\n\n{about}\n\ncommands:\n{listed}\n")
+            print("usage: jumplora COMMAND [flags]\n")
+            print(f"Sparse low-rank continual learning of language models.\n\ncommands:\n{listed}\n")
             print("`jumplora COMMAND --help` lists a command's flags.", flush=True)
             return 0 if argv else 2
         if argv[0] == "benchmark":
             raise ValueError("`jumplora benchmark` is called `jumplora speed`")
-        command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
-        parser = parser_of(argv[0])
-        _check_flags(parser, argv[1:])
-        if command is compare:
-            _check_config(argv[1:])
-        flags = vars(parser.parse_args(argv[1:]))
-        names = inspect.signature(command).parameters
-        values = {name: flags[name] for name in names if name != "train"}
-        if command is compare:
-            values["train"] = {name: flags[name] for name in flags if name not in (*names, "config")}
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
-            from jumplora.running.processes import join_processes, only_main_speaks
-
-            if command is not compare:
-                what = "start this command by itself (`jumplora grid` has --processes)"
-                raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
-            join_processes(values["device"])
-            speaks = only_main_speaks()
-        with speaks:
-            code = command(**values) or 0
-            sys.stdout.flush()
-            return code
+        return _call(argv)
     except BrokenPipeError:  # whoever reads the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

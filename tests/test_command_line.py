@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from jumplora.command_line import COMMANDS, chosen_methods, main, parser_of
+from jumplora.data.backbones import load_backbone
 from jumplora.data.newsroom import DEMO_COMMAND
 from jumplora.learning import continual
 from jumplora.learning.evaluation import answer
@@ -241,7 +243,7 @@ def test_a_missing_data_wheel_prints_the_command(jumplora, tmp_path, monkeypatch
     assert done.code == 1 and DEMO_COMMAND in done.err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", ["", "table results/reduced", "show RUN"])
+@pytest.mark.parametrize("words", ["", "show RUN"])
 def test_output_that_nobody_reads_to_its_end_is_no_traceback(words, root):
     run = next((root / "results" / "laptop").iterdir())
     command = [sys.executable, "-m", "jumplora.command_line", *words.replace("RUN", str(run)).split()]
@@ -367,20 +369,7 @@ def test_a_wrong_file_of_flags_is_named_with_what_it_should_be(flag, text, word,
 # ---- odd surroundings -------------------------------------------------------------------------------------
 
 
-def test_a_foreign_backend_of_figures_and_an_encoding_without_greek_change_nothing(
-    compared, tasks, root, monkeypatch
-):
-    foreign = dict(MPLBACKEND="module://not_here.backend", PYTHONIOENCODING="cp1252", PYTHONPATH=str(root))
-    for name, value in foreign.items():
-        monkeypatch.setenv(name, value)
-    for words in (["compare", "--help"], flags_for(tasks, compared[0])):  # its runs are finished
-        command = [sys.executable, "-m", "jumplora.command_line", *words]
-        done = subprocess.run(command, capture_output=True, encoding="cp1252")
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "figures" not in done.stderr and "first_task.png" in done.stdout
-
-
-WITHOUT = """
+SURROUNDINGS = """
 import sys, psutil  # which has a file of its own for Windows
 sys.modules |= dict.fromkeys(("resource", "fcntl", "pwd"))  # as on Windows; without pwd, no home folder
 import importlib, os, pkgutil
@@ -394,7 +383,10 @@ import jumplora
 for found in pkgutil.walk_packages(jumplora.__path__, "jumplora."):
     importlib.import_module(found.name)
 from jumplora.command_line import COMMANDS, main
-codes = [main([name, "--help"]) for name in COMMANDS]
+codes = [main()]
+for name in COMMANDS:
+    sys.argv[1:] = [name, "--help"]
+    codes.append(main())
 from jumplora.data import backbones
 backbones.demo_file = lambda *names: Path("a.gguf")
 backbones._convert = lambda gguf, folder: folder.mkdir()
@@ -407,16 +399,27 @@ except OSError as error:
 """
 
 
-def test_without_resource_fcntl_and_a_home_folder_the_package_imports_and_explains_itself(
-    root, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("JUMPLORA_CACHE", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == "no home" and lines[-2] == f"{[0] * len(COMMANDS)} True"
+@pytest.fixture(scope="module")
+def surrounded(compared, tasks, root, tmp_path_factory):
+    "A process with a foreign backend and encoding, and without a home folder: what it printed."
+    odd = dict(MPLBACKEND="module://not_here.backend", PYTHONIOENCODING="cp1252", PYTHONPATH=str(root))
+    environment = os.environ | odd | dict(JUMPLORA_CACHE=str(tmp_path_factory.mktemp("cache")))
+    environment.pop("XDG_CACHE_HOME", None)
+    command = [sys.executable, "-c", SURROUNDINGS, *flags_for(tasks, compared[0])]  # its runs are finished
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="cp1252")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_a_foreign_backend_of_figures_and_an_encoding_without_greek_change_nothing(surrounded):
+    lines, err = surrounded
+    assert "figures" not in err and any("first_task.png" in line for line in lines)
+    assert any("? of penalties" in line for line in lines)  # the help of `--strength`, which begins with a λ
+
+
+def test_without_resource_fcntl_and_a_home_folder_the_package_imports_and_explains_itself(surrounded):
+    lines, _ = surrounded
+    assert lines[0] == "no home" and lines[-2] == f"{[0] * (len(COMMANDS) + 1)} True"
     assert "~/.cache/jumplora" in lines[-1] and "set JUMPLORA_CACHE to a folder that can be" in lines[-1]
 
 
@@ -495,17 +498,84 @@ def test_rollback_takes_a_task_out_once_and_says_what_it_did(gated_run, tasks, j
     assert "call rollback first" in jumplora(*asked, "--without", "topics").err
 
 
-def test_a_rollback_that_cannot_be_done_leaves_nothing(gated_run, jumplora):
+def test_a_rollback_that_cannot_be_done_leaves_nothing(gated_run, tasks, jumplora, tmp_path):
+    less = shutil.copytree(tasks, tmp_path / "less") / "TC" / "topics" / "train.json"
+    less.write_text(json.dumps(json.loads(less.read_text())[1:]))
     wrong = {
         "--task wether": "task='wether' is not known.*did you mean 'weather'",
         "--task weather --evaluate": "sequence='mine' is not known",
-        "--task weather --evaluate --sequence newsroom": "rows of 'topics' are not|demo",
+        f"--task weather --evaluate --sequence {tmp_path / 'less'}": "rows of 'topics' are not",
         "": "task",
     }
     for flags, message in wrong.items():
         done = jumplora("rollback", gated_run, *flags.split())
         assert done.code in (1, 2) and re.search(message, done.err), done.err
     assert not [path for path in gated_run.iterdir() if "rollback" in path.name]
+
+
+# ---- a base somewhere else, and what is no run ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moved(run_folders, tmp_path_factory):
+    "A run whose base is no longer where it was; where it is now; a base that differs a little."
+    place = tmp_path_factory.mktemp("moved")
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    for name in ("elsewhere", "other"):
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+        model.model.norm.weight.data += 1e-3
+    (folder,) = (folder for folder in run_folders if "jumplora_seed" in folder.name)
+    run = Run.load(folder)
+    run.backbone = str(place / "base")  # which is there no longer
+    copy = shutil.copytree(folder, place / run.name)
+    run.save(place)
+    return copy, place / "elsewhere", place / "other"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict {run} --task topics --text x",
+        "predict {run}/record.json --task topics --text x --dtype bfloat16",
+        "export {run} --out {new} --format supertuning",
+        "rollback {run} --task weather --evaluate --sequence {tasks}",
+    ],
+)
+def test_a_base_that_was_moved_is_found_with_backbone_and_another_is_refused(
+    words, moved, tasks, jumplora, tmp_path
+):
+    run, base, other = moved
+    words = words.format(run=run, new=tmp_path / "new", tasks=tasks).split()
+    lost = jumplora(*words)
+    assert lost.code == 1 and "or give backbone= (--backbone), its folder, its Hub id" in lost.err
+    wrong = jumplora(*words, "--backbone", other)
+    assert wrong.code == 2 and f"{other} has other weights than the backbone that {run.name}" in wrong.err
+    assert not (tmp_path / "new").exists() and not list(run.glob("*rollback*"))
+    found = jumplora(*words, "--backbone", base)
+    assert found.code == 0 and found.out, found.err
+    for card in tmp_path.glob("new/README.md"):
+        assert "elsewhere after learning" in card.read_text() and str(base) not in card.read_text()
+
+
+def test_a_backbone_that_a_rollback_does_not_need_is_compared_too(moved, jumplora):
+    run, base, other = moved
+    wrong = jumplora("rollback", run, "--task", "topics", "--backbone", other)
+    assert wrong.code == 2 and "has other weights" in wrong.err and not (run / "rollback-topics").exists()
+    assert jumplora("rollback", run, "--task", "topics", "--backbone", base).code == 0
+    asked = ("predict", run, "--task", "weather", "--text", "rain", "--without", "topics", "--backbone")
+    assert [jumplora(*asked, place).code for place in (base, other)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "command", ["show", "sparsity", "predict --task a", "rollback --task a", "export --out o"]
+)
+@pytest.mark.parametrize("place", ["", "RUN/state", "RUN/state/after-2.json"])
+def test_what_is_no_run_is_refused_by_every_command(command, place, compared, run_folders, jumplora):
+    place = compared[0] / place.replace("RUN", run_folders[0].name)
+    message = "has no record.json" if place.is_dir() else "is no run"
+    done = jumplora(*command.split(), place)
+    assert done.code == 2 and f"{place} {message}; give a run's folder, or its record.json" in done.err
 
 
 # ---- predict ----------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_an_odd_entry_of_a_list_of_tasks_is_refused(change, tmp_path):
     (tmp_path / "tasks.json").write_text(json.dumps([entry]))
     assert len(read_folder(tmp_path)) == 1
     (tmp_path / "tasks.json").write_text(json.dumps([entry | change]))
-    with pytest.raises(ValueError, match=r"tasks\.json: every entry needs"):
+    with pytest.raises(ValueError, match=r"task 'topics': its entry in .*tasks\.json is odd: .*; use texts"):
         read_folder(tmp_path)
 
 

@@ -129,11 +129,10 @@ def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     known = [(task.instruction, task.options) for task in BENCHMARK.values()]
     known += [(source.instruction, tuple(source.labels.values())) for source in NEWSROOM.values()]
+    first = list(dict.fromkeys(special.values()))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=list(dict.fromkeys(special.values())),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=1024, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
     texts = [prompt(instruction, options, " ".join(options)) for instruction, options in known]
     tokenizer.train_from_iterator(texts, trainer)
@@ -150,32 +149,20 @@ def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         )
         tokenizer.padding_side = "left"
         config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
+        )  # fmt: skip
     else:
         tokenizer = byte_tokenizer(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
         )
+        start = tokenizer.pad_token_id
         config = T5Config(
-            vocab_size=len(tokenizer),
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
+            d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=start
         )
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):  # GPUs are left alone
         torch.default_generator.manual_seed(0)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

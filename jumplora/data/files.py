@@ -157,7 +157,7 @@ _ENTRY |= dict.fromkeys(("files", "use", "sha256"), dict)
 def find_tasks(
     folder: str | os.PathLike,  # holds NAME/train.* or CATEGORY/NAME/train.*, and perhaps tasks.json
 ) -> dict[str, dict]:  # task, in small letters -> its entry of tasks.json, and its "folder" if it has one
-    "List the tasks of a folder; no row is read. `FileNotFoundError` or `ValueError` where there are none."
+    "List the tasks of a folder; none is read or checked. `FileNotFoundError` or `ValueError` without any."
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {folder} does not exist; give a folder that holds tasks")
@@ -168,19 +168,18 @@ def find_tasks(
     if listed.is_file():
         entries = _read_file(listed, "the list of tasks")
     for entry in entries:
-        good = isinstance(entry, dict) and "name" in entry
-        good = good and all(isinstance(entry[key], _ENTRY[key]) for key in entry.keys() & _ENTRY)
-        words = [word for key in ("files", "use") for word in entry.get(key, {}).values()] if good else []
-        if not good or not all(isinstance(word, str) and word.isprintable() for word in words):
-            keys = f"every entry needs a 'name'; the others are {', '.join(_ENTRY)}"
-            raise ValueError(f"{listed}: {keys}: {entry!r:.80}")
-    names = [entry["name"].lower() for entry in entries]
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice or not names:
-        what = f"two tasks named {twice[0]!r}" if twice else "no tasks.json and no (CATEGORY/)NAME/train.*"
-        raise ValueError(f"the folder {folder} holds {what}")
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError(f"{listed}: every entry needs a 'name', a text: {entry!r:.80}")
+    if not entries:
+        raise ValueError(f"the folder {folder} holds no tasks.json and no (CATEGORY/)NAME/train.*")
     folders = {name.lower(): place for place, name in places.items()}
-    return {name: entry | {"folder": folders.get(name)} for name, entry in zip(names, entries, strict=True)}
+    count = Counter(name.lower() for name in places.values())
+    found = {}
+    for entry in entries:
+        name = entry["name"].lower()
+        twice = name in found or (count[name] > 1 and "files" not in entry)
+        found[name] = entry | {"folder": folders.get(name), "twice": twice}
+    return found
 
 # %% ../../nbs/5_inside/files.ipynb #7bcf934c
 def safe_name(name: str) -> str:
@@ -199,6 +198,13 @@ def task_arguments(
     "Arguments of `Task.load` for one entry of `find_tasks`; `question` where the folder gives none."
     folder = Path(folder).expanduser()
     where = f"task {name!r}"
+    if entry["twice"]:
+        raise ValueError(f"the folder {folder} holds two tasks named {name!r}; rename one")
+    good = all(isinstance(entry[key], kind) for key, kind in _ENTRY.items() if key in entry)
+    words = [word for key in ("files", "use") for word in entry.get(key, {}).values()] if good else []
+    if not good or not all(isinstance(word, str) and word.isprintable() for word in words):
+        kinds = "use texts, a list of options, and dicts of texts for files and use"
+        raise ValueError(f"{where}: its entry in {folder / 'tasks.json'} is odd: {entry!r:.80}; {kinds}")
     files = entry.get("files")
     use = entry.get("use", {})
     if files is None:

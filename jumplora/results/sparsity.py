@@ -25,8 +25,10 @@ def chance_overlap(
     second: np.ndarray,  # m, entries that the other touched
     entries: np.ndarray,  # N, entries there are
 ) -> tuple[np.ndarray, np.ndarray]:  # μ and σ of the entries they share at random
-    "Mean and standard deviation of the hypergeometric distribution; arrays are broadcast."
+    "Mean and spread of the hypergeometric distribution; arrays are broadcast. `ValueError` off range."
     first, second, entries = (np.asarray(count, dtype=float) for count in (first, second, entries))
+    if not ((0 <= first) & (first <= entries) & (0 <= second) & (second <= entries) & (entries > 0)).all():
+        raise ValueError(f"{first=}, {second=}, {entries=}: use counts from 0 to entries, entries above 0")
     expected = first * second / entries
     variance = expected * (1 - second / entries) * (entries - first) / np.maximum(entries - 1, 1)
     return expected, np.sqrt(variance)
@@ -54,8 +56,8 @@ class Overlap:
 
     def by_chance(self) -> tuple[np.ndarray, np.ndarray]:  # (T, T) μ and σ
         "What tasks of these densities share if they choose at random in every layer."
-        counts = self.counts
-        each = chance_overlap(counts[:, :, None], counts[:, None, :], self.entries[:, None, None])
+        first, second = self.counts[:, :, None], self.counts[:, None, :]
+        each = chance_overlap(first, second, self.entries[:, None, None])
         return each[0].sum(0), np.sqrt((each[1] ** 2).sum(0))
 
     def z(self) -> np.ndarray:  # (T, T); nan on the diagonal and where nothing can vary
@@ -108,8 +110,7 @@ def tasks_that_fit(
 ) -> float:  # a whole number of tasks; infinite for p = 0
     "How many more tasks find enough untouched entries, if each picks at random. `ValueError` off range."
     if not (0 <= density <= 1 and 0 <= filled <= 1 and 0 < free <= 1):
-        given = f"density={density}, filled={filled}, free={free}"
-        raise ValueError(f"{given}: use shares from 0 to 1, and free above 0")
+        raise ValueError(f"{density=}, {filled=}, {free=}: use shares from 0 to 1, and free above 0")
     if 1 - filled < free:
         return 0
     if density in (0, 1):
@@ -168,18 +169,18 @@ def overlap_report(run: Run, overlap: Overlap) -> str:
         return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
     density, filled = overlap.density.mean(), overlap.filled[-1]
+    at_random = 1 - np.cumprod(1 - overlap.density)
     more = tasks_that_fit(density, filled)
     room = "every further task finds" if more == math.inf else f"{more} further tasks find"
     text = f"{filled:.1%} of {overlap.entries.sum()} entries are touched. At {density:.2%} per task, and if "
     text += f"tasks pick at random, {room} at least half of their entries untouched."
     columns = {"entries": overlap.counts.sum(0), "percent": 100 * overlap.density}
-    columns["touched so far, percent"] = 100 * overlap.filled
-    columns["the same at random"] = 100 * (1 - np.cumprod(1 - overlap.density))
+    columns |= {"touched so far, percent": 100 * overlap.filled, "the same at random": 100 * at_random}
     tasks = pd.DataFrame(columns, index=pd.Index(overlap.tasks, name="task")).round(2)
     parts = [f"# Where the updates of {run.name} lie", text, markdown(tasks)]
     if len(overlap.tasks) > 1:
-        parts += ["## Shared entries", "Chance is computed for every layer by itself."]
-        parts += [markdown(overlap.table())]
+        chance = "Chance is computed for every layer by itself."
+        parts += ["## Shared entries", chance, markdown(overlap.table())]
     kept = 100 * (1 - pd.DataFrame(run.sparsity).rename_axis("layer"))
     kept = kept.loc[kept.mean(axis=1).sort_values(ascending=False, kind="stable").index].round(2)
     some = f"The {min(len(kept), 10)} densest of {len(kept)}, percent of entries kept."

@@ -9,12 +9,9 @@ __all__ = ['PARTS', 'measure', 'load_parts', 'speed_table']
 import copy
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -26,32 +23,31 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler._utils import traverse_dfs
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from ..conventions import check_choice, set_seed, write_atomic
 from ..data.backbones import load_backbone
 from ..data.sequences import load_sequence
 from ..learning import continual, evaluation, training
 from ..learning.methods import METHODS
-from ..learning.tasks import Example, Task, TaskSequence, encode_answer, encode_prompt
+from ..learning.tasks import Task, encode_answer, encode_prompt
 from ..method import adapter
 from ..method.gated_linear import naive_gated_linear, naive_gated_update
 from ..method.regularizers import ELLA, IncLoRA, Update
 from ..method.schedule import initial_threshold
+from ..running.answers import generate
 from ..storage.record import environment
 
 # %% ../../nbs/3_results/speed.ipynb #6ab438ef
 def _alternate(works: dict[str, Callable], rounds: int, device="cpu") -> dict[str, list[float]]:
     "Seconds of works that take turns; after a round that is not timed, unless there is only one."
-    cuda = torch.device(device).type == "cuda"
-    wait = partial(torch.cuda.synchronize, device) if cuda else (lambda: None)
     seconds = {name: [] for name in works}
     for turn in range(rounds + (rounds > 1)):
         for name, work in works.items():
-            wait()
             start = time.perf_counter()
             work()
-            wait()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
             if turn or rounds == 1:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -106,30 +102,26 @@ def _naive_answer(
     model, tokenizer, task, texts, max_length=128, truncation="field", batch_size=16, max_new_tokens=8,
     advance=lambda rows: None, share=False, scored=True,
 ):  # fmt: skip
-    "What `answer` gives for a decoder, in file order and without sharing; scored=False: exact match only."
+    "What `answer` gives for a decoder: every prompt generates, and is read again for every option if scored."
+    model = getattr(model, "get_base_model", lambda: model)()
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
-    endings = [encode_answer(tokenizer, option, False) for option in task.options if scored]
-    answers, scores = [], torch.zeros(len(texts), len(endings))
-    pad, end, device = tokenizer.pad_token_id, tokenizer.eos_token_id, next(model.parameters()).device
+    options = [encode_answer(tokenizer, option, False) for option in task.options]
+    longest = max([max_new_tokens, *map(len, options)])
+    answers, scores = [], torch.zeros(len(texts), len(options) if scored else 0)
+
+    def padded(rows):  # on the left, where the attention mask is 0
+        batch = tokenizer.pad(dict(input_ids=rows), padding_side="left", return_tensors="pt")
+        return batch.to(next(model.parameters()).device)
+
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
-        for option, ending in enumerate([[], *endings], -1):
-            tokens = training.pad([prompt + ending for prompt in some], -1, left=True).to(device)
-            mask = (tokens >= 0).long()
-            tokens = tokens.masked_fill(mask == 0, pad)
-            if not ending:  # no token has the id of the vocabulary's size, so nothing ends early
-                new = model.generate(
-                    input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                    pad_token_id=pad, eos_token_id=model.config.vocab_size,
-                )[:, tokens.shape[1] :]  # fmt: skip
-                new = new.masked_fill((new == end).cumsum(1) > 0, end)
-                answers += tokenizer.batch_decode(new, skip_special_tokens=True)
-                continue
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
-            logs = logits[:, -len(ending) - 1 : -1].float().log_softmax(-1)
-            wanted = torch.tensor(ending, device=device).expand(len(some), -1)
-            scores[start : start + len(some), option] = logs.gather(2, wanted[:, :, None]).sum((1, 2)).cpu()
+        answers += generate(model, tokenizer, longest, **padded(some))
+        for i in range(scores.shape[1]):
+            batch = padded([prompt + options[i] for prompt in some])
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            logs = model(**batch).logits[:, -len(options[i]) - 1 : -1].float().log_softmax(-1)
+            wanted = batch["input_ids"][:, -len(options[i]) :, None]
+            scores[start : start + len(some), i] = logs.gather(2, wanted).sum((1, 2)).cpu()
         advance(len(some))
     return answers, scores
 
@@ -202,26 +194,25 @@ def _training_step(model: nn.Module, batch: dict, penalty: Callable[[], Tensor] 
 
 def _step(quick: bool, device, dtype) -> list[dict]:
     "A step with PEFT's LoRA, with JumpLoRA and ELLA, and with both the naive way."
-    large = dict(rows=32, length=512) if torch.device(device).type == "cuda" else dict(rows=8, length=128)
-    sizes = {"smollm2-135m": dict(rows=8, length=128)} | ({} if quick else {"T5-large's shape": large})
     found = []
-    for name, size in sizes.items():
+    for name in ("smollm2-135m",) if quick else ("smollm2-135m", "T5-large's shape"):
         set_seed(0)
-        model = load_backbone(name, dtype=dtype)[0] if name == "smollm2-135m" else _t5_large_shape()
+        seq2seq = name != "smollm2-135m"
+        model = _t5_large_shape() if seq2seq else load_backbone(name, dtype=dtype)[0]
         model = model.to(device, dtype)
-        seq2seq = model.config.is_encoder_decoder
-        prompt = size["length"] if seq2seq else size["length"] - 4  # the answer has four tokens
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(3, model.config.vocab_size, (size["rows"], prompt + 4), generator=generator)
+        rows, length = (32, 512) if seq2seq and torch.device(device).type == "cuda" else (8, 128)
+        prompt = length if seq2seq else length - 4  # the answer has four tokens
+        tokens = torch.randint(3, model.config.vocab_size, (rows, prompt + 4))
         start = getattr(model.config, "decoder_start_token_id", None)
         collator = training.Collator(0, seq2seq, start, keep_last=not seq2seq)
         batch = collator([(row[:prompt], row[prompt:]) for row in tokens.tolist()])
         batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
-        shared = {id(p): p for p in model.parameters()}  # these are not copied
-        plain = training.attach_adapter(copy.deepcopy(model, dict(shared)), training.TrainConfig(), False)
-        gated = training.attach_adapter(copy.deepcopy(model, dict(shared)), training.TrainConfig(), True)
-        plain, gated = (_random_update(adapted).train() for adapted in (plain, gated))
+        adapted = {}
+        for gate in (False, True):
+            base = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # they share their weights
+            adapted[gate] = training.attach_adapter(base, training.TrainConfig(), gate)
+        plain, gated = (_random_update(each).train() for each in adapted.values())
         ella = ELLA(strength=1.0)
         updates = training.named_updates(gated)
         ella.after_task({key: Update(1e-2 * torch.randn_like(u.delta)) for key, u in updates.items()})
@@ -232,38 +223,9 @@ def _step(quick: bool, device, dtype) -> list[dict]:
             "JumpLoRA + ELLA": partial(_training_step, gated, batch, training.penalty_function(gated, ella)),
             "naive": _naive_way()(partial(_training_step, gated, batch, naive_penalty)),
         }
-        rounds = 3 if quick else 30 if name == "smollm2-135m" else 5
-        found += _timed(works, rounds, "LoRA", device, model=name, **size)
+        rounds = 3 if quick else 5 if seq2seq else 30
+        found += _timed(works, rounds, "LoRA", device, model=name, rows=rows, length=length)
     return found
-
-# %% ../../nbs/3_results/speed.ipynb #a838cd5c
-@dataclass
-class _RandomLayers:
-    "|BA| of random factors, computed anew at every pass."
-
-    A: Tensor  # (layers, n, 8)
-    B: Tensor  # (layers, n, 8)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return ((B @ A.T).abs_() for A, B in zip(self.A, self.B, strict=True))
-
-
-def _start(quick: bool, device, dtype, count: int = 144, size: int = 1024) -> list[dict]:
-    "The threshold that keeps a share of the entries: by `kthvalue` of all at once, and by counting."
-    set_seed(0)
-    factors = 0.02 * torch.randn((2, count, size, 8), device=device)
-    layers = _RandomLayers(factors[0], factors[1])
-    entries = count * size**2
-    rows = []
-    for share in (1 / 64, 1 / 2):  # LoRA's own size at rank 8, and the middle
-        kept = int(entries * share)
-
-        def kthvalue(below=entries - kept):
-            return torch.cat([layer.flatten() for layer in layers]).kthvalue(below).values.item()
-
-        works = {"kthvalue": kthvalue, "counting": partial(initial_threshold, layers, kept)}
-        rows += _timed(works, 2 if quick else 5, "kthvalue", device, share=share)
-    return rows
 
 # %% ../../nbs/3_results/speed.ipynb #7aca7bab
 def _trained(device, dtype) -> tuple:
@@ -294,20 +256,6 @@ def _evaluation(quick: bool, device, dtype) -> list[dict]:
         rows += [row | dict(score=score, rows=count, differ=differ) for row in _compare(seconds, "fast")]
     return rows
 
-
-def _batches(quick: bool, device, dtype) -> list[dict]:
-    "The share of answers that change when rows are answered one by one, in two formats."
-    model, tokenizer, task, texts = _trained(device, dtype)
-    count = 16 if quick else 50
-    texts = [texts[i * len(texts) // count] for i in range(count)]
-    rows = []
-    for name in ("float32", "bfloat16"):
-        model = model.to(getattr(torch, name))
-        together, _ = evaluation.answer(model, tokenizer, task, texts)
-        alone = [evaluation.answer(model, tokenizer, task, [text])[0][0] for text in texts]
-        rows.append(dict(variant=name, rows=count, differ=np.not_equal(together, alone).mean().item()))
-    return rows
-
 # %% ../../nbs/3_results/speed.ipynb #4e4e5917
 def _run(quick: bool, device, dtype) -> list[dict]:
     "Four tasks the naive way, with fast training alone, and the fast way."
@@ -330,55 +278,10 @@ def _run(quick: bool, device, dtype) -> list[dict]:
         rows.append(taken | dict(accuracy=accuracy))
     return [row | extra for row, extra in zip(_compare(seconds, "fast"), rows, strict=True)]
 
-
-def _equal_tasks(quick: bool, device, dtype, large: bool = False) -> list[dict]:
-    "Fifty equal tasks on a small model, or the second of two on a large one: seconds, and memory after it."
-    import psutil
-
-    set_seed(0)
-    model, tokenizer = load_backbone("tiny-t5" if large else "tiny-llama")
-    tasks, length, count = (2, 200, 8) if large else (10 if quick else 50, 10, 64)
-    if large and not quick:
-        model = _t5_large_shape()
-    elif not large:
-        shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
-    words = ("red", "blue")
-    examples = [Example(f"{word} " * length, word) for word in words * (count // 2)]
-    sequence = [Task(f"task {i}", "Which?\n", words, examples, [], examples[:8]) for i in range(tasks)]
-    learner = continual.Learner(
-        model.to(device, dtype), tokenizer, TaskSequence("two words", sequence),
-        METHODS["ELLA + JumpLoRA"], training.TrainConfig(batch_size=8),
-    )  # fmt: skip
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    rows = []
-    for i in range(tasks):
-        learner.finish(i, learner.train(i))
-        learner.score(i)
-        row = dict(task=i + 1, million_weights=size, megabytes=psutil.Process().memory_info().rss / 1e6)
-        row |= {name: values[-1] for name, values in learner.run.seconds.items()}
-        row |= dict(step_milliseconds=1e3 * row["train"] / (count / 8))
-        rows.append(row | dict(peak_megabytes=learner.run.peak_memory / 1e6))
-    return rows[-1:] if large else rows  # the first of two has no past
-
-
-def _startup(quick: bool, device, dtype) -> list[dict]:
-    "Fresh processes."
-    programs = {
-        "python": "pass",
-        "jumplora --help": "from jumplora.command_line import main; main(['--help'])",
-        "import torch": "import torch",
-        "import torch, jumplora": "import torch, jumplora",
-    }
-    start = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    works = {name: partial(start, [sys.executable, "-c", code]) for name, code in programs.items()}
-    return _compare(_alternate(works, 3 if quick else 9), "python")
-
 # %% ../../nbs/3_results/speed.ipynb #6aaba9c9
 PARTS: dict[str, Callable[..., list[dict]]] = dict(
-    layer=_layer, step=_step, start=_start, evaluation=_evaluation, batches=_batches,
-    run=_run, growth=_equal_tasks, path=partial(_equal_tasks, large=True), startup=_startup,
-)  # fmt: skip
+    layer=_layer, step=_step, evaluation=_evaluation, run=_run
+)
 
 
 def measure(
@@ -389,15 +292,14 @@ def measure(
     dtype: torch.dtype = torch.float32,  # of weights and inputs
 ) -> None:
     "Measure parts and write one record each. `ValueError` for an unknown part, before anything is measured."
-    kind = torch.device(device).type
     number = str(dtype).removeprefix("torch.")
     for name in [check_choice(name, tuple(PARTS), "part") for name in parts]:
         start = time.perf_counter()
         rows = PARTS[name](quick, device, dtype)
         seconds = time.perf_counter() - start
         content = dict(part=name, dtype=number, quick=quick, seconds=seconds, rows=rows)
-        file = Path(out) / f"{kind}-{number}-{name}.json"
         content["environment"] = environment(device)
+        file = Path(out) / f"{torch.device(device).type}-{number}-{name}.json"
         write_atomic(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"{name}: {seconds:.0f} s, {file}", flush=True)
 
@@ -419,15 +321,11 @@ def load_parts(
 def speed_table(
     parts: dict[str, pd.DataFrame],  # from `load_parts`
 ) -> pd.DataFrame:  # one row per variant; "" where nothing was measured
-    "Everything that was measured: milliseconds, ratio and quartiles, peak memory, seconds of a run's stages."
+    "All variants: milliseconds, ratio and quartiles, peak memory, seconds of a run's stages."
     rows = []
     for part, table in parts.items():
-        if part == "growth":
-            ends = {"tasks 2 to 6": table[1:6], f"last five of {len(table)}": table[-5:]}
-            table = pd.DataFrame([end.median().to_dict() | {"variant": name} for name, end in ends.items()])
-            table["milliseconds"], table["peak_megabytes"] = table["step_milliseconds"], table["megabytes"]
-        for row in table.to_dict("records"):
+        for row in table.to_dict("records") if "variant" in table else ():
             keys = [row[key] for key in ("tokens", "model", "share", "score", "variant") if key in row]
             rows.append(row | {"what": ", ".join(map(str, [part, *keys]))})
-    columns = "what milliseconds ratio low high peak_megabytes train evaluate merge differ".split()
+    columns = "what milliseconds ratio low high peak_megabytes train evaluate differ".split()
     return pd.DataFrame(rows, columns=columns).set_index("what").round(2).astype(object).fillna("")

@@ -25,16 +25,17 @@ import torch
 from submitit.helpers import TorchDistributedEnvironment
 
 from ..conventions import check_choice, write_atomic
-from ..data.backbones import load_backbone, pick_device, pick_dtype
+from ..data.backbones import load_backbone, pick_device
 from ..data.benchmark import HUB_SEQUENCES, ORDERS
 from ..data.sequences import load_sequence
 from ..learning.continual import Method, check_seed, learn_sequence
+from ..learning.dry_check import dry_check
 from ..learning.methods import METHODS, base_of, with_settings
 from ..learning.tasks import TaskSequence
-from ..learning.training import TrainConfig, target_layers
-from .processes import is_main, join_processes, on_main
+from ..learning.training import TrainConfig
+from .processes import check_processes, is_main, join_processes, on_main
 from ..storage.record import Damaged, Run, digest
-from ..storage.state import graceful_shutdown, held_lock, new_run
+from ..storage.state import graceful_shutdown, held_lock, new_run, weights_fingerprint
 
 # %% ../../nbs/5_inside/grid.ipynb #2f11dbaf
 PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
@@ -66,7 +67,7 @@ class Job:
     strength: float | list | None = None  # λ of the method's penalty; None: its default
     split: str = "test"  # rows that are scored: "test" or "dev"
     dtype: str = "auto"  # of the backbone; the command asks for "float32"
-    fingerprint: str = ""  # of the rows; `run_grid` fills it in
+    fingerprint: str = ""  # of the rows, then of the backbone's weights; `run_grid` fills it in
 
     @property
     def key(self) -> str:  # letters, digits, "-", "." and "_": safe as a folder's name
@@ -108,6 +109,8 @@ def job_method(job: Job) -> tuple[Method, TrainConfig]:
 
 def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     "The tasks of a job, or the one it learns alone. Raises ValueError or OSError for what is not there."
+    for name in job.rows:
+        check_choice(name, ("train", "dev", "test"), "rows of")
     alone = METHODS[job.method].training == "isolated"
     orders = [f"order{n}" for n, tasks in ORDERS.items() if alone and job.sequence in tasks]
     tasks = load_sequence((orders or [job.sequence])[0], folder, **job.rows)
@@ -154,17 +157,16 @@ def _job_state(out: Path, key: str) -> tuple[str, str]:
 
 
 def _read_jobs(out: Path) -> dict[str, Job]:
-    "The jobs by their keys. Raises ValueError for another format, and for what was altered."
+    "The jobs by their keys. `ValueError` for another format, and for what was altered."
     path = out / "jobs.json"
     content = _read_json(path) if path.exists() else dict(format=2, jobs={})
-    if content.get("format") != 2:
-        other = f"{content.get('format', 'unknown')}, and this version writes 2"
-        raise ValueError(f"{path} is a grid of format {other}; use another folder")
     with suppress(TypeError, AttributeError, ValueError, KeyError):
         jobs = {key: Job(**asked) for key, asked in content["jobs"].items()}
-        if all(job.key == key and isinstance(job.train, dict) for key, job in jobs.items()):
+        same = all(job.key == key and isinstance(job.train, dict) for key, job in jobs.items())
+        if same and content["format"] == 2:
             return jobs
-    raise ValueError(f"{path} is damaged; delete it and give the command again: finished runs are found")
+    again = "use another folder, or delete it and give the command again: finished runs are found"
+    raise ValueError(f"{path} is damaged or of another version than format 2; {again}")
 
 
 def status(
@@ -178,19 +180,55 @@ def status(
     for key, job in jobs.items():
         strength = "" if job.strength is None else str(job.strength)
         settings = " ".join(f"{name}={value}" for name, value in job.train.items())
-        state, note = _job_state(Path(out), key)
-        rows.append([key, job.method, job.sequence, job.seed, strength, settings, state, note])
+        asked = [key, job.method, job.sequence, job.seed, strength, settings]
+        rows.append([*asked, *_job_state(Path(out), key)])
     columns = ["key", "method", "sequence", "seed", "strength", "settings", "state", "note"]
     return pd.DataFrame(rows, columns=columns).set_index("key")
 
 # %% ../../nbs/5_inside/grid.ipynb #a0fb4cae
+def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: int) -> list[Job]:
+    "The jobs with their fingerprints. `ValueError` or `OSError` names a job that would fail or be wrong."
+    checked, models, sequences, passed = [], {}, {}, set()
+    for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # all words first, then the rows
+        rows = (job.sequence, method.training == "isolated", str(job.rows))
+        name = (job.backbone, "float32" if job.dtype == "auto" else job.dtype)  # the same on every machine
+        shared = (config.batch_size, config.gradient_accumulation, processes)
+        prompts = (config.max_length, config.truncation, job.split)
+        read = (rows, name, shared, prompts, str(config.target_modules))
+        try:
+            check_seed(job.seed)
+            check_choice(job.split, ("test", "dev"), "split")
+            if rows not in sequences:
+                tasks = job_sequence(job, folder)
+                sequences[rows] = (tasks, _rows_fingerprint(tasks))
+            tasks, fingerprint = sequences[rows]
+            method.check_fits(tasks)
+            if empty := [task.name for task in tasks if not getattr(task, job.split)]:
+                raise ValueError(f"{empty} have no {job.split} rows; allow some, or score another split")
+            if name not in models:
+                loaded = load_backbone(name[0], device="cpu", dtype=name[1])
+                models[name] = (*loaded, weights_fingerprint(loaded[0]))
+            model, tokenizer, weights = models[name]
+            job = replace(job, fingerprint=fingerprint + weights)
+            if read not in passed and _job_state(out, job.key)[0] not in ("done", "running"):
+                check_processes(model, *shared)
+                dry_check(model, tokenizer, tasks, config, split=job.split, out=out)
+                passed.add(read)
+        except (ValueError, OSError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{job.method} on {job.sequence}, seed {job.seed}: {error}") from error
+        checked.append(job)
+    return checked
+
+# %% ../../nbs/5_inside/grid.ipynb #b7f68afc
 def _run_job(out: str, key: str, *, folder, device, processes, threads=None, visible=None) -> str:
     "What submitit calls in a worker; returns the state of the job."
     torch.set_num_threads(threads or torch.get_num_threads())
     if visible is not None:  # submitit hides GPUs from jobs of this machine
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores, and a run obeys
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores, and a run obeys
+    signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # before a time limit
     if processes > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         join_processes(device)
@@ -202,10 +240,12 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         job = _read_jobs(Path(out))[key]
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
-        if job.fingerprint not in ("", _rows_fingerprint(tasks)):
-            raise ValueError(f"the rows of {job.sequence} have changed since; give the command again")
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
         run = new_run(model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split)
+        exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounded: another fingerprint
+        now = _rows_fingerprint(tasks) + run.configuration["weights"] * exact
+        if not job.fingerprint.startswith(now):
+            raise ValueError(f"{job.sequence} or {job.backbone} has changed since; give the command again")
         note["run"] = run.name
         _write_note(out, key, note)
         learn_sequence(
@@ -218,7 +258,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         raise
     return "done"
 
-
+# %% ../../nbs/5_inside/grid.ipynb #348863eb
 def _places(device: str, processes: int) -> list[tuple[str, str]]:
     "The device and the visible GPUs of jobs of this machine, to be taken in turn: one GPU per process."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
@@ -230,10 +270,59 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:
     if number:
         names = [names[int(check_choice(number, list(map(str, range(count))), "number of a GPU"))]]
     if len(names) < processes:
-        here = f"processes={processes}, and there are {len(names)} GPUs here"
-        raise ValueError(f"{here} for device={device!r}; use at most {len(names)}")
+        raise ValueError(f"processes={processes}: device={device!r} has {len(names)} GPUs here; use as many")
     starts = range(0, len(names) - processes + 1, processes)
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
+
+
+def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict) -> None:
+    "Do jobs on this machine, some at a time, and print how each has ended."
+    waiting = keys[::-1]
+    running = {}  # number of a worker -> the key of its job, and its process
+    stopping = False
+
+    def stop_workers():
+        for _, job in running.values():
+            job._process.terminate()  # `job.cancel` would kill it after a second
+
+    with graceful_shutdown() as stop:
+        try:
+            while waiting or running:
+                if stop.number is not None and not stopping:
+                    stopping = True
+                    waiting.clear()
+                    stop_workers()
+                for worker in range(workers):
+                    if worker in running and running[worker][1].done():
+                        key, _ = running.pop(worker)
+                        if _job_state(out, key)[0] == "waiting" and stop.number is None:
+                            killed = dict(error="its process was killed; a second call resumes")
+                            _write_note(out, key, _read_json(out / "jobs" / key / "run.json") | killed)
+                        print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
+                    elif worker not in running and waiting:
+                        key = waiting.pop()
+                        device, visible = places[worker % len(places)]
+                        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+                        executor = _executor(out / "jobs" / key, "local", options)
+                        job = executor.submit(partial(work, device=device, visible=visible), key)
+                        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+                        running[worker] = (key, job)
+                time.sleep(0.2)
+        finally:  # workers are left after a second signal, or an error here
+            stop_workers()
+        stop.obey()
+
+# %% ../../nbs/5_inside/grid.ipynb #a7888a69
+def _executor(folder: str | Path, engine: str, options: dict) -> submitit.Executor:
+    "What hands jobs to their processes. `ValueError` for an option that submitit does not take."
+    if engine == "local" and (lost := [name for name in options if name.startswith("slurm_")]):
+        raise ValueError(f"{lost[0]} needs engine='slurm', and this is engine='local'")
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=engine)
+        executor.update_parameters(**options)
+    except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"submitit, engine={engine!r}: {str(error).splitlines()[0]}") from None
+    return executor
 
 
 def run_grid(
@@ -255,83 +344,23 @@ def run_grid(
     folder = folder and str(Path(folder).resolve())
     places = _places(device, processes) if engine == "local" else []
     options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
-    try:
-        with tempfile.TemporaryDirectory() as trial:
-            submitit.AutoExecutor(folder=trial, cluster=engine).update_parameters(**options)
-    except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"submitit, engine={engine!r}: {str(error).splitlines()[0]}") from None
-    if engine == "local" and (lost := [name for name in options if name.startswith("slurm_")]):
-        raise ValueError(f"{lost[0]} needs engine='slurm', and this is engine='local'")
-    models, sequences, checked = {}, {}, []
-    for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # all words first, then the rows
-        check_choice(job.split, ("test", "dev"), "split")
-        check_seed(job.seed)
-        pick_dtype(job.dtype, pick_device("cpu"))
-        if job.backbone not in models:  # without the values of its weights
-            models[job.backbone] = load_backbone(job.backbone, device="meta")[0]
-        target_layers(models[job.backbone], config.target_modules)
-        place = (job.sequence, str(job.rows), method.training)
-        if place not in sequences:
-            tasks = job_sequence(job, folder)
-            sequences[place] = (tasks, _rows_fingerprint(tasks))
-        method.check_fits(sequences[place][0])
-        checked.append(replace(job, fingerprint=sequences[place][1]))
-    jobs = checked
+    _executor(tempfile.gettempdir(), engine, options)  # a trial
     _read_jobs(out)  # of another version, or damaged: nothing is touched
+    jobs = _check_jobs(jobs, out, folder, processes)
     with held_lock(out / "jobs" / "lock", patience=60):
         asked = {key: asdict(job) for key, job in (_read_jobs(out) | {job.key: job for job in jobs}).items()}
         write_atomic(out / "jobs.json", json.dumps(dict(format=2, jobs=asked), indent=1) + "\n")
-    missing = [job.key for job in jobs if _job_state(out, job.key)[0] not in ("done", "running")]
+    keys = list(dict.fromkeys(job.key for job in jobs))
+    missing = [key for key in keys if _job_state(out, key)[0] not in ("done", "running")]
     for key in missing:
         (out / "jobs" / key / "run.json").unlink(missing_ok=True)  # an error of the last attempt
     workers = min(workers, len(missing))
     work = partial(_run_job, str(out), folder=folder, processes=processes)
     if engine == "slurm" and missing:
-        executor = submitit.AutoExecutor(folder=out / "jobs" / "log", cluster="slurm")
-        executor.update_parameters(**dict(slurm_array_parallelism=workers) | options)
+        options = dict(slurm_array_parallelism=workers) | options
+        executor = _executor(out / "jobs" / "log", engine, options)
         executor.map_array(partial(work, device=device), missing)
     if engine == "local" and missing:
         threads = max(1, torch.get_num_threads() // (workers * processes))
         _run_here(out, missing, partial(work, threads=threads), workers, places, options)
-    return status(out).loc[list(dict.fromkeys(job.key for job in jobs))]
-
-
-def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict) -> None:
-    "Do jobs on this machine, some at a time, and print how each has ended."
-    slots = [None] * workers  # the key of a job, and the process that does it
-    waiting = keys[::-1]
-    told = False  # whether the workers were asked to stop
-
-    def stop_workers():
-        for _, job in filter(None, slots):
-            job._process.terminate()  # `job.cancel` would kill it after a second
-
-    with graceful_shutdown() as stop:
-        try:
-            while waiting or any(slots):
-                if stop.number is not None and not told:
-                    told = True
-                    waiting.clear()
-                    stop_workers()
-                for slot, running in enumerate(slots):
-                    if running is None and waiting:
-                        key = waiting.pop()
-                        executor = submitit.AutoExecutor(folder=out / "jobs" / key, cluster="local")
-                        executor.update_parameters(**options)
-                        device, visible = places[slot % len(places)]
-                        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
-                        job = executor.submit(partial(work, device=device, visible=visible), key)
-                        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
-                        slots[slot] = (key, job)
-                    elif running is not None and running[1].done():
-                        key = running[0]
-                        if _job_state(out, key)[0] == "waiting" and stop.number is None:
-                            note = _read_json(out / "jobs" / key / "run.json")
-                            note["error"] = "its process was killed; a second call resumes"
-                            _write_note(out, key, note)
-                        print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
-                        slots[slot] = None
-                time.sleep(0.2)
-        finally:  # workers are left after a second signal, or an error here
-            stop_workers()
-        stop.obey()
+    return status(out).loc[keys]

@@ -52,19 +52,12 @@ def own_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", own)
 
 # %% ../../nbs/5_inside/processes.ipynb #3d4138c2
-_REFUSED = {  # set by a launcher -> what it stands for
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
-}
-
-
 def join_processes(
     device: str | torch.device = "auto",  # where the run computes; "auto": on GPUs if there are any
 ) -> int:  # the number of processes, N
     "Meet the other processes of a launcher, if there is one. `ValueError` for other kinds of parallelism."
-    refused = [name for flag, name in _REFUSED.items() if parse_flag_from_env(flag)]
+    kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # set by a launcher
+    refused = [kind for kind in kinds if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]
     for state in (AcceleratorState._shared_state, PartialState._shared_state):  # set by the caller's program
         kind = state.get("distributed_type", DistributedType.NO)
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
@@ -75,8 +68,7 @@ def join_processes(
             "parallelism (DDP): `torchrun --nproc-per-node N`, or `accelerate launch --multi_gpu` without it"
         )
     if _launched() > 1:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        PartialState(cpu=torch.device(auto if str(device) == "auto" else device).type == "cpu")
+        PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
         if _launched() != world_size():
             count = f"{_launched()} processes were started, but {world_size()} have met"
             raise ValueError(f"{count}; call `join_processes` before anything else of accelerate")
@@ -118,11 +110,9 @@ class _FilledBatches(BatchSampler):
     "Batches of row numbers, all full, and as many for each process; None stands for a filler."
 
     def __init__(self, batches, processes):
+        super().__init__(batches.sampler, batches.batch_size, drop_last=False)
         self.batches = batches
         self.processes = processes
-        self.batch_size = batches.batch_size
-        self.drop_last = False
-        self.sampler = batches.sampler
 
     def __len__(self):
         return math.ceil(len(self.batches) / self.processes) * self.processes
@@ -133,23 +123,20 @@ class _FilledBatches(BatchSampler):
         yield from full + [[None] * self.batch_size] * (len(self) - len(full))
 
 
-class _Filler(tuple):
-    "The shortest row, in a place that would be empty."
-
-
 class _FilledRows(list):
     "Training rows; number None is a filler."
 
     def __getitem__(self, i):
-        return _Filler(min(self, key=lambda row: len(row[0]))) if i is None else super().__getitem__(i)
+        return None if i is None else super().__getitem__(i)
 
 
 def fill_rows(rows: list, collate: Callable[[list], dict]) -> tuple[list, Callable[[list], dict]]:
     "Training rows, and what makes a batch of them, ready for fillers; for one process nothing is changed."
 
-    def collate_filled(rows):
-        batch = collate(rows)
-        batch["labels"][[isinstance(row, _Filler) for row in rows]] = -100
+    def collate_filled(some):
+        shortest = min(rows, key=lambda row: len(row[0]))  # stands in a place that would be empty
+        batch = collate([shortest if row is None else row for row in some])
+        batch["labels"][[row is None for row in some]] = -100
         return batch
 
     return (rows, collate) if world_size() == 1 else (_FilledRows(rows), collate_filled)
@@ -222,8 +209,8 @@ def only_main_speaks() -> Iterator[None]:
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
 # %% ../../nbs/5_inside/processes.ipynb #db1caae6
-def check_processes(model: nn.Module, batch_size: int, accumulation: int) -> None:
-    "Join the other processes. `ValueError` for quantised weights, uneven batches, and as `join_processes`."
+def check_processes(model: nn.Module, batch_size: int, accumulation: int, processes: int = 0) -> None:
+    "`ValueError` for quantised weights and uneven batches; with 0 processes, join those that are here first."
     sign = "the model says so (is_quantized)" if getattr(model, "is_quantized", False) else None
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
@@ -232,8 +219,8 @@ def check_processes(model: nn.Module, batch_size: int, accumulation: int) -> Non
     if sign is not None:
         raise ValueError(
             f"the weights are quantised ({sign}), so no update can be added to them. Learn with the "
-            "full-precision checkpoint; or learn one task with `attach_adapter` and `train_task`, keep that "
-            "adapter beside the quantised weights (`save_pretrained`), and merge it into the full-precision "
-            "checkpoint"
+            "full-precision checkpoint; or learn one task with `attach_adapter` and `train_task`, save that "
+            "adapter (`save_pretrained`), and merge it into the full-precision checkpoint"
         )
-    split_batch(batch_size, accumulation, join_processes(next(model.parameters()).device))
+    processes = processes or join_processes(next(model.parameters()).device)
+    split_batch(batch_size, accumulation, processes)

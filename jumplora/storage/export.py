@@ -251,8 +251,7 @@ class Finished:
         text += ["## Scores"]
         if self.task:
             text += ["The update was not scored alone: the numbers are those of the whole run."]
-        table = ["| task | rows | just learned, % | at the end, % | note |"]
-        table += ["| --- | --- | --- | --- | --- |"]
+        table = ["| task | rows | just learned, % | at the end, % | note |", "|" + " --- |" * 5]
         for j, (task, end) in enumerate(final.items()):
             shown = ["" if math.isnan(score) else f"{score:.1f}" for score in (run.accuracy[j, j], end)]
             note = _cell(run.extra.get("notes", {}).get(task, ""))
@@ -262,8 +261,8 @@ class Finished:
             table += [f"| mean of {len(final)} | {sum(run.test_rows)} | {mean} | |"]
         size = sum(math.prod(parts[0].shape) for parts in self.updates.values())
         changed = sum(len(parts[0].values) for parts in self.updates.values())
-        counted = f"Exact match of {split} rows, one seed. {changed} of {size} weights in "
-        counted += f"{len(self.updates)} layers differ from the base ({changed / size:.2%})."
+        share = f"{changed} of {size} weights in {len(self.updates)} layers differ from the base"
+        counted = f"Exact match of {split} rows, one seed. {share} ({changed / size:.2%})."
         if (dtype := run.configuration["dtype"]) != "float32":
             counted += f" The run computed with {dtype} weights; the updates are float32, so load the base in"
             counted += f" float32 as above: added to a {dtype} base they would be rounded."
@@ -290,15 +289,12 @@ def load_finished(
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
         base, tokenizer = load_start(run, backbone=backbone, device="cpu")
-        base = base.float()
-        updates = {
-            name: exact_updates(weight, base.get_submodule(name).weight)
-            for name, weight in sorted(parts["weight"].items())
-        }
+        start = base.float().get_submodule
+        merged = sorted(parts["weight"].items())
+        updates = {name: exact_updates(weight, start(name).weight) for name, weight in merged}
         return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
     check_choice(task, run.tasks[: run.tasks_learned], "task")
-    written = run.extra.get("archives", {}).get(task)
-    if written is None:
+    if not (written := run.extra.get("archives", {}).get(task)):
         raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
     archive = read_archive(archive_path(folder, run.tasks.index(task), task), written["checksum"])
     base, tokenizer = load_start(run, backbone=backbone, device="cpu")
@@ -343,7 +339,10 @@ def export_run(
     if repo_id is not None:
         _check_repo_id(repo_id)
     finished = load_finished(folder, task, backbone)
-    origin = _find_origin(finished.run.backbone, base_model, license)
+    named = finished.run.backbone
+    if named not in BACKBONES and isinstance(backbone, str | Path):
+        named = str(backbone)  # the record's may be a folder that was moved
+    origin = _find_origin(named, base_model, license)
     finished.check(format)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
@@ -368,7 +367,5 @@ def push_to_hub(
     names = list(files_to_push(folder))
     api = api or HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
-    about = "Add an export of jumplora"
-    return str(
-        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=about)
-    )
+    options = dict(allow_patterns=names, commit_message="Add an export of jumplora")
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))

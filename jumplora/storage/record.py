@@ -17,11 +17,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,9 +31,6 @@ from torch import Tensor
 import jumplora
 from ..conventions import check_choice, check_name, write_atomic
 from ..learning import evaluation
-
-if TYPE_CHECKING:
-    from jumplora.learning.evaluation import Score
 
 # %% ../../nbs/5_inside/record.ipynb #0eb63681
 def plain(value: object, where: str = "record") -> object:
@@ -85,10 +81,8 @@ def set_aside(
 ) -> Path:  # its new path: record.damaged-1.json, or the next free number
     "Rename a damaged file so that it is neither used nor lost."
     path = Path(path)
-    for number in itertools.count(1):
-        new = path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")
-        if not new.exists():
-            return path.rename(new)
+    names = (path.with_name(f"{path.stem}.damaged-{n}{path.suffix}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 # %% ../../nbs/5_inside/record.ipynb #fceaf978
 FORMAT = 1  # of every file of a run
@@ -160,19 +154,17 @@ def environment(
     device: str | torch.device = "cpu",  # where the run computes
 ) -> dict:  # text and numbers only; no user, host or folder name
     "Versions, device and commit: what a reader needs to repeat a run."
-    versions = {"python": platform.python_version()}
-    for name in ("jumplora", "torch", "transformers", "peft", "numpy"):
-        try:
+    libraries = ("jumplora", "torch", "transformers", "peft", "numpy")
+    versions = {"python": platform.python_version()} | dict.fromkeys(libraries)
+    for name in libraries:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     root = Path(jumplora.__file__).resolve().parents[1]
     commit = None
     if (root / ".git").exists() and (root / "settings.ini").exists():
-        describe = "describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
+        git = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
         with suppress(OSError, subprocess.SubprocessError):
-            git = ["git", "-C", str(root), *describe]
-            said = subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip()
+            said = subprocess.run(git, cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
             commit = said if re.fullmatch(r"[0-9a-f]{40}(\+changes)?", said) else None
     kind = torch.device(device).type
     return {
@@ -312,9 +304,7 @@ class Run:
         for task in tasks:
             check_name(task, "task")
         if len(self.test_rows) != len(tasks) or min(self.test_rows) < 1:
-            raise ValueError(
-                f"test_rows={self.test_rows} must hold {len(tasks)} counts above 0, one per task"
-            )
+            raise ValueError(f"test_rows={self.test_rows} must hold {len(tasks)} counts above 0, one a task")
         for key in ("accuracy", "option_accuracy"):
             if evaluation.as_matrix(getattr(self, key)).shape[0] != len(tasks):
                 raise ValueError(f"{key} has {len(getattr(self, key))} rows for {len(tasks)} tasks")
@@ -323,22 +313,19 @@ class Run:
             raise ValueError("sparsity must be the share of zeros in each layer, 0 to 1")
         for after, scored in self.right.items():  # the rows that were right give the scores beside them
             i = tasks.index(check_choice(after, tasks, "right")) if after else None
-            if not isinstance(scored, Mapping) or not all(
-                isinstance(bits, Mapping) for bits in scored.values()
-            ):
+            held = scored.values() if isinstance(scored, Mapping) else [scored]
+            if not all(isinstance(bits, Mapping) for bits in held):
                 raise ValueError(f"right[{after!r}] must hold a dict for every task")
             for task, option in itertools.product(scored, (False, True)):
                 j = tasks.index(check_choice(task, tasks, f"right[{after!r}]"))
-                if i is None:
-                    percents = (self.zero_shot_options if option else self.zero_shot) or []
-                else:
-                    percents = (self.option_accuracy if option else self.accuracy)[i]
+                before = self.zero_shot_options if option else self.zero_shot
+                percents = (self.option_accuracy if option else self.accuracy)[i] if after else before or []
                 percent = percents[j] if j < len(percents) else math.nan
                 share = 100 * self.rows_right(i, j, "option_accuracy" if option else "exact_match").mean()
                 if not abs(share - percent) <= 1e-9:
                     raise ValueError(f"right[{after!r}][{task!r}] has {share} % of the rows, score {percent}")
 
-    def add_score(self, i: int | None, j: int, score: "Score") -> None:
+    def add_score(self, i: int | None, j: int, score: evaluation.Score) -> None:
         "Store how task j does after learning task i (None: before the first). `ValueError` for other rows."
         if score.rows != self.test_rows[j]:
             raise ValueError(f"{score.rows} rows of {self.tasks[j]!r} were scored, not {self.test_rows[j]}")
@@ -390,9 +377,7 @@ class Run:
         "Every field, and the metrics computed from them (for readers; `load` computes them again)."
         self.check()
         computed = [*_METRICS, "mean_sparsity", "minutes"]
-        record = {item.name: getattr(self, item.name) for item in fields(self)}
-        if not self.right:
-            del record["right"]  # as in records made before rows were kept
+        record = {key: value for key, value in vars(self).items() if key != "right" or value}
         return plain(record | {"metrics": {key: getattr(self, key) for key in computed}})
 
     def save(

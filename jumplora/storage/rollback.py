@@ -47,25 +47,20 @@ def load_archives(
     method = run.configuration["method"]
     listed = run.extra.get("archives", {})
     tasks = run.tasks[: run.tasks_learned]
-    if method["after_task"] == "keep":
-        raise ValueError(f"{run.method} trains one adapter through all tasks: no update is one task's own")
-    if method.get("training") == "joint":
-        raise ValueError(f"{run.method} learns all tasks at once: no update is one task's own")
+    if method["after_task"] == "keep" or method.get("training") == "joint":
+        raise ValueError(f"{run.method} learns all tasks in one update: no update is one task's own")
     missing = [f"archive of {task!r}" for task in tasks if task not in listed]
     if missing or not tasks:
         what = missing[0] if missing else "learned task"
         raise ValueError(f"{run.name} has no {what}; learn it again, with archive=True")
     archives = []
     for i, task in enumerate(tasks):
-        archive = read_archive(archive_path(folder, i, task), listed[task]["checksum"])
+        archives.append(read_archive(archive_path(folder, i, task), listed[task]["checksum"]))
         wanted = dict(task=task, position=i, method=run.method, base=run.configuration["weights"])
         for name, value in wanted.items():
-            if (found := getattr(archive.header, name)) != value:
-                raise ValueError(
-                    f"the archive of {task!r} does not belong to {run.name}: its {name} is {found!r}, "
-                    f"that of the run {value!r}; put the run's own file back"
-                )
-        archives.append(archive)
+            if (found := getattr(archives[i].header, name)) != value:
+                what = f"its {name} is {found!r}, that of the run {value!r}; put the run's own file back"
+                raise ValueError(f"the archive of {task!r} does not belong to {run.name}: {what}")
     return archives
 
 # %% ../../nbs/5_inside/rollback.ipynb #cd5c38d7
@@ -169,14 +164,49 @@ def _load_with(run: Run, weights: dict[str, Tensor], options: dict):
     return model, tokenizer
 
 
+def _score(run: Run, sequence: TaskSequence, weights: dict[str, Tensor], options: dict) -> dict:
+    "Of each merged task: exact match before and after, option accuracy before and after."
+    model, tokenizer = _load_with(run, weights, options)
+    train = run.configuration["train"]
+    last = run.tasks_learned - 1
+    scores = {}
+    for j, name in enumerate(run.tasks[: last + 1]):
+        after = evaluate(
+            model, tokenizer, sequence[name], run.configuration["scored_split"],
+            max_length=train["max_length"], truncation=train["truncation"],
+            batch_size=2 * train["batch_size"],
+        )  # fmt: skip
+        before = [matrix[last, j].item() for matrix in (run.accuracy, run.option_accuracy)]
+        scores[name] = [before[0], after.exact_match, before[1], after.option_accuracy]
+    return scores
+
+
+def _write(place: Path, found: TakenOut, weights: dict[str, Tensor]) -> None:
+    "Write weights, facts and report; all of the folder, or nothing. `ValueError` where one is there."
+    facts = record.plain(asdict(found) | dict(format=record.FORMAT))
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".rollback-") as temporary:
+        fresh = Path(temporary) / "fresh"
+        named = {f"{layer}.weight": weight for layer, weight in weights.items()}
+        about = dict(task=found.task)
+        facts["weights_sha256"] = record.write_tensors(fresh / "weights.safetensors", named, about)
+        facts["checksum"] = record.digest(facts)
+        write_atomic(fresh / "rollback.json", json.dumps(facts, indent=1))
+        write_atomic(fresh / "report.md", rollback_report(found))
+        try:
+            fresh.rename(place)
+        except OSError as error:
+            raise ValueError(f"{place} could not be made ({error}); nothing was overwritten") from None
+
+# %% ../../nbs/5_inside/rollback.ipynb #5a1d3c02
 @torch.no_grad()
 def rollback(
     folder: str | Path,  # a run's folder, with record, state and archives
     task: str,  # which of its merged tasks to remove
     sequence: TaskSequence | None = None,  # the run's tasks, to score them again; None: no scores
-    **options,  # of `load_start`, for the scores: backbone, device, dtype
+    **options,  # of `load_start`: backbone, and for the scores device, dtype
 ) -> TakenOut:  # what was done; the weights are in `rollback_folder`
     "Remove one task, beside the run. `ValueError` where the result could not be proved right."
+    folder = Path(folder)
     run = Run.load(folder)
     place = rollback_folder(folder, task)
     names = run.tasks[: run.tasks_learned]
@@ -187,49 +217,25 @@ def rollback(
         if name not in sequence.names or sequence[name].fingerprint() != run.configuration["rows"][name]:
             counts = dict(zip(("train", "dev", "test"), run.configuration["counts"][name], strict=True))
             raise ValueError(f"the rows of {name!r} are not those of {run.name}, which had {counts}")
-    archives = load_archives(Path(folder), run)
-    merged = load_state(Path(folder), len(names), run.extra.get("state_sha256", ""))["weight"]
+    archives = load_archives(folder, run)
+    merged = load_state(folder, len(names), run.extra.get("state_sha256", ""))["weight"]
     base = None
-    if any(archives[k].overwritten(layer) is None for layer in merged):
-        model = load_start(run, backbone=options.get("backbone"), device="cpu")[0]
+    if options.get("backbone") or any(archives[k].overwritten(layer) is None for layer in merged):
+        model, _ = load_start(run, **options | dict(device="cpu", dtype="auto"))
         base = {layer: model.get_submodule(layer).weight for layer in merged}
     weights, bound = without_task(merged, archives, k, base)
-    scores = None
-    if sequence is not None:
-        scores = {}
-        model, tokenizer = _load_with(run, weights, options)
-        train = run.configuration["train"]
-        for j, name in enumerate(names):
-            after = evaluate(
-                model, tokenizer, sequence[name], run.configuration["scored_split"],
-                max_length=train["max_length"], truncation=train["truncation"],
-                batch_size=2 * train["batch_size"],
-            )  # fmt: skip
-            match = run.accuracy[len(names) - 1, j].item()
-            option = run.option_accuracy[len(names) - 1, j].item()
-            scores[name] = [match, after.exact_match, option, after.option_accuracy]
+    scores = None if sequence is None else _score(run, sequence, weights, options)
     changed = sum(len(archives[k].update(layer).indices) for layer in merged)
     entries = sum(weight.numel() for weight in merged.values())
     found = TakenOut(run.name, task, names, changed, entries, bound, scores)
-    facts = record.plain(asdict(found) | dict(format=record.FORMAT))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".rollback-") as temporary:
-        fresh = Path(temporary) / "fresh"
-        named = {f"{layer}.weight": weight for layer, weight in weights.items()}
-        facts["weights_sha256"] = record.write_tensors(fresh / "weights.safetensors", named, dict(task=task))
-        facts["checksum"] = record.digest(facts)
-        write_atomic(fresh / "rollback.json", json.dumps(facts, indent=1))
-        write_atomic(fresh / "report.md", rollback_report(found))
-        try:
-            fresh.rename(place)
-        except OSError as error:
-            raise ValueError(f"{place} could not be made ({error}); nothing was overwritten") from None
+    _write(place, found, weights)
     return found
 
-
+# %% ../../nbs/5_inside/rollback.ipynb #5a1d3c04
 def load_without(
     folder: str | Path,  # a run's folder
     task: str,  # that was removed from it
-    **options,  # of `load_backbone`: device, dtype
+    **options,  # of `load_start`: backbone, device, dtype
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # model, tokenizer, the record of the whole run
     "The model without a task. `ValueError` where it was not removed, where its file changed or is outdated."
     run = Run.load(folder)
@@ -249,5 +255,4 @@ def load_without(
         grown = f"{task!r} was taken out of {facts['tasks']}, and the run has learned {now} since"
         raise ValueError(f"{grown}; {again}")
     weights = {name.removesuffix(".weight"): weight for name, weight in tensors.items()}
-    model, tokenizer = _load_with(run, weights, options)
-    return model, tokenizer, run
+    return *_load_with(run, weights, options), run

@@ -6,7 +6,6 @@
 __all__ = ['Stopped', 'load_start', 'load_learned']
 
 # %% ../../nbs/5_inside/state.ipynb #51f42df9
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,18 +29,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.backbones import load_backbone
-from ..learning.tasks import TaskSequence
+from ..learning.tasks import TaskSequence, fingerprint
 from ..running.processes import gathered, is_main, largest, on_main, process_index, world_size
-from jumplora.storage.record import (
-    Damaged,
-    Run,
-    environment,
-    flatten,
-    plain,
-    read_tensors,
-    set_aside,
-    write_tensors,
-)
+from . import record
+from .record import Damaged, Run
 
 # %% ../../nbs/5_inside/state.ipynb #e14971c1
 @contextmanager
@@ -49,10 +40,8 @@ def held_lock(path: Path, patience: float = 0.0) -> Iterator[bool]:
     "Hold a lock while the block runs, if it is free within so many seconds; yields whether it is held."
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=-1 if math.isinf(patience) else patience)
-    try:
+    with suppress(Timeout):
         lock.acquire()
-    except Timeout:
-        pass
     try:
         yield lock.is_locked
     finally:
@@ -131,7 +120,7 @@ class Checkpoint(TrainerCallback):
     def write(self, parts: dict[str, dict[str, Tensor]], about: dict) -> None:
         "Replace the file. Raises OSError."
         start = time.monotonic()
-        on_main(write_tensors, self.path, _joined(parts), dict(owner=self.owner) | about)
+        on_main(record.write_tensors, self.path, _joined(parts), dict(owner=self.owner) | about)
         self.written = time.monotonic()
         self.cost = self.written - start
 
@@ -140,13 +129,13 @@ class Checkpoint(TrainerCallback):
         if not self.path.exists():
             return None
         try:
-            tensors, about, _ = read_tensors(self.path)
+            tensors, about, _ = record.read_tensors(self.path)
             parts = _grouped(self.path, tensors, ("adapter", "optimizer", "random"))
         except Damaged as error:
-            name = set_aside(self.path).name
+            name = record.set_aside(self.path).name
             warnings.warn(f"{error}; it is now {name}, and the training starts again", stacklevel=7)
             return None
-        return (parts, about) if about.get("owner") == plain(self.owner) else None
+        return (parts, about) if about.get("owner") == record.plain(self.owner) else None
 
 
 def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -160,8 +149,7 @@ def _grouped(path: Path, tensors: dict[str, Tensor], groups: Sequence[str]) -> d
     for key, tensor in tensors.items():
         group, _, name = key.partition(".")
         if group not in parts or not name:
-            known = ", ".join(groups)
-            raise Damaged(f"{path} is damaged (its tensor {key!r} belongs to no group of {known})")
+            raise Damaged(f"{path} is damaged (its tensor {key!r} belongs to no group of {list(groups)})")
         parts[group][name] = tensor
     return parts
 
@@ -194,16 +182,14 @@ class ResumableTrainer(Trainer):
         self.train(resume_from_checkpoint=self.args.output_dir)
 
     def _save_checkpoint(self, model, trial=None):
-        device = self.args.device
         tensors = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            tensors["cuda"] = torch.cuda.get_rng_state(device)
+        if self.args.device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(self.args.device)
         values = dict(python=random.getstate(), numpy=np.random.get_state(legacy=False))
         (tensors, values), *others = gathered((tensors, values))  # those of the main process first
         for n, (named, _) in enumerate(others, 1):
             tensors |= {f"{n}.{name}": tensor for name, tensor in named.items()}
-        if others:
-            values["others"] = [own for _, own in others]
+        values["others"] = [own for _, own in others]
         moments = self.optimizer.state_dict()["state"]
         parts = dict(
             adapter=adapter_tensors(self.model),
@@ -260,7 +246,7 @@ def _state_path(folder: Path, tasks: int) -> Path:
 def load_state(folder: Path, tasks: int, sha256: str) -> dict[str, dict[str, Tensor]]:
     "Weights, regularizer and adapter after so many tasks. `Damaged` if they are not what the record names."
     path = _state_path(folder, tasks)
-    tensors, _, found = read_tensors(path)
+    tensors, _, found = record.read_tensors(path)
     if found != sha256:
         raise Damaged(f"{path} is not the state that the record names")
     return _grouped(path, tensors, ("weight", "regularizer", "adapter"))
@@ -268,9 +254,9 @@ def load_state(folder: Path, tasks: int, sha256: str) -> dict[str, dict[str, Ten
 # %% ../../nbs/5_inside/state.ipynb #101b4556
 def _remove_states(folder: Path, keep: set[int]) -> None:
     "Remove all states but those after so many tasks, with their copies of the record."
-    names = {_state_path(folder, tasks).stem for tasks in keep}
+    kept = {_state_path(folder, tasks).stem for tasks in keep}
     for path in (folder / "state").glob("after-*.*"):
-        if path.stem not in names and ".damaged-" not in path.name:
+        if path.stem not in kept and ".damaged-" not in path.name:
             path.unlink(missing_ok=True)
 
 
@@ -280,7 +266,7 @@ def write_finished(run: Run, folder: Path, tasks: int, parts: dict[str, dict[str
     def write():
         _remove_states(folder, keep={run.tasks_learned})
         path = _state_path(folder, tasks)
-        checksum = write_tensors(path, _joined(parts), dict(tasks=tasks))
+        checksum = record.write_tensors(path, _joined(parts), dict(tasks=tasks))
         saved = dict(state_tasks=tasks, state_sha256=checksum, state_bytes=path.stat().st_size)
         run.extra |= saved
         run.save(folder.parent, f"state/after-{tasks}.json")
@@ -303,23 +289,24 @@ def _find_progress(asked, folder):
     damaged = []  # files that are set aside, with the error of each
     for name in ["record.json", *(f"state/{match[0]}" for match in copies)]:
         try:
-            record = Run.load(folder / name)
+            found = Run.load(folder / name)
         except FileNotFoundError:  # never written, or set aside: then its copy beside the state counts
             continue
         except Damaged as error:
             damaged += [(folder / name, error)] if not records else []
             continue
-        if record.configuration_hash != asked.configuration_hash:
+        if found.configuration_hash != asked.configuration_hash:
             hashed = ("configuration", "tasks", "seed", "backbone")
-            there, here = (flatten(plain({k: getattr(r, k) for k in hashed})) for r in (record, asked))
-            keys = sorted(k for k in there | here if there.get(k, "absent") != here.get(k, "absent"))
-            differ = [f"{k}: {there.get(k, 'absent')} there, {here.get(k, 'absent')} here" for k in keys]
+            both = [record.plain({key: getattr(run, key) for key in hashed}) for run in (found, asked)]
+            there, here = map(record.flatten, both)
+            pairs = [(key, there.get(key, "absent"), here.get(key, "absent")) for key in sorted(there | here)]
+            differ = [f"{key}: {one} there, {other} here" for key, one, other in pairs if one != other]
             raise ValueError(
-                f"{folder / name} is the record of another run, {record.name} ({'; '.join(differ)}); "
+                f"{folder / name} is the record of another run, {found.name} ({'; '.join(differ)}); "
                 f"move it out of {folder}, or use another results folder"
             )
-        if not records or record.tasks_learned < records[-1].tasks_learned:
-            records.append(record)
+        if not records or found.tasks_learned < records[-1].tasks_learned:
+            records.append(found)
     run = records[0] if records else asked
     parts = None
     lost = []  # states
@@ -334,7 +321,7 @@ def _find_progress(asked, folder):
             raise Damaged(f"{lost[0][1]}; delete {folder} to learn the sequence again")
     outcome = f"resumes after {run.tasks_learned} learned tasks" if records else "starts again"
     for path, error in damaged + lost:
-        aside = f"now {set_aside(path).name}; " if path.exists() else ""
+        aside = f"now {record.set_aside(path).name}; " if path.exists() else ""
         warnings.warn(f"{error} ({aside}the run {outcome})", stacklevel=6)
     return run, parts
 
@@ -343,11 +330,9 @@ def step_checkpoint(
     folder: Path | None, run: Run, task: int, every: float, stop: StopRequest
 ) -> Checkpoint | None:
     "Where the training of one task of a run, and of no other, is kept until it is finished."
-    if folder is None:
-        return None
     begun = run.extra.get("state_sha256", "")  # the state that the task began with
     owner = dict(run=run.configuration_hash, task=task, after=begun)
-    return Checkpoint(folder / "state" / "step.safetensors", owner, every, stop)
+    return Checkpoint(folder / "state" / "step.safetensors", owner, every, stop) if folder else None
 
 
 def _is_complete(folder: Path, keep: int | None = None) -> bool:
@@ -374,8 +359,7 @@ def held_folder(folder: Path | None, tasks: int) -> Iterator[StopRequest]:
             if is_main():  # it holds the lock for all processes
                 lock = folder / "state" / "lock"
                 if not held.enter_context(held_lock(lock, patience=1)):
-                    message = f"another process works in {folder}; this one waits for its end"
-                    warnings.warn(message, stacklevel=5)
+                    warnings.warn(f"another process works in {folder}; this one waits", stacklevel=5)
                     held.enter_context(held_lock(lock, patience=math.inf))
                 for left in folder.rglob(".*.tmp"):
                     left.unlink(missing_ok=True)
@@ -386,11 +370,8 @@ def held_folder(folder: Path | None, tasks: int) -> Iterator[StopRequest]:
 # %% ../../nbs/5_inside/state.ipynb #e619fe3a
 def weights_fingerprint(model: nn.Module) -> str:
     "16 hexadecimal digits that change when any weight of the model changes."
-    total = hashlib.sha256()
-    for parameter in model.parameters():
-        data = parameter.detach().contiguous().view(torch.uint8).cpu().numpy()
-        total.update(hashlib.sha256(data).digest())
-    return total.hexdigest()[:16]
+    weights = (parameter.detach().contiguous() for parameter in model.parameters())
+    return fingerprint(weight.view(torch.uint8).cpu().numpy() for weight in weights)
 
 
 def new_run(
@@ -418,23 +399,17 @@ def new_run(
     path = Path(model.config.name_or_path)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
     own_name = str(path) if on_hub else path.name or type(model).__name__  # never a path of this machine
+    prompts = {task.name: [task.instruction, list(task.options)] for task in sequence}
+    notes = {task.name: task.note for task in sequence if task.note}
     return Run(
-        method=method.name,
-        backbone=backbone or own_name,
-        sequence=sequence.name,
-        seed=seed,
+        method.name, backbone or own_name, sequence.name, seed,
         tasks=list(sequence.names),
         test_rows=[len(getattr(task, split)) for task in sequence],
         configuration=configuration,
         seconds=dict(train=[], evaluate=[], merge=[]),
-        environment=environment(parameter.device),
-        extra=dict(
-            loss={},
-            penalty={},
-            prompts={task.name: [task.instruction, list(task.options)] for task in sequence},
-            notes={task.name: task.note for task in sequence if task.note},
-        ),
-    )
+        environment=record.environment(parameter.device),
+        extra=dict(loss={}, penalty={}, prompts=prompts, notes=notes),
+    )  # fmt: skip
 
 # %% ../../nbs/5_inside/state.ipynb #ce6b3192
 def load_start(
@@ -446,37 +421,34 @@ def load_start(
     trust_remote_code: bool = False,  # as for `load_backbone`
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # model, tokenizer
     "The backbone that a run began with. `ValueError` where its weights have changed."
-    wanted = run.configuration["dtype"]
-    dtype = wanted if dtype == "auto" else dtype
-    loaded = backbone if isinstance(backbone, tuple) else None
-    if loaded is None:
-        name = str(backbone or run.backbone)
-        try:
-            loaded = load_backbone(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        except OSError as error:
-            raise OSError(f"{error}; or give backbone=, its folder or (model, tokenizer)") from error
-    model, tokenizer = loaded
-    same = f"torch.{wanted}" == str(next(model.parameters()).dtype)
-    if same and weights_fingerprint(model) != run.configuration["weights"]:
-        what = "the model given" if isinstance(backbone, tuple) else backbone or run.backbone
-        raise ValueError(f"{what} has other weights than the backbone that {run.name} began with")
-    return model, tokenizer
+    begun = run.configuration["dtype"]  # the fingerprint is that of weights of this type
+    given = isinstance(backbone, tuple)
+    other = not given and str(dtype).removeprefix("torch.") not in ("auto", begun)
+    name = str(backbone or run.backbone)
+    options = dict(trust_remote_code=trust_remote_code)
+    where = "cpu" if other else device
+    try:
+        model, tokenizer = backbone if given else load_backbone(name, device=where, dtype=begun, **options)
+    except OSError as error:
+        advice = "backbone= (--backbone), its folder, its Hub id or (model, tokenizer)"
+        raise OSError(f"{error}; or give {advice}") from error
+    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if kind != begun or weights_fingerprint(model) != run.configuration["weights"]:
+        what = "the model given" if given else name
+        why = f"has other weights than the backbone that {run.name} began with"
+        types = f"{kind} here, {begun} there"
+        raise ValueError(f"{what} {why} ({types}); give that one as backbone= (--backbone)")
+    return load_backbone(name, device=device, dtype=dtype, **options) if other else (model, tokenizer)
 
 
 def load_learned(
     folder: str | Path,  # a run's folder, with record and state
-    *,
-    backbone: str | Path | tuple | None = None,  # where its base is now, or (model, tokenizer)
-    device: str | torch.device = "auto",  # as for `load_backbone`
-    dtype: str | torch.dtype = "auto",  # "auto": that of the run
-    trust_remote_code: bool = False,  # as for `load_backbone`
+    **options,  # of `load_start`: backbone, device, dtype, trust_remote_code
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # the finished model, its tokenizer, the record
     "The model that a run ended with. `ValueError` where its state or its backbone is missing."
     folder = Path(folder)
     run = Run.load(folder)
-    model, tokenizer = load_start(
-        run, backbone=backbone, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    model, tokenizer = load_start(run, **options)
     try:
         weights = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))["weight"]
     except Damaged as error:

@@ -163,19 +163,29 @@ def test_a_folder_is_checked_line_by_line(tmp_path, published, capsys, monkeypat
         ('[{"text": "x"}]', "row 0|sentence|label"),
         ("[]", "rows"),
         (None, "loop"),
+        (dict(options="yes"), "its entry in .*tasks.json is odd: .*; use texts"),
+        (dict(use={"train": 3}), "its entry in .*tasks.json is odd"),
+        ("Other/COPA", "two tasks named 'copa'; rename one"),
     ],
 )
-def test_a_broken_file_does_not_stop_the_check(tmp_path, published, content, verdict):
+def test_a_task_that_cannot_be_read_does_not_stop_the_check(tmp_path, published, capsys, content, verdict):
     public_copy(public_copy(tmp_path), "COPA/copa")
     broken = tmp_path / "COPA" / "copa" / "train.json"
     if content is None:  # a link to itself
         broken.unlink()
         broken.symlink_to(broken)
+    elif isinstance(content, dict):
+        (tmp_path / "tasks.json").write_text(json.dumps([dict(name="agnews"), content | dict(name="copa")]))
+    elif "/" in content:
+        public_copy(tmp_path, content)
+        (tmp_path / "tasks.json").write_text('[{"name": "agnews"}, {"name": "copa"}]')
     else:
         broken.write_text(content)
     table = check_folder(tmp_path)
     assert table.loc["agnews", "verdict"].eq("cut from the copy").all()
     assert re.search(verdict, table.loc[("copa", "all"), "verdict"])
+    assert main(["data", "check", str(tmp_path)]) == 1
+    assert "3 of 17 lines are the paper's rows" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the real rows of the benchmark

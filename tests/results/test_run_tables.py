@@ -1,7 +1,6 @@
 """Tables and figures: computed from records, never guessed, reported and measured apart."""
 
 import itertools
-import json
 import math
 import warnings
 from dataclasses import replace
@@ -30,8 +29,6 @@ from jumplora.results.run_tables import (
     load_runs,
     markdown_table,
     measured,
-    reported_results,
-    reported_table,
     summary_table,
     tables_of,
     told_apart,
@@ -41,8 +38,6 @@ from jumplora.results.run_tables import (
 from jumplora.storage.record import Run, set_aside
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = ROOT / "results" / "reported.json"
-REPORTED = reported_results(PUBLISHED)
 HALF = np.array([[80, np.nan], [np.nan, np.nan]])  # the second task is not learned yet
 
 
@@ -125,10 +120,11 @@ def test_the_records_of_this_repository_are_whole():
         (make("IncLoRA", backbone="smollm2-135m"), "differ in backbone"),
         (make("IncLoRA", tasks=["b", "a"]), "differ in tasks"),
         (make("IncLoRA", test_rows=[80, 81]), "differ in test_rows"),
-        (make("IncLoRA", configuration={"train": {"rank": 4}}), "differ in train.rank: 4 / absent"),
-        (make("IncLoRA", configuration={"scored_split": "dev"}), "differ in scored_split"),
-        (make(configuration={"method": {"lambda": 2}}), "ELLA has two runs with one seed"),
-        (make(seed=1, configuration={"method": {"lambda": 2}}), "the runs of ELLA differ in its settings"),
+        (make("IncLoRA", configuration={"train": {"rank": 4}}), "differ in rank: absent / 4"),
+        (make("IncLoRA", configuration={"scored_split": "dev"}), "differ in scored_split: test / dev"),
+        (make(), "two runs of ELLA on order1 with seed 0; keep one"),
+        (make(seed=1, configuration={"method": {"lambda": 2}}), "differ in method.lambda; keep the"),
+        (make(seed=1, configuration={"train": {"kept": 0.1}}), "seed1.* differ in train.kept; keep"),
     ],
 )
 def test_runs_that_learned_different_things_do_not_share_a_table(other, message):
@@ -179,8 +175,10 @@ def test_the_best_of_each_column_is_found_with_ties_and_signs():
 def test_a_sentence_counts_the_pairs_of_methods_whose_intervals_overlap():
     far = [make("IncLoRA", (10, 10)), make("ELLA", (90, 90)), make("SeqLoRA", (12, 9))]
     note = told_apart(by_method(far))
-    assert "The intervals overlap for 1 of 3 pairs of methods" in note and "seeds per method: 1" in note
+    assert "The intervals overlap for 1 of 3 pairs of methods" in note and "seeds per method: 1." in note
     assert "they are apart for ELLA over SeqLoRA, ELLA over IncLoRA" in note
+    assert "cover test-set sampling, not seed variance" in note
+    assert told_apart(by_method([*far, make("ELLA", (90, 90), seed=1)])).endswith("seeds per method: 1 or 2.")
     for few in ([], far[:1], [far[1], make("IncLoRA", accuracy=HALF)]):  # an unfinished run does not count
         assert "nothing to compare" in told_apart(by_method(few))
 
@@ -245,8 +243,15 @@ def test_a_seed_without_all_orders_does_not_count_in_the_mean_of_orders():
     assert list(table.index[:2]) == ["SeqLoRA", "IncLoRA"]  # the order of every table
     two = [run for run in RUNS if run.method == "ELLA" and run.sequence != "order3"]
     assert summary_table(two, methods=["SeqLoRA"])["minutes"].tolist() == ["not run", "unfinished"]
-    unfinished = make_order("ELLA", "order1", 9, accuracy=np.full((4, 4), np.nan))
+    assert grid_table(two).loc["ELLA", ["order3", "SC", "seeds"]].tolist() == ["not run", "unfinished", "0"]
+
+
+def test_a_run_that_was_not_finished_counts_nowhere_and_is_called_unfinished_where_it_stands_alone():
+    nothing = np.full((4, 4), np.nan)
+    unfinished = make_order("ELLA", "order1", 9, accuracy=nothing)
     assert grid_table([*RUNS, unfinished]).equals(grid_table(RUNS))
+    alone = grid_table([*RUNS, make_order("N-LoRA", accuracy=nothing)]).loc["N-LoRA"]
+    assert alone.tolist() == ["unfinished", "not run", "not run", "unfinished", "0"]
 
 
 def test_tasks_learned_alone_stand_beside_every_order_that_they_cover():
@@ -298,6 +303,10 @@ def test_pairs_share_order_and_seed_and_less_forgetting_is_better():
         assert 0 < better < 6 and row["outcome"] == f"{better} better, {6 - better} worse, 0 equal"
     everything = gate_table(runs)
     assert set(everything["pairs"]) == {"6", "0"} and "not run" in set(everything["mean"])
+    last = np.full((4, 4), np.nan)
+    last[3] = 50.0  # no score before the end
+    ends = gate_table([make_order(method, accuracy=last) for method in METHODS[:2]]).iloc[:2]
+    assert ends[["pairs", "mean"]].to_numpy().tolist() == [["1", "+0.0"], ["1", "not measured"]]
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 7, 9, 16, 17])
@@ -348,24 +357,24 @@ def with_setting(run, where, key, value="another"):
         (None, "weights", "weights"),
         ("train", "max_length", "max_length"),
         ("train", "learning_rate", "learning_rate of adamw"),
-        ("train", "epochs", "settings"),  # only one of them has it
+        ("train", "epochs", "epochs"),  # only one of them has it
         ("rows", "yahoo", "rows of yahoo"),
     ],
 )
 def test_runs_of_two_budgets_are_not_put_into_one_table(where, key, named):
     other = with_setting(make_order("N-LoRA"), where, key)
     for table in (grid_table, summary_table, gate_table, tables_of):
-        with pytest.raises(ValueError, match=f"other runs in {named}; compare runs of one budget"):
+        with pytest.raises(ValueError, match=f"differ in {named}: .*; a table takes runs that agree in it"):
             table([*RUNS, other])
 
 
 @pytest.mark.parametrize(
     "other, message",
     [
-        (make_order("N-LoRA", seed=2, backbone="b"), "differs from other runs in backbone"),
+        (make_order("N-LoRA", seed=2, backbone="b"), "differ in backbone: a model / b"),
         (RUNS[0], "two runs of IncLoRA on order1 with seed 1; keep one"),
         (ALONE[0], "two runs of single task on amazon with seed 1; keep one"),
-        (with_setting(make_order("IncLoRA", seed=9), "train", "kept"), "differ in train; compare"),
+        (with_setting(make_order("IncLoRA", seed=9), "train", "kept"), "differ in train.kept; keep"),
     ],
 )
 def test_unlike_runs_and_repeated_ones_are_not_put_into_one_table(other, message):
@@ -374,92 +383,45 @@ def test_unlike_runs_and_repeated_ones_are_not_put_into_one_table(other, message
             table([*RUNS, *ALONE, other])
 
 
-def test_unknown_measures_parts_and_metrics_are_refused():
+def test_unknown_measures_and_parts_are_refused():
     with pytest.raises(ValueError, match="measure='accuracy' is not known"):
         measured(RUNS, "ELLA", "accuracy")
     for table in (grid_table, summary_table, gate_table):
         with pytest.raises(ValueError, match="part='XL' is not known"):
             table(RUNS, "XL")
-    with pytest.raises(ValueError, match="metric='accuracy' is not known"):
-        reported_table(REPORTED, [], metric="accuracy")
 
 
-# ---------------------------------------------------------------- reported beside measured
+@pytest.mark.parametrize("table", [comparison_table, grid_table, summary_table])
+def test_one_name_in_place_of_a_list_of_methods_is_refused(table):
+    with pytest.raises(ValueError, match=r"methods='ELLA' is one name; give a list of names, \['ELLA'\]"):
+        table(RUNS[:1], methods="ELLA")
 
 
-def test_the_published_file_holds_what_is_read_from_it():
-    text = json.loads(PUBLISHED.read_text())
-    known = REPORTED[REPORTED["value"].notna()]
-    values = [value for part in ("rows", "other_models") for entry in text[part] for value in entry["values"]]
-    wanted = sum(value is not None for value in values)
-    wanted += sum(name in entry for entry in text["backward_transfer"] for name in text["columns"])
-    assert len(known) == wanted
-    assert (known["source"] != "").all() and known["certainty"].isin(["A", "B", "C"]).all()
-    olora = known[(known["method"] == "O-LoRA") & (known["column"] == "SC") & (known["note"] == 1)]
-    assert olora["value"].tolist() == [75.8] and olora["certainty"].tolist() == ["A"]
-
-
-def test_published_averages_are_the_means_of_their_orders_but_for_one_misprint_in_the_source():
-    apart = set()
-    accuracies = REPORTED[REPORTED["metric"] == "overall accuracy"]
-    for (method, _, _), group in accuracies.groupby(["method", "model", "source"]):
-        values = group.set_index("column")["value"]
-        for average, orders in PARTS.items():
-            known = values[[average, *orders]].notna().all()
-            if known and abs(values[average] - values[list(orders)].mean()) > 0.1:
-                apart.add((method, average))
-    assert apart == {("L2P", "SC")}
-
-
-def test_reported_and_measured_never_share_a_column_and_each_source_is_a_row():
-    runs = [make("ELLA", (81.5, 82.5), sequence=order) for order in ORDERS]
-    table = reported_table(REPORTED, runs)
-    assert all(name.startswith(("reported", "measured")) or name == "source" for name in table.columns)
-    row = table.loc["ELLA"]
-    assert row["reported SC"] == "79.9" and row["measured SC"] == "82.0" and row["source"] == "[3] B"
-    assert row["reported order1"] == "not reported" and row["measured order1"] == "82.0"
-    gated = table.loc["ELLA + JumpLoRA"]
-    assert (gated["reported SC"], gated["measured SC"]) == ("not reported", "not run")
-    assert "82.0" not in table.filter(like="reported").to_numpy()
-    several = table.loc["IncLoRA"]  # the measured cells stand in the first row
-    assert several["reported SC"].tolist() == ["66.4", "63.6", "68.8"] and several["source"].is_unique
-    assert several["measured SC"].tolist() == ["not run", "″", "″"]
-
-
-def test_an_average_needs_all_its_orders_and_the_right_backbone():
-    row = reported_table(REPORTED, [make(sequence=order) for order in ORDERS[:2]]).loc["ELLA"]
-    assert (row["measured order1"], row["measured SC"]) == ("65.0", "not run")
-    other = [make(sequence=order, backbone="smollm2-135m") for order in ORDERS]
-    assert set(reported_table(REPORTED, other).loc["ELLA", ["measured order1", "measured SC"]]) == {"not run"}
+# ---------------------------------------------------------------- the paper's model
 
 
 T5 = ("google-t5/t5-large", "t5-large", "/data/models/T5-large/", "a/models--google-t5--t5-large/snapshots/0")
 
 
-@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)], ids=str)
-@pytest.mark.parametrize("hub", ["", "-hub"])
-@pytest.mark.parametrize("names", [*((name,) for name in T5), T5], ids=str)
+@pytest.mark.parametrize("hub, seeds", [("", (1,)), ("-hub", (1, 2))])
+@pytest.mark.parametrize("names", [*((name,) for name in T5[1:]), T5], ids=str)
 def test_runs_of_the_papers_model_fill_the_tables_by_whatever_name_it_was_loaded(names, hub, seeds):
     name = itertools.cycle(names)
     every = [order + hub for orders in PARTS.values() for order in orders]
     where = list(itertools.product(COMPARED, every, seeds))
     runs = [make_order(*one, backbone=next(name)) for one in where]
     of = {one: run for one, run in zip(where, runs, strict=True)}
-    shown = f"{hub} ({DIFFERENT_SAMPLE})" if hub else ""
 
     def text(values):
         return cell(values) if len(seeds) > 1 else f"{values[0]:.1f}"
 
     tables = tables_of(runs)
     for part, orders in PARTS.items():
-        beside = reported_table(REPORTED, runs, (*orders, part))
+        grid = tables[f"{part}{hub}-overall-accuracy"]
         for method in COMPARED:
             scores = {o: [of[method, o + hub, seed].average_accuracy for seed in seeds] for o in orders}
-            first = beside.loc[[method]].iloc[0]
-            for order, values in scores.items():
-                assert first[f"measured {order}{shown}"] == text(values)
-                assert not hub or first[f"measured {order}"] == "not run"
-            assert first[f"measured {part}{shown}"] == text(np.mean(list(scores.values()), axis=0))
+            means = [text(np.mean(list(scores.values()), axis=0)), str(len(seeds))]
+            assert grid.loc[method].tolist() == [*map(text, scores.values()), *means]
             lost = [np.mean([of[method, o + hub, seed].forgetting for o in orders]) for seed in seeds]
             assert tables[f"{part}{hub}-summary"].loc[method, "forgetting"] == text(lost)
         gate = tables[f"{part}{hub}-gate"]
@@ -471,14 +433,8 @@ def test_runs_of_the_papers_model_fill_the_tables_by_whatever_name_it_was_loaded
 def test_two_budgets_of_the_papers_model_are_not_averaged():
     runs = [make_order("ELLA", seed=seed, backbone=T5[seed]) for seed in (0, 1)]
     runs[1].configuration["weights"] = "other"
-    with pytest.raises(ValueError, match="differs from other runs in weights"):
-        reported_table(REPORTED, runs)
-
-
-def test_backward_transfer_keeps_the_digits_of_its_source():
-    table = reported_table(REPORTED, [], ("SC", "order1"), metric="backward transfer")
-    assert table.loc["ELLA + JumpLoRA", "reported SC"] == "-1.9"
-    assert table.loc["IncLoRA", "reported order1"] == "-14.55"
+    with pytest.raises(ValueError, match="differ in weights: None / other"):
+        grid_table(runs)
 
 
 # ---------------------------------------------------------------- captions, files and the command
@@ -539,6 +495,3 @@ def test_rows_of_the_paper_and_of_the_hub_stand_in_no_common_table():
     assert "not run" in tables["SC-overall-accuracy"].loc["ELLA", "order1"]
     assert "not run" in tables["SC-hub-overall-accuracy"].loc["IncLoRA", "order1-hub"]
     assert tables["SC-summary"].index.name == "method"
-    hub.backbone = "google-t5/t5-large"
-    beside = reported_table(REPORTED, [hub])
-    assert set(beside["measured order1"]) <= {"not run", "″"}

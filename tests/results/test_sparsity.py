@@ -77,6 +77,12 @@ def test_chance_is_the_hypergeometric_distribution(numbers):
     assert expected == pytest.approx(mean) and spread == pytest.approx(math.sqrt(variance), abs=1e-9)
 
 
+@pytest.mark.parametrize("counts", [(5, 3, 4), (3, 5, 4), (-1, 2, 4), (0, 0, 0), (math.nan, 1, 4)])
+def test_chance_of_more_entries_than_there_are_is_refused(counts):
+    with pytest.raises(ValueError, match="use counts from 0 to entries, entries above 0"):
+        chance_overlap(*counts)
+
+
 def test_chance_is_added_up_over_layers():
     found = overlap_of(masks(0))
     parts = [chance_overlap(*found.counts[i, :2], found.entries[i]) for i in range(2)]

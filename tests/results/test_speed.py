@@ -7,16 +7,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from jumplora.data.backbones import load_backbone
-from jumplora.data.sequences import load_sequence
 from jumplora.learning import evaluation, training
-from jumplora.learning.tasks import Question
+from jumplora.learning.tasks import Example, Question, Task, TaskSequence
 from jumplora.method import adapter
 from jumplora.method.regularizers import ELLA, Update
 from jumplora.results import speed
 
-RECORDS = Path(__file__).resolve().parents[2] / "results" / "speed"
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS, PAGE = ROOT / "results" / "speed", ROOT / "nbs" / "3_results" / "speed.ipynb"
 
 
 @pytest.fixture
@@ -27,14 +28,17 @@ def small(monkeypatch):
         return load_backbone("tiny-llama" if name == "smollm2-135m" else name, *args, **options)
 
     def few(name, **rows):
-        return load_sequence(name, **dict(train=8, dev=4, test=4))
+        texts = ["one row", "a longer row, " * 2, "the longest of them, " * 3, "the last"]
+        tasks = []
+        for task, labels in {"tweets": ("angry", "calm"), "science": ("physics", "medicine")}.items():
+            examples = [Example(text, labels[i % 2]) for i, text in enumerate(texts)]
+            tasks.append(Task(task, "Which?\n", labels, 2 * examples, examples, examples))
+        return TaskSequence(name, tasks)
 
     monkeypatch.setattr(speed, "load_backbone", tiny)
     monkeypatch.setattr(speed, "load_sequence", few)
     monkeypatch.setattr(speed, "_t5_large_shape", lambda: load_backbone("tiny-t5")[0])
     monkeypatch.setitem(speed.PARTS, "layer", partial(speed._layer, tokens=(8, 16), size=64))
-    monkeypatch.setitem(speed.PARTS, "start", partial(speed._start, count=3, size=64))
-    monkeypatch.setattr(speed.sys, "executable", "true")  # a fresh Python with torch takes seconds
 
 
 @pytest.fixture
@@ -107,7 +111,8 @@ def test_the_gate_of_a_random_update_passes_as_many_entries_as_lora_has_paramete
 @pytest.mark.parametrize("scored", [True, False])
 def test_naive_answers_and_scores_are_those_of_the_fast_way(scored):
     model, tokenizer = load_backbone("tiny-llama")
-    question = Question("news", "Which topic?\n", ("sport", "money"))
+    long = "money, shares and everything else that is traded anywhere"  # more tokens than answers have
+    question = Question("news", "Which topic?\n", ("sport", long))
     texts, rows = ["a short one", "a longer one " * 5, "again " * 9], []
     fast, fast_scores = evaluation.answer(model, tokenizer, question, texts)
     naive, scores = speed._naive_answer(
@@ -137,18 +142,38 @@ def test_all_parts_write_a_record_each_and_a_table(small, tmp_path, capsys):
     assert set(parts["layer"]["tokens"]) == {8, 16}
     for name in ("layer", "step"):
         assert (parts[name][["gigaflop", "peak_megabytes"]] > 0).all(axis=None)
-    assert (parts["evaluation"]["differ"] == 0).all() and parts["batches"]["differ"][0] == 0
+    assert (parts["evaluation"]["differ"] == 0).all()
     assert parts["run"]["accuracy"].map(str).nunique() == 1
-    growth, path = parts["growth"], parts["path"]
-    assert len(growth) == 10 and growth["step_milliseconds"].tolist() == (1e3 * growth["train"] / 8).tolist()
-    assert path["task"].tolist() == [2] and path["peak_megabytes"][0] > 0
-    lengths = {name: 2 if name == "growth" else len(rows) for name, rows in parts.items()}
-    assert len(speed.speed_table(parts)) == sum(lengths.values())
+    assert len(speed.speed_table(parts)) == sum(map(len, parts.values()))
     records = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert all(record["environment"]["versions"]["torch"] and record["quick"] for record in records)
 
 
-def test_the_full_step_has_rows_for_the_large_model_too(small):
+def test_the_parts_of_the_page_alone_measure_answers_equal_tasks_and_fresh_processes(small, monkeypatch):
+    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    found = vars(speed) | dict(PARTS=dict(speed.PARTS))
+    for mark in ("import psutil", "def start_of_threshold", "PARTS |= "):
+        exec(next(source for source in sources if mark in source), found)
+    tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    found["LlamaConfig"] = lambda **shape: LlamaConfig(**shape | tiny)
+    monkeypatch.setattr("sys.executable", "true")  # a fresh Python with torch takes seconds
+    rows = {name: found["PARTS"][name](True, "cpu", torch.float32) for name in ("batches", "startup")}
+    assert [row["variant"] for row in rows["batches"]] == ["float32", "bfloat16"]
+    assert rows["batches"][0]["differ"] == 0
+    assert [row["variant"] for row in rows["startup"]][0] == "python" and rows["startup"][0]["ratio"] == 1
+    counted = found["start_of_threshold"](True, "cpu", torch.float32, count=3, size=64)
+    assert [row["variant"] for row in counted] == ["kthvalue", "counting"] * 2
+    growth = found["equal_tasks"](True, "cpu", torch.float32, tasks=2)
+    assert [row["task"] for row in growth] == [1, 2]
+    assert all(row["step_milliseconds"] == 1e3 * row["train"] / 8 for row in growth)
+
+
+def test_the_full_step_has_rows_for_the_large_model_too(small, monkeypatch):
+    def rounds_of(works, rounds, base, device, **columns):
+        return [dict(variant=name, rounds=rounds) | columns for name in works]
+
+    monkeypatch.setattr(speed, "_timed", rounds_of)
     rows = pd.DataFrame(speed.PARTS["step"](False, "cpu", torch.float32))
     assert rows["model"].tolist() == ["smollm2-135m"] * 3 + ["T5-large's shape"] * 3
     assert rows["rounds"].tolist() == [30] * 3 + [5] * 3
@@ -156,13 +181,13 @@ def test_the_full_step_has_rows_for_the_large_model_too(small):
 
 def test_a_part_that_does_not_exist_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(ValueError, match="part='layers' is not known.*did you mean 'layer'"):
-        speed.measure(["startup", "layers"], tmp_path)
+        speed.measure(["step", "layers"], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_stored_records_load_as_they_were_written_and_the_table_repeats_them():
     parts = speed.load_parts(RECORDS)
-    assert parts.keys() == speed.PARTS.keys()
+    assert parts.keys() == speed.PARTS.keys() | {"batches", "growth", "path", "start", "startup"}
     assert set(speed.load_parts(RECORDS, dtype="bfloat16")) == {"layer", "step"}
     stored = json.loads((RECORDS / "cpu-float32-layer.json").read_text())
     assert parts["layer"].to_dict("records") == stored["rows"]
@@ -170,6 +195,3 @@ def test_stored_records_load_as_they_were_written_and_the_table_repeats_them():
     table = speed.speed_table(parts)
     assert table.index.is_unique and table["ratio"]["layer, 512, JumpLoRA"] == 1.51
     assert table["low"]["run, naive"] == 2.41 and table["differ"]["batches, bfloat16"] == 0.04
-    growth = pd.DataFrame(dict(step_milliseconds=[task**2 for task in range(1, 13)], megabytes=1.0))
-    shown = speed.speed_table({"growth": growth})["milliseconds"].to_dict()
-    assert shown == {"growth, tasks 2 to 6": 4**2, "growth, last five of 12": 10**2}

@@ -1,4 +1,4 @@
-"""Grids: plans, keys, states, real processes that fail or are killed, a stand-in for SLURM, refusals."""
+"""Grids: plans, keys, states, processes that fail, are stopped or killed, a stand-in for SLURM, refusals."""
 
 import json
 import os
@@ -7,12 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 
 import numpy as np
@@ -20,16 +21,33 @@ import pandas as pd
 import pytest
 import submitit
 import torch
+from tokenizers import normalizers
+from torch import nn
 
 from jumplora.command_line import main
 from jumplora.conventions import write_atomic
+from jumplora.data.backbones import load_backbone
 from jumplora.data.newsroom import newsroom
 from jumplora.running import grid
 from jumplora.running.grid import Job, job_sequence, plan, run_grid, status
 from jumplora.storage.record import Run
-from jumplora.storage.state import held_lock
+from jumplora.storage.state import held_lock, weights_fingerprint
 
 SMALL = dict(backbone="tiny-llama", rows=dict(train=8, dev=0, test=4), train=dict(max_length=200))
+
+
+def write_rows(folder, word, tasks=1, rows=8, labels=("yes", "no")):
+    "A folder of small tasks."
+    for task in "abcdefgh"[:tasks]:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        lines = [dict(text=f"{word} {i}", label=labels[i % 2]) for i in range(rows)]
+        for name in ("train.jsonl", "test.jsonl"):
+            (folder / task / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+SHARED = TemporaryDirectory()
+ROWS = write_rows(Path(SHARED.name) / "mine", "text", tasks=2)
 
 
 @pytest.fixture
@@ -37,7 +55,7 @@ def here(monkeypatch):
     "Does at once, in this process, what submitit would do in one of its own; or, without `works`, nothing."
 
     def submit(work, key):
-        with suppress(ValueError, OSError):
+        with suppress(ValueError, OSError, RuntimeError):
             work(key) if executor.works else None
         return executor.submit.return_value
 
@@ -48,26 +66,38 @@ def here(monkeypatch):
     return executor
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    "Workers in processes of their own that need not import anything again."
+
+    def submit(work, key):
+        process = get_context("fork").Process(target=work, args=(key,))
+        process.start()
+        return Mock(_process=process, done=lambda: not process.is_alive())
+
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda **where: Mock(submit=submit))
+
+
 def states(out):
     return list(status(out)["state"])
 
 
-def seeds(*numbers):
-    return plan(["IncLoRA"], ["newsroom"], numbers, **SMALL)
+def seeds(*numbers, **other):
+    return plan(["IncLoRA"], [ROWS], numbers, **SMALL | other)
 
 
-def short(seed=1):
-    "A job that fails in its worker: there is no room for a text."
-    return plan(["IncLoRA"], ["newsroom"], [seed], **SMALL | dict(train=dict(max_length=20)))
+def far(seed=1):
+    "A job that fails in its worker."
+    return seeds(seed, train=dict(max_length=200, batch_size=2, learning_rate=1e300))
 
 
-def write_rows(folder, word):
-    "A folder of one small task."
-    (folder / "mine").mkdir(parents=True, exist_ok=True)
-    rows = [dict(text=f"{word} {i}", label=label) for i, label in enumerate(["yes", "no"] * 4)]
-    for name in ("train.jsonl", "test.jsonl"):
-        (folder / "mine" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
+def saved(change, folder):
+    "tiny-llama as a folder, with a change that asks for settings of training."
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    train = change(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return dict(backbone=str(folder), train=train)
 
 
 JOBS = seeds(1)
@@ -142,15 +172,15 @@ def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
 
 
 def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
-    table = run_grid([*short(), *JOBS], tmp_path, workers=2)
+    table = run_grid([*far(), *JOBS], tmp_path, workers=2)
     assert list(table["state"]) == ["failed", "done"]
     error, key = table["note"].iloc[0], table.index[1]
-    assert "max_length=20 leaves no room" in error and "\n" not in error
+    assert error.startswith("Diverged: task 'a': the loss became nan") and "\n" not in error
     assert f"{table.index[0]}: failed: {error}" in capsys.readouterr().out
     assert main(["grid", "--status", "--out", str(tmp_path)]) == 1  # a script can see the failure
     assert "1 done, 0 running, 1 failed, 0 waiting" in capsys.readouterr().out
 
-    record = next(tmp_path.glob("newsroom*/record.json"))
+    record = next(tmp_path.glob("mine*/record.json"))
     text = record.read_text()
     content = json.loads(text)["configuration"]
     assert all(counts == [8, 0, 4] for counts in content["counts"].values())
@@ -184,20 +214,17 @@ def test_folders_of_other_versions_and_damaged_jobs_are_left_alone(here, tmp_pat
     run_grid(JOBS, tmp_path)
     good = path.read_text()
     odd = {
-        "is a grid of format": ['{"format": 99}', "no json", "[]", ""],
-        "is damaged; delete it": [
-            '{"format": 2}',
-            good.replace('"seed": 1', '"seed": 2'),
-            good.replace('"seed": 1', '"seed": Infinity'),
-            good.replace('"seed"', '"sed"'),
-            good.replace('"jobs": {', '"jobs": {"x": 1, '),
-        ],
+        *('{"format": 99}', good.replace('"format": 2', '"format": 1'), "no json", "[]", "", '{"format": 2}'),
+        good.replace('"seed": 1', '"seed": 2'),
+        good.replace('"seed": 1', '"seed": Infinity'),
+        good.replace('"seed"', '"sed"'),
+        good.replace('"jobs": {', '"jobs": {"x": 1, '),
     }
-    for message, contents in odd.items():
-        for content in contents:
-            path.write_text(content)
-            with pytest.raises(ValueError, match=message):
-                status(tmp_path)
+    message = "is damaged or of another version than format 2; use another folder"
+    for content in odd:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            status(tmp_path)
         with pytest.raises(ValueError, match=message):
             run_grid(JOBS, tmp_path)
         assert path.read_text() == content
@@ -225,7 +252,7 @@ def test_workers_share_the_threads_of_torch(workers, processes, each, here, tmp_
         ("cuda", 1, "7,2,3,4,GPU-9", [("cuda", name) for name in ("7", "2", "3", "4", "GPU-9")]),
         ("cuda:1", 1, None, [("cuda", "1")]),
         ("cuda:1", 1, "7,2,3,4,GPU-9", [("cuda", "2")]),
-        ("cpu", 3, None, [("cpu", "all")]),
+        ("cpu", 2, None, [("cpu", "all")]),
         ("auto", 2, None, [("cuda", "0,1"), ("cuda", "2,3")]),
         ("cuda", 2, "7,2,3,4,GPU-9", [("cuda", "7,2"), ("cuda", "3,4")]),
     ],
@@ -240,8 +267,8 @@ def test_jobs_take_gpus_in_turn(device, processes, visible, expected, here, tmp_
     given = list(zip(here.given("device"), here.given("visible"), strict=True))
     assert given == [expected[i % len(expected)] for i in range(6)]
     for wrong, n, message in (
-        ("auto", 6, "processes=6, and there are 5 GPUs here for device='auto'; use at most 5"),
-        ("cuda:1", 2, "processes=2, and there are 1 GPUs here for device='cuda:1'; use at most 1"),
+        ("auto", 6, "processes=6: device='auto' has 5 GPUs here; use as many"),
+        ("cuda:1", 2, "processes=2: device='cuda:1' has 1 GPUs here; use as many"),
         ("cuda:5", 1, "number of a GPU='5' is not known; use '0', '1', '2', '3' or '4'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -254,14 +281,13 @@ def test_a_job_loads_its_model_on_the_only_gpu_that_it_sees(here, tmp_path, monk
     load, seen = grid.load_backbone, []
 
     def load_here(name, *, device="auto", **options):
-        if device == "meta":  # the check before any job starts
+        if device == "cpu":  # the check before any job starts
             return load(name, device=device, **options)
         seen.append((device, os.environ["CUDA_VISIBLE_DEVICES"]))
         raise ValueError("no GPU is needed to see where it would go")
 
     monkeypatch.setattr(grid, "load_backbone", load_here)
-    jobs = plan(["IncLoRA"], [write_rows(tmp_path / "data", "text")], [1, 2, 3], **SMALL)
-    run_grid(jobs, tmp_path, workers=2)
+    run_grid(seeds(1, 2, 3), tmp_path, workers=2)
     assert seen == [("cuda", "4"), ("cuda", "6"), ("cuda", "4")]
 
 
@@ -274,10 +300,10 @@ def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
     assert stopped.call_count == 2 and states(tmp_path) == ["waiting"] * 3
 
 
-def grid_command(out, sequence, *words):
+def grid_command(out, sequence):
     "`jumplora grid` with two jobs, in a process of its own."
     flags = f"--method IncLoRA SeqLoRA --sequence {sequence} --seed 1 --backbone tiny-llama --out {out}"
-    command = [sys.executable, "-m", "jumplora.command_line", "grid", *flags.split(), *words]
+    command = [sys.executable, "-m", "jumplora.command_line", "grid", *flags.split(), "--device", "cpu"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def heard():  # tests that run in the background inherit that Ctrl+C is ignored
@@ -286,96 +312,105 @@ def grid_command(out, sequence, *words):
     return subprocess.Popen(command, start_new_session=True, preexec_fn=heard, **pipes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_the_command_lets_its_workers_save_and_stop(number, tmp_path):
-    process = grid_command(tmp_path, "newsroom", "--workers", "1", "--device", "cpu")
+def wait_until_it_learns(out):
+    "The folder of the run that has begun."
     deadline = time.time() + 120
-    while not (begun := list(tmp_path.glob("newsroom*"))) and time.time() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
-    send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl+C goes to the workers too
-    send(process.pid, number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number and "Traceback" not in err
-    assert f"stopped by {number.name}; resume with:" in err
-    assert states(tmp_path) == ["waiting", "waiting"] and len(list(tmp_path.glob("newsroom*"))) == 1
-    (log,) = tmp_path.glob("jobs/*_inclora_*/*.err")
-    assert "stops after this step or score" in log.read_text()
-    assert list(begun[0].glob("state/*.safetensors"))  # saved where it stopped
+    while not (begun := list(out.glob("long*/state/lock"))) and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    return begun[0].parent
 
 
-def test_a_worker_that_is_killed_while_it_imports_has_failed(tmp_path, monkeypatch):
+def test_a_signal_to_the_command_lets_its_workers_save_and_stop(tmp_path):
+    rows = write_rows(tmp_path / "long", "text " * 30, tasks=8, rows=120)
+    numbers = {signal.SIGTERM: os.kill, signal.SIGINT: os.killpg}  # Ctrl+C goes to the workers too
+    processes = {number: grid_command(tmp_path / number.name, rows) for number in numbers}
+    for number, send in numbers.items():
+        process, out = processes[number], tmp_path / number.name
+        state = wait_until_it_learns(out)
+        send(process.pid, number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + number and "Traceback" not in err
+        assert f"stopped by {number.name}; resume with:" in err
+        assert states(out) == ["waiting", "waiting"] and len(list(out.glob("long*"))) == 1
+        (log,) = out.glob("jobs/*_inclora_*/*.err")
+        assert "stops after this step or score" in log.read_text()
+        assert list(state.glob("*.safetensors"))  # saved where it stopped
+
+
+def test_a_worker_that_is_killed_while_it_imports_has_failed(tmp_path, monkeypatch, capsys):
     kills = "import os, sys\nif 'submitit.core._submit' in sys.orig_argv: os.kill(os.getpid(), 9)\n"
     (tmp_path / "sitecustomize.py").write_text(kills)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    process = grid_command(tmp_path / "out", write_rows(tmp_path / "data", "text"))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert "0 done, 0 running, 2 failed, 0 waiting" in out and "its process was killed" in out
+    words = f"--method IncLoRA SeqLoRA --sequence {ROWS} --seed 1 --backbone tiny-llama --workers 2"
+    assert main(["grid", *words.split(), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "0 done, 0 running, 2 failed, 0 waiting" in said and "its process was killed" in said
 
 
-def test_other_rows_behind_a_path_are_another_job(here, tmp_path):
-    def write(word):
-        return write_rows(tmp_path / "data", word)
+@pytest.mark.parametrize("changed", ["rows", "weights"])
+def test_other_rows_or_weights_behind_a_path_are_another_job(changed, here, tmp_path):
+    words = iter(["text", "word", "third", "late"])
+    scales = iter([1.0, 1.5, 2.0, 2.5])
 
-    jobs = plan(["IncLoRA"], [write("text")], [1], **SMALL)
+    def scale_first_layer(model, tokenizer):
+        model.model.layers[0].self_attn.q_proj.weight.data *= next(scales)
+
+    def change():
+        if changed == "weights":
+            saved(scale_first_layer, tmp_path / "model")
+        return write_rows(tmp_path / "data", next(words) if changed == "rows" else "text")
+
+    backbone = str(tmp_path / "model") if changed == "weights" else "tiny-llama"
+    jobs = plan(["IncLoRA"], [change()], [1], **SMALL | dict(backbone=backbone, dtype="float32"))
     first = run_grid(jobs, tmp_path / "out")
     assert run_grid(jobs, tmp_path / "out").equals(first) and here.submit.call_count == 1
-    write("word")
+    change()
     second = run_grid(jobs, tmp_path / "out")
     assert here.submit.call_count == 2 and first.index[0] != second.index[0]
-    assert states(tmp_path / "out") == ["done", "done"]
+    assert states(tmp_path / "out") == ["done", "done"] and len(list(tmp_path.glob("out/data*"))) == 2
     here.works = False
-    write("third")
+    change()
     (key,) = run_grid(jobs, tmp_path / "out").index
-    write("late")
-    with pytest.raises(ValueError, match="have changed since; give the command again"):
+    change()
+    with pytest.raises(ValueError, match="has changed since; give the command again"):
         grid._run_job(str(tmp_path / "out"), key, folder=None, device="cpu", processes=1)
 
 
 def test_the_exit_code_is_of_the_jobs_of_this_command_and_earlier_failures_are_named(here, tmp_path, capsys):
-    data = write_rows(tmp_path / "data", "text")
-    words = f"--method IncLoRA --sequence {data} --seed 1 --backbone tiny-llama --out {tmp_path}".split()
+    words = f"--method IncLoRA --sequence {ROWS} --seed 1 --backbone tiny-llama --out {tmp_path}".split()
     few = dict(rows=SMALL["rows"], train=SMALL["train"], strengths={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(grid.PROTOCOLS, "reduced", few)
-        assert main(["grid", *words, "--set", "max_length=20"]) == 1
+        assert main(["grid", *words, "--set", "learning_rate=1e300", "batch_size=2"]) == 1
         assert "earlier command" not in capsys.readouterr().out
         assert main(["grid", *words]) == 0
         assert "1 failed in an earlier command" in capsys.readouterr().out
         assert main(["grid", "--status", "--out", str(tmp_path)]) == 1
-        assert main(["grid", *words, "--set", "max_length=20"]) == 1  # retried
+        assert main(["grid", *words, "--set", "learning_rate=1e300", "batch_size=2"]) == 1  # retried
         assert "earlier command" not in capsys.readouterr().out
 
 
-def worker_of(lock):
-    "The process that holds a lock, as the kernel knows it."
-    inode = str(lock.stat().st_ino)
-    for line in Path("/proc/locks").read_text().splitlines():
-        words = line.split()
-        if "FLOCK" in words and words[5].split(":")[-1] == inode:
-            return int(words[4])
-
-
-@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the worker is found through /proc/locks")
-def test_a_killed_worker_stops_no_other_and_a_second_call_resumes_it(tmp_path, capsys):
-    enough = SMALL | dict(rows=dict(train=64, dev=0, test=4))  # so much that there is time to kill it
-    jobs = plan(["IncLoRA"], ["newsroom"], [1], **enough) + plan(["SeqLoRA"], ["newsroom"], [1], **SMALL)
+def test_a_killed_worker_stops_no_other_and_a_second_call_resumes_it(forked, tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "mine", "text", tasks=4)
+    jobs = plan(["IncLoRA", "SeqLoRA"], [rows], [1], **SMALL)
+    sleep, parent, submit, workers = time.sleep, os.getpid(), submitit.AutoExecutor().submit, {}
     seen = []
 
-    def kill_after_the_first_task():
-        deadline = time.time() + 120
-        while time.time() < deadline:
-            for path in tmp_path.glob("*_inclora_*/record.json"):
-                if Run.load(path).finished:
-                    seen.extend(status(tmp_path)["state"])
-                    return os.kill(worker_of(path.parent / "state" / "lock"), signal.SIGKILL)
-            time.sleep(0.02)
+    def submit_and_note(work, key):
+        workers[key] = submit(work, key)
+        return workers[key]
 
-    killer = threading.Thread(target=kill_after_the_first_task)
-    killer.start()
+    def kill_after_the_first_task(seconds):
+        for path in tmp_path.glob("*_inclora_*/record.json") if os.getpid() == parent and not seen else ():
+            if Run.load(path).finished:
+                seen.extend(status(tmp_path)["state"])
+                next(job for key, job in workers.items() if "_inclora_" in key)._process.kill()
+        sleep(min(seconds, 0.02))
+
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda **where: Mock(submit=submit_and_note))
+    monkeypatch.setattr(time, "sleep", kill_after_the_first_task)
     table = run_grid(jobs, tmp_path, workers=2)
-    killer.join()
     assert seen[0] == "running" and list(table["state"]) == ["failed", "done"]
     said = "its process was killed; a second call resumes"
     assert table["note"].iloc[0] == said and f"{table.index[0]}: failed: {said}" in capsys.readouterr().out
@@ -388,19 +423,19 @@ def test_a_killed_worker_stops_no_other_and_a_second_call_resumes_it(tmp_path, c
     resumed = Run.load(next(tmp_path.glob("*_inclora_*")))
     rows = slice(killed.finished)
     assert np.array_equal(resumed.accuracy[rows], killed.accuracy[rows], equal_nan=True)
-    assert resumed.extra["loss"]["reuters"] == killed.extra["loss"]["reuters"]
+    assert resumed.extra["loss"]["a"] == killed.extra["loss"]["a"]
 
 
 def test_a_job_of_two_processes_has_the_scores_of_one(here, tmp_path, monkeypatch):
-    jobs = plan(["ELLA + JumpLoRA"], ["newsroom"], [1], **SMALL)
+    jobs = plan(["ELLA + JumpLoRA"], [ROWS], [1], **SMALL)
     run_grid(jobs, tmp_path / "one", device="cpu")
     monkeypatch.undo()
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
     assert list(run_grid(jobs, tmp_path / "two", processes=2, device="cpu")["state"]) == ["done"]
-    two, one = (Run.load(next((tmp_path / name).glob("newsroom*"))) for name in ("two", "one"))
-    assert two.extra["processes"]["reuters"]["processes"] == 2 and "processes" not in one.extra
+    two, one = (Run.load(next((tmp_path / name).glob("mine*"))) for name in ("two", "one"))
+    assert two.extra["processes"]["a"]["processes"] == 2 and "processes" not in one.extra
     assert two.name == one.name and np.array_equal(two.accuracy, one.accuracy, equal_nan=True)
     for task, losses in one.extra["loss"].items():
         assert np.allclose(two.extra["loss"][task], losses, atol=1e-5)
@@ -415,8 +450,9 @@ def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, 
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     options = dict(slurm_partition="fast", gpus_per_node=1, timeout_min=90)
     with held_lock(out / "one" / "state" / "lock"):  # the first job is running
-        rows = grid._rows_fingerprint(job_sequence(JOBS[0]))
-        key = replace(JOBS[0], fingerprint=rows).key
+        weights = weights_fingerprint(load_backbone("tiny-llama", device="cpu")[0])
+        known = grid._rows_fingerprint(job_sequence(JOBS[0])) + weights
+        key = replace(JOBS[0], fingerprint=known).key
         write_atomic(out / "jobs" / key / "run.json", '{"run": "one"}')
         table = run_grid(seeds(1, 2, 3), out, workers=2, engine="slurm", processes=4, **options)
     script = (tmp_path / "sbatch.sh").read_text()
@@ -424,6 +460,103 @@ def test_slurm_gets_one_array_of_what_is_missing_and_the_call_returns(tmp_path, 
     assert "#SBATCH --partition=fast" in script and "#SBATCH --time=90" in script
     assert "#SBATCH --ntasks-per-node=4" in script
     assert list(table["state"]) == ["running", "waiting", "waiting"]
+
+
+def refused_by_submitit(number, frame):
+    "What submitit does with SIGTERM, and with the signal that comes before a time limit."
+    raise AssertionError("the worker did not take the signal")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2], ids=["SIGTERM", "time limit"])
+def test_a_signal_of_the_cluster_lets_a_worker_save_and_stop(number, here, tmp_path):
+    here.works = False
+    rows = write_rows(tmp_path / "long", "text", tasks=8, rows=64)
+    jobs = plan(["IncLoRA"], [rows], [1], backbone="tiny-llama")
+    (key,) = run_grid(jobs, tmp_path).index
+
+    def work():
+        for taken in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(taken, refused_by_submitit)
+        grid._run_job(str(tmp_path), key, folder=None, device="cpu", processes=1)
+
+    worker = get_context("fork").Process(target=work)
+    worker.start()
+    state = wait_until_it_learns(tmp_path)
+    os.kill(worker.pid, number)
+    worker.join(60)
+    assert worker.exitcode == 1 and states(tmp_path) == ["waiting"]
+    assert list(state.glob("*.safetensors"))
+
+
+# ---- before a worker starts -------------------------------------------------------------------------------
+
+
+def tied(model, tokenizer):
+    "An output layer that is the embedding."
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return dict(max_length=200, target_modules=["lm_head"])
+
+
+def lossy(model, tokenizer):
+    "A tokenizer that does not give an option back."
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("no", "on")
+    return dict(max_length=200)
+
+
+def quantised(folder, monkeypatch):
+    "Weights of eight bits behind a name."
+    load = grid.load_backbone
+
+    def load_small(*name, **options):
+        model, tokenizer = load(*name, **options)
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+        return model, tokenizer
+
+    monkeypatch.setattr(grid, "load_backbone", load_small)
+    return {}
+
+
+UNFIT = {
+    "max_length=20 leaves no room": lambda folder, patch: dict(train=dict(max_length=20)),
+    "have no dev rows": lambda folder, patch: dict(split="dev"),
+    "rows of='trian' is not known": lambda folder, patch: dict(rows=dict(trian=4)),
+    "exceed the 2048 positions": lambda folder, patch: dict(
+        sequence=write_rows(folder / "mine", "word " * 3000), train=dict(max_length=5000)
+    ),
+    "4 processes cannot share": lambda folder, patch: dict(train=dict(max_length=200, batch_size=2)),
+    "turns the option 'no' into 'on'": lambda folder, patch: saved(lossy, folder),
+    "shares its weight with": lambda folder, patch: saved(tied, folder),
+    "are quantised": quantised,
+    "0.0 GB free": lambda folder, patch: patch.setattr("shutil.disk_usage", lambda place: Mock(free=1)) or {},
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_what_cannot_work_is_refused_before_a_worker_starts_and_the_job_is_named(
+    message, here, tmp_path, monkeypatch
+):
+    jobs = [*JOBS, replace(seeds(3)[0], **UNFIT[message](tmp_path / "unfit", monkeypatch))]
+    with pytest.raises((ValueError, OSError), match=f"IncLoRA on .*mine, seed [13]: .*{message}"):
+        run_grid(jobs, tmp_path / "out", processes=4, device="cpu")
+    assert not here.submit.called and not (tmp_path / "out").exists()
+
+
+def test_a_model_is_loaded_and_checked_once_for_all_jobs_that_read_the_same(here, tmp_path, monkeypatch):
+    here.works = False
+    load, check = (Mock(side_effect=getattr(grid, name)) for name in ("load_backbone", "dry_check"))
+    monkeypatch.setattr(grid, "load_backbone", load)
+    monkeypatch.setattr(grid, "dry_check", check)
+    jobs = plan(["ELLA", "IncLoRA + JumpLoRA"], [ROWS], [1, 2], **SMALL)
+    jobs += seeds(1, train=dict(max_length=200, kept=0.1)) + seeds(1, train=dict(max_length=300))
+    run_grid(jobs + jobs, tmp_path)
+    assert (load.call_count, check.call_count, here.submit.call_count) == (1, 2, 6)
+    for path in tmp_path.glob("jobs/*/run.json"):
+        path.write_text('{"run": "one"}')
+    with held_lock(tmp_path / "one" / "state" / "lock"):  # all are running
+        run_grid(jobs, tmp_path)
+    assert (check.call_count, here.submit.call_count) == (2, 6)
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -434,7 +567,7 @@ WRONG = {
     "--protocol big": "protocol='big'",
     "--strength ELLA": "is not NAME=NUMBER",
     "--strength ELLA=-1": "not allowed",
-    "--strength ELLA=0,1,1": "strength has 3 values for 4 tasks",
+    "--strength ELLA=0,1,1": "seed 42: strength has 3 values for 2 tasks",
     "--strength ELLA=1 ELLA=2": "ELLA has one already",
     "--set kept": "is not NAME=VALUE",
     "--set =1": "is not NAME=VALUE",
@@ -458,6 +591,7 @@ WRONG = {
     "--backbone tiny-lama": "did you mean 'tiny-llama'",
     "--backbone no/such": "backbone='no/such' cannot be loaded",
     "--set target_modules=q_prj": "q_proj",
+    "--set max_length=20": "seed 42: max_length=20 leaves no room",
     "--slurm gpus=1": "Parameter 'gpus' need to be prefixed by an executor name",
     "--slurm slurm_partition=x": "slurm_partition needs engine='slurm', and this is engine='local'",
     "--slurm timeout_min=soon": "timeout_min",
@@ -470,7 +604,7 @@ WRONG = {
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_are_answered_and_nothing_is_written(words, tmp_path, capsys):
     out = tmp_path / "grid"
-    usual = dict(sequence="newsroom", backbone="tiny-llama", out=out)
+    usual = dict(sequence=ROWS, backbone="tiny-llama", out=out)
     flags = [word for k, v in usual.items() if f"--{k}" not in words for word in (f"--{k}", str(v))]
     code = main(["grid", *flags, *words.split()])
     assert code == (1 if "nowhere" in words or "no/such" in words else 2)
