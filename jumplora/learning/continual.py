@@ -348,6 +348,7 @@ class Learner:
         run.extra["loss"][task.name] = log.loss
         run.extra["penalty"][task.name] = log.penalty
         deltas = {name: update.delta for name, update in updates.items()}
+        run.extra.setdefault("norm", {})[task.name] = math.sqrt(sum(d.square().sum().item() for d in deltas.values()))
         run.sparsity[task.name] = {n: 1 - d.count_nonzero().item() / d.numel() for n, d in deltas.items()}
         if world_size() > 1:
             split = split_batch(self.config.batch_size, self.config.gradient_accumulation)

@@ -43,7 +43,7 @@ def study_jobs(
     return [
         Job(
             method, f"topics-{seed}", seed, "smollm2-135m", rows=dict(rows), train=train, dtype="float32",
-            scoring="labels", neutral=True,
+            scoring="labels", neutral=True, archive=False,
             regularizer=dict(norm=norm) if method == "IncLoRA scaled" else {},
         )
         for seed in seeds for method, train in arms

@@ -27,6 +27,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device
 from ..data.benchmark import HUB_SEQUENCES, ORDERS
+from ..data.newsroom import tales
 from ..data.sequences import load_sequence
 from ..learning.continual import Method, check_seed, learn_sequence
 from ..learning.dry_check import dry_check
@@ -67,6 +68,10 @@ class Job:
     strength: float | list | None = None  # λ of the method's penalty; None: its default
     split: str = "test"  # rows that are scored: "test" or "dev"
     dtype: str = "auto"  # of the backbone; the command asks for "float32"
+    scoring: str = "answers"  # or "labels", as in `learn_sequence`
+    neutral: bool = False  # True: measure the loss of `tales` before and after every task
+    regularizer: dict = field(default_factory=dict)  # other settings of the method's regularizer
+    archive: bool = True  # keep every task's update
     fingerprint: str = ""  # of the rows, then of the backbone's weights; `run_grid` fills it in
 
     @property
@@ -74,7 +79,8 @@ class Job:
         "Sequence, method, seed, and eight digits of the hash of all that is asked."
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
-        asked = {name: value for name, value in asdict(self).items() if value or name != "fingerprint"}
+        late = dict(scoring="answers", neutral=False, regularizer={}, archive=True, fingerprint="")
+        asked = {name: value for name, value in asdict(self).items() if name not in late or value != late[name]}
         return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
@@ -101,10 +107,11 @@ def plan(
 # %% ../../nbs/5_inside/grid.ipynb #6e2c02c5
 def job_method(job: Job) -> tuple[Method, TrainConfig]:
     "Method and settings of a job. Raises ValueError for what does not exist or is out of range."
-    method = with_settings(METHODS[check_choice(job.method, tuple(METHODS), "method")], strength=job.strength)
+    method = METHODS[check_choice(job.method, tuple(METHODS), "method")]
+    method = with_settings(method, strength=job.strength, **job.regularizer)
     for name in job.train:
         check_choice(name, [item.name for item in fields(TrainConfig)], "setting of training")
-    return method, TrainConfig(**job.train)
+    return method, TrainConfig(**job.train | method.settings)
 
 
 def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
@@ -241,7 +248,10 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
-        run = new_run(model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split)
+        run = new_run(
+            model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split,
+            scoring=job.scoring,
+        )  # fmt: skip
         exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounded: another fingerprint
         now = _rows_fingerprint(tasks) + run.configuration["weights"] * exact
         if not job.fingerprint.startswith(now):
@@ -250,7 +260,8 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         _write_note(out, key, note)
         learn_sequence(
             model, tokenizer, tasks, method, config, seed=job.seed, out=out, backbone=job.backbone,
-            split=job.split, zero_shot=False, progress=False,
+            split=job.split, zero_shot=False, progress=False, archive=job.archive, scoring=job.scoring,
+            neutral=tales() if job.neutral else (), hidden_states=Path(out) / "hidden-states",
         )  # fmt: skip
     except Exception as error:
         note["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
