@@ -264,7 +264,9 @@ def in_a_process(
     watch_options = (board, fatal, way, size)
     if (child := os.fork()) == 0:
         os.close(reading)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        console = os.dup(2)
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         tqdm.set_lock(threading.RLock())  # the lock from before is one for all: a killed process keeps it
         gc.freeze()  # what was loaded before need not be looked through again
         warnings.simplefilter("ignore")
@@ -277,7 +279,7 @@ def in_a_process(
         except BaseException as error:
             if way == "full disk" and getattr(error, "errno", None) == errno.EFBIG:
                 os._exit(STOPPED)
-            print(f"{case}, {way}: {type(error).__name__}: {error}", file=sys.stderr)
+            os.write(console, f"{case}, {way}: {type(error).__name__}: {error}\n".encode())
             os._exit(1)
     os.close(writing)
     patience = PATIENCE if after is None else after
@@ -301,6 +303,8 @@ def ended(out: Path) -> tuple[dict, str, dict[str, str]]:
     paths = [path.relative_to(out) for found in parts for path in found]
     files = {str(p): file_sha256(out / p) for p in paths if not any(part[0] == "." for part in p.parts)}
     model = out / "model"
+    if (out / "jobs.json").exists():  # a grid does not open a finished run again, to remove an older state
+        files = {name: value for name, value in files.items() if not name.endswith("after-1.safetensors")}
     return records, model.read_text() if model.exists() else "", files
 
 
@@ -312,7 +316,7 @@ def torture(case: str, tasks: int, kills: int, place: Path, seed: int) -> tuple[
     seconds, expected = time.perf_counter() - start, ended(alone)
     phases, ways, runs, equal = Counter(), Counter(), 0, 0
     while phases.total() < kills:
-        out, pipes, stopped = place / f"run-{runs}", [], True
+        out, pipes, stopped, stops = place / f"run-{runs}", [], True, []
         while stopped:
             left = phases.total() < kills
             fatal = chance.randrange(1, events + 1) if left and chance.random() < 0.5 else 0
@@ -323,15 +327,15 @@ def torture(case: str, tasks: int, kills: int, place: Path, seed: int) -> tuple[
             if struck and stopped:
                 phases[phase] += 1
                 ways[way] += 1
+                stops.append((way, size, phase, fatal, after))
             if sum(1 for _ in out.glob("*/state/after-*.safetensors")) > 2 * len(list(out.glob("*/state"))):
                 raise SystemExit(f"{case}: more than two states in {out}")
         for pipe in pipes:
             os.read(pipe, 1)  # the end of the workers that a stopped grid has left
             os.close(pipe)
         found = ended(out)
-        for part, wanted in zip(found, expected, strict=True):
-            if part != wanted:
-                print(f"{case}: {part} and not {wanted}"[:2000], file=sys.stderr)
+        if found != expected:
+            print(f"{case} ended otherwise after {stops}", file=sys.stderr)
         runs, equal = runs + 1, equal + (found == expected)
         shutil.rmtree(out)
     shutil.rmtree(alone)

@@ -100,6 +100,10 @@ class TrainConfig:
         if targets is not None and not (named or (isinstance(targets, str) and targets)):
             fix = "use ('q_proj',), a regular expression or None"
             raise ValueError(f"target_modules={targets!r} is no list of names; {fix}")
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except re.error as error:
+            raise ValueError(f"target_modules={targets!r} is no regular expression: {error}") from None
         options = self.training_arguments
         if not isinstance(options, dict):
             raise ValueError(f"training_arguments={options!r} is no dict; use names and values")

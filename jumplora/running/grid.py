@@ -84,8 +84,11 @@ def plan(
     strengths: dict[str, float | list | dict] | None = None,  # λ by method, or by method and sequence
     **shared: object,  # other fields of `Job`, the same for all
 ) -> list[Job]:  # seed by seed, sequence by sequence
-    "The jobs of a grid, each once. Raises ValueError for an unknown method."
+    "The jobs of a grid, each once. Raises ValueError for an unknown method or a seed that no run can have."
     methods = [check_choice(name, tuple(METHODS), "method") for name in methods]
+    seeds = list(seeds)
+    for seed in seeds:
+        check_seed(seed)
     orders = HUB_SEQUENCES | {f"order{number}": tasks for number, tasks in ORDERS.items()}
     jobs = {}
     for seed, sequence, method in product(seeds, sequences, methods):
