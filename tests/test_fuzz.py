@@ -79,10 +79,9 @@ def test_a_gate_on_a_layer_that_computes_its_weight_is_refused():
         get_peft_model(model, JumpLoraConfig(target_modules=["0"]))
 
 
-@pytest.mark.parametrize("content", ['{"config": {}}', "config: [1]"])
-def test_a_file_of_flags_that_names_itself_oddly_is_refused(content, tmp_path, capsys):
-    (tmp_path / "flags.yaml").write_text(content)
-    assert main(["compare", "--config", str(tmp_path / "flags.yaml")]) == 2
+def test_a_file_of_flags_with_an_odd_value_for_a_file_of_flags_is_refused(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text('{"config": {}}')
+    assert main(["compare", "--sequence", "nowhere", "--config", str(tmp_path / "flags.yaml")]) == 2
     assert f"--config {tmp_path / 'flags.yaml'}" in capsys.readouterr().err
 
 

@@ -1,6 +1,6 @@
 """Stop work at random moments, again and again, and compare its end with work that was left alone.
 
-    python tests/torture.py --kills 24 --out results/torture/cpu.json
+    python tests/torture.py --kills 24 --tasks 2 --out results/torture/cpu.json
 
 Every run, grid, rollback and export is done in a process of its own, on a tiny model. Half of the
 kills come from outside after a random time; the other half the process gives itself at a random one
