@@ -28,7 +28,7 @@ from jumplora.learning.evaluation import average_accuracy
 from jumplora.learning.tasks import Question
 from jumplora.learning.training import TrainConfig
 from jumplora.method.adapter import JumpLoraConfig
-from jumplora.running.grid import plan
+from jumplora.running.grid import plan, run_grid
 from jumplora.storage.record import Damaged, Run, read_tensors
 from jumplora.storage.state import Checkpoint, load_state
 from jumplora.storage.updates import read_archive
@@ -66,6 +66,7 @@ def test_wild_models_and_tables_are_taken_rightly_or_refused_clearly(test):
             (lambda s=s: plan(["ELLA"], ["order1"], [s]), "seed=.* is not a whole number")
             for s in ([], {}, 1.5)
         ),
+        (lambda: run_grid([], "nowhere", device=0), "device='0' is not usable here"),
     ],
 )
 def test_what_is_refused_is_named_by_what_was_given(call, message):

@@ -225,7 +225,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
 def _places(device: str, processes: int) -> list[tuple[str, str]]:
     "The device and the visible GPUs of jobs of this machine, to be taken in turn: one GPU per process."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    kind, _, number = device.partition(":")
+    kind, _, number = str(device).partition(":")
     count = torch.cuda.device_count() if kind in ("auto", "cuda") else 0  # starts nothing on them
     if not count:
         return [(str(pick_device(device)), visible)]
