@@ -63,7 +63,10 @@ def test_wild_models_and_tables_are_taken_rightly_or_refused_clearly(test):
             for a in ([[], [0]], [[10**400]])
         ),
         *(
-            (lambda s=s: plan(["ELLA"], ["order1"], [s]), "seed=.* is not a whole number")
+            (
+                lambda s=s: run_grid(plan(["ELLA"], ["order1"], [s], backbone="tiny-llama"), "nowhere"),
+                "seed=.* is not a whole number",
+            )
             for s in ([], {}, 1.5)
         ),
         (lambda: run_grid([], "nowhere", device=0), "device='0' is not usable here"),

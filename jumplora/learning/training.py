@@ -207,8 +207,7 @@ def named_updates(
     adapter_name: str = "default",  # which adapter
 ) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
-    layers = adapter_layers(model, adapter_name).items()
-    return {n: _layer_update(layer, adapter_name) for n, layer in layers}
+    return {n: _layer_update(o, adapter_name) for n, o in adapter_layers(model, adapter_name).items()}
 
 # %% ../../nbs/2_learning/training.ipynb #4b065948
 def penalty_function(model: nn.Module, regularizer: Regularizer) -> Callable[[], Tensor] | None:

@@ -38,8 +38,7 @@ class JumpLoraConfig(LoraConfig):
     use_jumplora: bool = field(default=True, metadata={"is_lora_variant": True})  # marks our variant for PEFT
 
     def __post_init__(self):
-        known = isinstance(self.init_lora_weights, bool | str)  # 1 equals True, and PEFT asks for its letters
-        if not known or self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        if repr(self.init_lora_weights) not in ("True", "False", "'gaussian'", "'orthogonal'"):  # 1 == True
             what = f"init_lora_weights={self.init_lora_weights!r} may move weights into the update"
             raise ValueError(f"{what}, to be zeroed there; use True, False, 'gaussian' or 'orthogonal'")
         super().__post_init__()

@@ -123,8 +123,7 @@ class Checkpoint(TrainerCallback):
         return self.stop.number is not None or waited >= max(self.every, 50 * self.cost)
 
     def on_step_end(self, args, state, control, **kwargs):
-        due = largest(self.due())  # not at the end, where a resumed Trainer would take one step more
-        control.should_save = bool(due) and state.global_step < state.max_steps
+        control.should_save = bool(largest(self.due())) and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
         self.stop.obey()
