@@ -100,6 +100,10 @@ class TrainConfig:
         if targets is not None and not (named or (isinstance(targets, str) and targets)):
             fix = "use ('q_proj',), a regular expression or None"
             raise ValueError(f"target_modules={targets!r} is no list of names; {fix}")
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except re.error as error:
+            raise ValueError(f"target_modules={targets!r} is no regular expression: {error}") from None
         options = self.training_arguments
         if not isinstance(options, dict):
             raise ValueError(f"training_arguments={options!r} is no dict; use names and values")
@@ -203,8 +207,7 @@ def named_updates(
     adapter_name: str = "default",  # which adapter
 ) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
-    layers = adapter_layers(model, adapter_name).items()
-    return {n: _layer_update(layer, adapter_name) for n, layer in layers}
+    return {n: _layer_update(o, adapter_name) for n, o in adapter_layers(model, adapter_name).items()}
 
 # %% ../../nbs/2_learning/training.ipynb #4b065948
 def penalty_function(model: nn.Module, regularizer: Regularizer) -> Callable[[], Tensor] | None:

@@ -38,7 +38,7 @@ class JumpLoraConfig(LoraConfig):
     use_jumplora: bool = field(default=True, metadata={"is_lora_variant": True})  # marks our variant for PEFT
 
     def __post_init__(self):
-        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        if repr(self.init_lora_weights) not in ("True", "False", "'gaussian'", "'orthogonal'"):  # 1 == True
             what = f"init_lora_weights={self.init_lora_weights!r} may move weights into the update"
             raise ValueError(f"{what}, to be zeroed there; use True, False, 'gaussian' or 'orthogonal'")
         super().__post_init__()
@@ -199,7 +199,7 @@ class JumpLoraModel(LoraModel):
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, nn.Linear) or hasattr(base, "parametrizations"):
             found = type(base).__name__
             raise ValueError(f"target_modules names a layer of type {found}; a gate needs nn.Linear")
         return JumpLoraLinear(target, adapter_name, config=lora_config, **kwargs)
