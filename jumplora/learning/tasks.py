@@ -266,17 +266,18 @@ def fingerprint(parts: Iterable) -> str:
 _AS_TEXT = dict(split_special_tokens=True, verbose=False)  # what spells a special token does not become one
 
 
-def _spelled_out(tokenizer, text):
-    "The text, with a space inside what a tokenizer of whole words or pieces still reads as a special token."
+def _encode_as_text(tokenizer, text, **settings):
+    "Encoding and text; a special token that the text spells gets a space, where it would be read as one."
+    found = tokenizer(text, **_AS_TEXT, **settings)
     if not tokenizer.is_fast:
-        return text
+        return found, text
     added = tokenizer.added_tokens_decoder.items()
     special = {token for token, kind in added if kind.special} - {tokenizer.unk_token_id}
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_AS_TEXT)
-    spans = zip(found.input_ids, found.offset_mapping, strict=True)
-    for start in reversed([start for token, (start, end) in spans if token in special and end - start > 1]):
+    spans = [found.token_to_chars(i) for i, token in enumerate(found.input_ids) if token in special]
+    starts = [span.start for span in spans if span and span.end - span.start > 1]  # None: not in the text
+    for start in reversed(starts):
         text = f"{text[: start + 1]} {text[start + 1 :]}"
-    return text
+    return (tokenizer(text, **_AS_TEXT, **settings) if starts else found), text
 
 
 def encode_prompt(
@@ -290,7 +291,7 @@ def encode_prompt(
     check_choice(truncation, ("field", "reference"), "truncation")
 
     def encode(text, **settings):
-        return tokenizer(_spelled_out(tokenizer, task.prompt(text)), **_AS_TEXT, **settings).input_ids
+        return _encode_as_text(tokenizer, task.prompt(text), **settings)[0].input_ids
 
     if truncation == "reference":
         return encode(text, truncation=True, max_length=max_length)
@@ -298,9 +299,8 @@ def encode_prompt(
     if len(ids) <= max_length:
         return ids
     if tokenizer.is_fast:
-        text = _spelled_out(tokenizer, text)
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_AS_TEXT)
-        ends = [end for _, end in found.offset_mapping]
+        found, text = _encode_as_text(tokenizer, text, add_special_tokens=False)
+        ends = [end for _, end in found.encodings[0].offsets]
         room = len(ends) - (len(ids) - max_length)
     else:  # no offsets: as many characters as fit
         ends = range(1, len(text) + 1)
