@@ -55,14 +55,14 @@ HARD = TrainConfig(
     batch_size=3, gradient_accumulation=2, epochs=2.5, learning_rate=1e-2, lora_dropout=0.1, max_length=120
 )
 SORTED = replace(HARD, group_by_length=True)
-KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
+KEPT_GATE = Method("kept gate", gated=True, after_task="keep", training="joint")
 CASES = {  # name -> method, settings, seconds between checkpoints
     "IncLoRA": (METHODS["IncLoRA"], HARD, 0),
     "ELLA": (METHODS["ELLA"], SORTED, 0),
     "ELLA + JumpLoRA": (METHODS["ELLA + JumpLoRA"], HARD, 0),
     "ELLA + JumpLoRA, no checkpoints": (METHODS["ELLA + JumpLoRA"], SORTED, float("inf")),
     "SeqLoRA": (METHODS["SeqLoRA"], HARD, 0),
-    "SeqLoRA + JumpLoRA": (KEPT_GATE, SORTED, 0),
+    "multi-task + JumpLoRA, kept": (KEPT_GATE, SORTED, 0),
     "EWC": (METHODS["EWC"], HARD, 0),
     "Replay": (replace(METHODS["Replay"], rehearsal=0.2), SORTED, 0),
     "IncLoRA (Muon)": (METHODS["IncLoRA (Muon)"], HARD, 0),
