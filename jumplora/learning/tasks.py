@@ -299,8 +299,9 @@ def encode_prompt(
     if len(ids) <= max_length:
         return ids
     if tokenizer.is_fast:
-        found, text = _encode_as_text(tokenizer, text, add_special_tokens=False)
-        ends = [end for _, end in found.encodings[0].offsets]
+        options = dict(add_special_tokens=False, return_offsets_mapping=True)
+        found, text = _encode_as_text(tokenizer, text, **options)
+        ends = [end for _, end in found.offset_mapping]
         room = len(ends) - (len(ids) - max_length)
     else:  # no offsets: as many characters as fit
         ends = range(1, len(text) + 1)

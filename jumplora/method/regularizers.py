@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..conventions import check_choice
+from .gated_linear import dense_product
 
 # %% ../../nbs/1_method/regularizers.ipynb #c65c31d0
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ class _Overlap(torch.autograd.Function):
     def forward(ctx, update, past):
         product = update * past  # non-zero only where both are
         ctx.save_for_backward(product, past)
-        return product.flatten() @ product.flatten()
+        return torch.dot(product.flatten(), product.flatten())  # autocast would round in a matrix product
 
     @staticmethod
     @once_differentiable
@@ -243,7 +244,8 @@ class OLoRA(Regularizer):
         total = zero_penalty({name: update})
         if self.rows and self.strength:
             past = self.rows[name].to(update.A.device)
-            total = total + self.strength * (past @ update.A.float().T).abs().sum()  # (t · r, in) @ (in, r)
+            overlap = dense_product(update.A.T, past)  # (t · r, in) @ (in, r)
+            total = total + self.strength * overlap.abs().sum()
         if self.norm_strength:
             total = total + self.norm_strength * (update.A.float().norm() + update.B.float().norm())
         return total
