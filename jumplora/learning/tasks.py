@@ -23,15 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conventions import check_choice, check_name
-from jumplora.data.files import (
-    check_characters,
-    find_splits,
-    find_tasks,
-    label_text,
-    read_rows,
-    safe_name,
-    task_arguments,
-)
+from ..data import files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,15 +51,14 @@ class Question:
         where = f"task {check_name(self.name, 'Task.name')!r}"
         if not isinstance(self.instruction, str):
             raise ValueError(f"{where}: instruction={self.instruction!r} is not a string; '' means none")
-        check_characters(self.instruction, f"{where}: instruction={self.instruction!r}")
+        files.check_characters(self.instruction, f"{where}: instruction={self.instruction!r}")
         if isinstance(self.options, str):
             raise ValueError(f"{where}: options={self.options!r} is one string; give a list: ['yes', 'no']")
-        options = tuple(label_text(option, f"{where}: the option") for option in self.options)
+        options = tuple(files.label_text(option, f"{where}: the option") for option in self.options)
         for option in options:
             if option != " ".join(option.split()) or "|" in option:
-                raise ValueError(
-                    f"{where}: the option {option!r} must be text without '|' and spare white space"
-                )
+                what = "must be text without '|' and spare white space"
+                raise ValueError(f"{where}: the option {option!r} {what}")
         twice = [option for option, n in Counter(o.lower() for o in options).items() if n > 1]
         if twice or not options:
             what = f"{twice[0]!r} twice (capitals do not count)" if twice else "none"
@@ -102,11 +93,9 @@ class Task(Question):
         super().__post_init__()
         for split in SPLITS:
             where = f"task {self.name!r}, {split}"
-            rows = tuple(Example(text, label) for text, label in read_rows(getattr(self, split), where)[0])
+            rows = tuple(map(Example._make, files.read_rows(getattr(self, split), where)[0]))
             if not rows and split != "dev":
-                raise ValueError(
-                    f"task {self.name!r} has no {split} rows; it needs rows to learn and to score"
-                )
+                raise ValueError(f"task {self.name!r} has no {split} rows; give some to learn and to score")
             for i, row in enumerate(rows if split != "test" else ()):
                 if row.label not in self.options:
                     near = difflib.get_close_matches(row.label, self.options, n=1)
@@ -130,11 +119,12 @@ class Task(Question):
         note: str = "",  # what a reader of the numbers must know
     ) -> "Task":
         "Read the splits. `FileNotFoundError` or `ValueError` names the split and the file or row."
-        sources = find_splits(data, f"task {name!r}")
+        sources = files.find_splits(data, f"task {name!r}")
         rows = {}
         notes = [note]
         for split in SPLITS:
-            rows[split], names = read_rows(sources.get(split, ()), f"task {name!r}, {split}", text, label)
+            where = f"task {name!r}, {split}"
+            rows[split], names = files.read_rows(sources.get(split, ()), where, text, label)
             options = names if options is None else options
         if options is None:
             options = sorted({label for _, label in rows["train"]}) or ["-"]  # no rows: refused below
@@ -147,8 +137,7 @@ class Task(Question):
             notes.append("with a general instruction")
         if rows["dev"] == rows["test"]:
             notes.append("dev equals test: choose nothing on dev")
-        note = "; ".join(filter(None, notes))
-        return cls(name, instruction, options, rows["train"], rows["dev"], rows["test"], note)
+        return cls(name, instruction, options, **rows, note="; ".join(filter(None, notes)))
 
     def counts(self) -> dict[str, dict[str, int]]:  # split -> label -> rows
         "How many rows of each label every split has; the options come first."
@@ -171,9 +160,8 @@ class Task(Question):
             if count is None:
                 continue
             if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
-                raise ValueError(
-                    f"{split}={count!r} is no number of rows; use {least} or more, or None for all"
-                )
+                fix = f"use {least} or more, or None for all"
+                raise ValueError(f"{split}={count!r} is no number of rows; {fix}")
             rows = list(getattr(self, split))
             random.Random(f"{seed}/{self.name}/{split}").shuffle(rows)
             drawn = Counter()
@@ -219,14 +207,14 @@ class TaskSequence(Sequence):
         questions: Mapping[str, tuple] | None = None,  # task -> (instruction, options) that the folder lacks
     ) -> "TaskSequence":
         "Read a folder of tasks. `FileNotFoundError` or `ValueError` names task, split, file or row."
-        found = find_tasks(folder)
+        found = files.find_tasks(folder)
         wanted = list(found) if names is None else [task.lower() for task in names]
         tasks = []
         for task in wanted:
             check_choice(task, sorted(found), f"the folder {folder} lacks a task; task")
             question = (questions or {}).get(task)
-            tasks.append(Task.load(task, **task_arguments(folder, task, found[task], question)))
-        return cls(name or safe_name(Path(folder).expanduser().resolve().name), tasks)
+            tasks.append(Task.load(task, **files.task_arguments(folder, task, found[task], question)))
+        return cls(name or files.safe_name(Path(folder).expanduser().resolve().name), tasks)
 
     def __len__(self) -> int:  # T
         return len(self.tasks)

@@ -134,8 +134,7 @@ class TrainConfig:
 def check_model(model: nn.Module, batch_size: int = 1) -> None:
     "`ValueError` for DataParallel, and for batches of a model that reads padding as text."
     if isinstance(model, nn.DataParallel):
-        what = "copies of the model would not share the gate's state"
-        raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
+        raise ValueError("DataParallel is refused: its copies share no gate; use torchrun, one process a GPU")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in ("prophetnet", "rwkv", "xlstm") and batch_size > 1:
         what = f"batch_size={batch_size}: a model of type {kind!r} reads padding as text"
@@ -144,7 +143,6 @@ def check_model(model: nn.Module, batch_size: int = 1) -> None:
 
 def target_layers(model: nn.Module, targets: tuple[str, ...] | str | None) -> dict[str, nn.Module]:
     "The layers that PEFT adapts for these `target_modules`. `ValueError` where an update cannot be merged."
-    check_model(model)
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -192,17 +190,14 @@ def attach_adapter(
     targets = config.target_modules
     check_model(model, config.batch_size)
     target_layers(model, targets)
+    gate = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets or ()) or None,
+        **{name: getattr(config, name) for name in gate if gated},
     )
-    if gated:
-        peft_config.threshold_scope = config.threshold_scope
-        peft_config.threshold_reduction = config.threshold_reduction
-        peft_config.threshold_parametrization = config.threshold_parametrization
-        peft_config.bandwidth = config.bandwidth
     with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, peft_config)
@@ -221,8 +216,7 @@ def named_updates(
     adapter_name: str = "default",  # which adapter
 ) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
-    layers = adapter_layers(model, adapter_name).items()
-    return {n: _layer_update(layer, adapter_name) for n, layer in layers}
+    return {n: _layer_update(layer, adapter_name) for n, layer in adapter_layers(model, adapter_name).items()}
 
 # %% ../../nbs/2_learning/training.ipynb #4b065948
 def penalty_function(model: nn.Module, regularizer: Regularizer) -> Callable[[], Tensor] | None:
@@ -374,8 +368,7 @@ class TaskLog(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if state.global_step < self.steps and gate_groups(model):
             done = f"a callback stopped the training of task {self.task!r} at step {state.global_step}"
-            fix = "let it finish, or use no gate"
-            raise ValueError(f"{done} of {self.steps}, before its schedule ended; {fix}")
+            raise ValueError(f"{done} of {self.steps}; let it finish, or use no gate")
 
     def state_dict(self) -> dict:  # JSON types
         "What a checkpoint keeps of it."
@@ -431,10 +424,8 @@ def training_arguments(config: TrainConfig, device, seed, folder, optimizer="ada
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
                 remove_unused_columns=False, **options,
             )  # fmt: skip
-        betas = (arguments.adam_beta1, arguments.adam_beta2)
-        dummy = torch.optim.AdamW(
-            [torch.zeros(1)], betas=betas, eps=arguments.adam_epsilon, weight_decay=arguments.weight_decay
-        )
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        dummy = kind([torch.zeros(1)], weight_decay=arguments.weight_decay, **settings)
         get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1, arguments.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training_arguments={config.training_arguments}: {error}") from None
