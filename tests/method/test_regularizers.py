@@ -354,3 +354,10 @@ def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other)
     assert any(gradient.any() for gradient in whole)
+
+
+def test_a_penalty_that_is_set_on_one_instance_is_charged():
+    model, regularizer, _ = adapted_after_a_task("tiny-llama", False, IncLoRA)
+    assert penalty_function(model, regularizer) is None
+    regularizer.layer_penalty = lambda name, update: update.B.abs().sum()
+    assert penalty_function(model, regularizer)() > 0
