@@ -63,7 +63,7 @@ HARD = TrainConfig(
     batch_size=3, gradient_accumulation=2, epochs=2.5, learning_rate=1e-2, lora_dropout=0.1, max_length=120
 )
 SORTED = replace(HARD, group_by_length=True)
-KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
+KEPT_GATE = Method("kept gate", gated=True, after_task="keep", training="joint")
 PATIENCE = 3600  # seconds for a process that nobody stops from outside
 PHASES = {  # what is watched: where it is looked up, its name, and what it is called here
     "restoring": (continual.Learner, "_restore"),
@@ -243,7 +243,7 @@ CASES = {  # name -> what is done, given the number of tasks, a folder and a wat
     "ELLA + JumpLoRA": run_of(METHODS["ELLA + JumpLoRA"]),
     "ELLA + JumpLoRA, no checkpoints": run_of(METHODS["ELLA + JumpLoRA"], SORTED, float("inf")),
     "SeqLoRA": run_of(METHODS["SeqLoRA"]),
-    "SeqLoRA + JumpLoRA": run_of(KEPT_GATE, SORTED),
+    "multi-task + JumpLoRA, kept": run_of(KEPT_GATE, SORTED),
     "EWC": run_of(METHODS["EWC"]),
     "Replay": run_of(replace(METHODS["Replay"], rehearsal=0.2), SORTED),
     "IncLoRA (Muon)": run_of(METHODS["IncLoRA (Muon)"]),

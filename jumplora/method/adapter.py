@@ -232,9 +232,7 @@ class JumpLoraModel(LoraModel):
             del gates[key]  # an adapter of the same name, made later, gets a gate of its own
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
-        raise ValueError(
-            "a sum of gated updates is not a product of two factors; merge the adapters one after another"
-        )
+        raise ValueError("a sum of gated updates has no two factors; merge the adapters one after another")
 
 # %% ../../nbs/1_method/adapter.ipynb #5139aebe
 if "JUMPLORA" not in PeftType.__members__:  # once, however often this module is run
@@ -327,10 +325,8 @@ class GateGroup:
             return max(1, round(kept * entries))
         if isinstance(kept, int) and not isinstance(kept, bool) and 1 <= kept <= entries:
             return kept
-        raise ValueError(
-            f"kept={kept!r} is not possible for {self.name!r} with {entries} entries; use None, a whole "
-            f"number from 1 to {entries} (per threshold), or a share such as 0.05, above 0 and at most 1.0"
-        )
+        fix = f"use None, a whole number from 1 to {entries}, or a share such as 0.05, at most 1.0"
+        raise ValueError(f"kept={kept!r} is not possible for {self.name!r} with {entries} entries; {fix}")
 
 # %% ../../nbs/1_method/adapter.ipynb #11d14e71
 def gate_groups(
@@ -342,6 +338,5 @@ def gate_groups(
     for name, layer in adapter_layers(model).items():
         if adapter_name in getattr(layer, "lora_gate", ()):
             gate = layer.lora_gate[adapter_name]
-            group = groups.setdefault(gate.group, GateGroup(gate.group, gate, {}, adapter_name))
-            group.layers[name] = layer
+            groups.setdefault(gate.group, GateGroup(gate.group, gate, {}, adapter_name)).layers[name] = layer
     return groups

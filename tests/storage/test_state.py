@@ -247,7 +247,7 @@ def test_a_score_that_was_taken_is_not_taken_again(whole, tmp_path):
     assert [call.args[2].name for call in scored.call_args_list] == ["weather"]
 
 
-KEPT_GATE = Method("kept gate", gated=True, after_task="keep")
+KEPT_GATE = Method("kept gate", gated=True, after_task="keep", training="joint")
 MIXED = replace(QUICK, training_arguments=OPTIONS | dict(warmup_steps=0))
 
 
@@ -256,7 +256,7 @@ MIXED = replace(QUICK, training_arguments=OPTIONS | dict(warmup_steps=0))
     [
         (KEPT_GATE, QUICK, signal_at(3, signal.SIGTERM)),
         ("multi-task", QUICK, signal_at(3, signal.SIGTERM)),
-        (KEPT_GATE, MIXED, failing(continual, "evaluate", 2, RuntimeError("lost"))),  # both before learning
+        (KEPT_GATE, MIXED, failing(continual, "evaluate", 3, RuntimeError("lost"))),  # two before learning
         ("EWC", MIXED, failing(continual, "evaluate", 2, RuntimeError("lost"))),
     ],
     ids=["kept gate, step", "multi-task, step", "kept gate in mixed precision, score", "EWC, score"],
