@@ -83,9 +83,9 @@ test-py: env demo  ## pytest, in as many processes as there are cores
 	$(call say,Running the tests)
 	@$(OFFLINE) $(ONE_THREAD) python -m pytest -q -n auto --dist loadfile
 
-torture: env  ## kill runs at random moments and compare their ends; thousands of wild inputs (writes results/torture)
-	@$(OFFLINE) $(ONE_THREAD) python tests/torture.py --kills 30 --out results/torture/cpu.json
-	@$(OFFLINE) $(ONE_THREAD) python tests/fuzz.py --cases 120 --out results/torture/fuzz.json
+torture: env  ## stop work at random moments and compare its ends; thousands of wild inputs (writes results/torture)
+	@$(OFFLINE) $(ONE_THREAD) python tests/torture.py --kills 24 --tasks 2 --out results/torture/cpu.json
+	@$(OFFLINE) $(ONE_THREAD) python tests/fuzz.py --cases 90 --out results/torture/fuzz.json
 
 mutations: env demo  ## alter the code in one place at a time: the tests must notice (writes results/mutations.json; ARGS="--only PATTERN --jobs N")
 	@$(OFFLINE) $(ONE_THREAD) python tests/mutations.py $(ARGS)

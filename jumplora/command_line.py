@@ -507,7 +507,7 @@ def _check_config(words: Sequence[str]) -> None:
             for action in parser._actions:
                 if action.default is not None and flags.get(action.dest, 0) is None:
                     raise ValueError(f"{action.dest} is empty; leave it out for its default")
-        except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:
+        except (ArgumentError, ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
             form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
             raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
 

@@ -27,9 +27,9 @@ def set_seed(
     "Seed Python's `random`, NumPy and PyTorch (every device); `ValueError` outside the range."
     import torch
 
-    number = operator.index(seed)
+    number = operator.index(seed) if hasattr(seed, "__index__") else -1
     if not 0 <= number < 2**32:
-        raise ValueError(f"seed={number} is outside 0 to 4294967295; use a whole number in that range")
+        raise ValueError(f"seed={seed!r} is outside 0 to 4294967295; use a whole number in that range")
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

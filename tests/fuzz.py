@@ -3,8 +3,8 @@
     python tests/fuzz.py --cases 200 --out results/torture/fuzz.json
 
 Each check draws input, hands it over, and asserts: it is either taken, and then right, or refused by
-a ValueError or OSError whose text names the thing (the command line prints those without a
-traceback); and nothing appears outside of the folder that was given. Every call draws the same input.
+a ValueError, TypeError or OSError whose text names the thing; and nothing appears outside of the
+folder that was given. Every call draws the same input. `fuzz_models.py` holds more checks.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def taken_or_refused(*names: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError) as error:
         message = str(error)
         assert not isinstance(error, (UnicodeError, json.JSONDecodeError)), f"names nothing: {error!r}"
         assert any(name in message for name in names), f"{message!r:.300} names none of {names}"
@@ -567,7 +567,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=200, help="of each check")
     parser.add_argument("--out", type=Path, help="a file for the record; none: only print")
     flags, found, failed, start = parser.parse_args(), {}, {}, time.perf_counter()
-    for test in CHECKS:
+    from fuzz_models import CHECKS as MORE  # it imports from this file
+
+    for test in (*CHECKS, *MORE):
         try:
             found[test.__name__] = attack(test, flags.cases)
         except Exception as error:

@@ -87,7 +87,7 @@ MUTATIONS = [
         ("ELLA takes the strength of the task before", "strength = strength[self.tasks]", "strength = strength[self.tasks - 1]"),
         ("ELLA counts one task at most", "self.tasks += 1", "self.tasks = 1"),
         ("O-LoRA remembers the last task alone", "torch.cat([self.rows[name].to(A.device), A]) if name in self.rows else A.clone()", "A.clone()"),
-        ("O-LoRA squares its overlaps", "update.A.float().T).abs().sum()", "update.A.float().T).square().sum()"),
+        ("O-LoRA squares its overlaps", "overlap.abs().sum()", "overlap.square().sum()"),
         ("N-LoRA is a mean", "update.delta.float().abs().sum()", "update.delta.float().abs().mean()"),
         ("the memory stays in the graph", "tensor.detach().float() for name", "tensor.float() for name"),
     ),

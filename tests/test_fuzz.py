@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import fuzz_models
 import pytest
 import torch
 from fuzz import (
@@ -17,12 +18,17 @@ from fuzz import (
     state_bytes,
     whole_run,
 )
+from peft import get_peft_model
 
 from jumplora.command_line import main, parse_settings
+from jumplora.conventions import set_seed
+from jumplora.data.backbones import load_backbone
 from jumplora.data.benchmark import read_folder
+from jumplora.learning.evaluation import average_accuracy
 from jumplora.learning.tasks import Question
 from jumplora.learning.training import TrainConfig
 from jumplora.method.adapter import JumpLoraConfig
+from jumplora.running.grid import plan, run_grid
 from jumplora.storage.record import Damaged, Run, read_tensors
 from jumplora.storage.state import Checkpoint, load_state
 from jumplora.storage.updates import read_archive
@@ -33,7 +39,54 @@ def test_wild_input_is_taken_rightly_or_refused_clearly(test):
     assert attack(test, 25) > 20
 
 
+@pytest.mark.parametrize("test", fuzz_models.CHECKS, ids=lambda test: test.__name__)
+def test_wild_models_and_tables_are_taken_rightly_or_refused_clearly(test):
+    slow = test in (fuzz_models.answers_in_batches, fuzz_models.files_of_flags)
+    assert attack(test, 2 if slow else 6) > 0
+
+
 # ---- what it has found, one plain test each ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        *((lambda t=t: TrainConfig(target_modules=t), "target_modules=.* is no regular exp") for t in "(*["),
+        *((lambda v=v: JumpLoraConfig(init_lora_weights=v), f"init_lora_weights={v}") for v in (0, 1, 1.0)),
+        *(
+            (lambda d=d: load_backbone("tiny-llama", device=d), "device=.* is not usable")
+            for d in (None, 1.5)
+        ),
+        *((lambda s=s: set_seed(s), f"seed={s!r} is outside") for s in (0.0, None, "3")),
+        *(
+            (lambda a=a: average_accuracy(a), "accuracy=.*no matrix of numbers")
+            for a in ([[], [0]], [[10**400]])
+        ),
+        *(
+            (
+                lambda s=s: run_grid(plan(["ELLA"], ["order1"], [s], backbone="tiny-llama"), "nowhere"),
+                "seed=.* is not a whole number",
+            )
+            for s in ([], {}, 1.5)
+        ),
+        (lambda: run_grid([], "nowhere", device=0), "device='0' is not usable here"),
+    ],
+)
+def test_what_is_refused_is_named_by_what_was_given(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_gate_on_a_layer_that_computes_its_weight_is_refused():
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 5)))
+    with pytest.raises(ValueError, match="type ParametrizedLinear; a gate needs nn.Linear"):
+        get_peft_model(model, JumpLoraConfig(target_modules=["0"]))
+
+
+def test_a_file_of_flags_with_an_odd_value_for_a_file_of_flags_is_refused(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text('{"config": {}}')
+    assert main(["compare", "--sequence", "nowhere", "--config", str(tmp_path / "flags.yaml")]) == 2
+    assert f"--config {tmp_path / 'flags.yaml'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["gate_start", "gate_stop", "lora_dropout"])
@@ -139,9 +192,7 @@ def test_a_state_with_a_tensor_of_no_group_is_damaged(name, tmp_path):
     path = tmp_path / "state" / "after-1.safetensors"
     path.parent.mkdir()
     path.write_bytes(state_bytes({name: torch.ones(2)}, dict(owner=OWNER)))
-    with pytest.raises(
-        Damaged, match=r"after-1\.safetensors is damaged \(its tensor .* belongs to no group"
-    ):
+    with pytest.raises(Damaged, match=r"after-1\.safetensors is damaged \(its tensor .* belongs to no group"):
         load_state(tmp_path, 1, read_tensors(path)[2])
     with pytest.warns(UserWarning, match="belongs to no group.*the training starts again"):
         assert Checkpoint(path, OWNER).read() is None

@@ -44,7 +44,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         return own_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} is not usable here ({why}); use 'auto' or 'cpu'") from error
     return own_device(device)

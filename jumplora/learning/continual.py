@@ -117,6 +117,9 @@ class Method:
 
     def check_fits(self, sequence: TaskSequence) -> None:
         "`ValueError` where the method needs another number of tasks."
+        if self.gated and self.after_task == "keep" and self.training == "sequential" and len(sequence) > 1:
+            what = "a kept gate starts dense again at the second task, so entries that were zeroed return"
+            raise ValueError(f"{self.name!r}: {what}; use after_task='merge'")
         strengths = getattr(self.regularizer, "strength", None)
         if isinstance(strengths, tuple) and len(strengths) != len(sequence):
             count = f"strength has {len(strengths)} values for {len(sequence)} tasks"

@@ -8,7 +8,6 @@ __all__ = ['dry_check']
 # %% ../../nbs/2_learning/dry_check.ipynb #9f3a4d86
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -17,29 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from .evaluation import answer, normalize
 from .tasks import Task, TaskSequence, encode_answer, encode_prompt, is_encoder_decoder
 from .training import TrainConfig, check_model, target_layers
-
-# %% ../../nbs/2_learning/dry_check.ipynb #05269f77
-def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    "`ValueError` for a layer whose weight is not its own, not plain, or not in memory."
-    owners = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        others = [owner for owner in owners.get(id(weight), ()) if owner != f"{name}.weight"]
-        reason = None
-        if not isinstance(layer, nn.Linear):
-            reason = f"is of type {type(layer).__name__}; an update can be merged into nn.Linear only"
-        elif weight is None:
-            reason = "computes its weight from other parameters; remove parametrization or weight norm first"
-        elif others:
-            reason = f"shares its weight with {others[0]}, which a merge would change too; leave it out"
-        elif weight.is_meta:
-            reason = "has no weight in memory; load the model without offloading"
-        elif weight.is_inference():
-            reason = "was loaded in torch.inference_mode(); load the model outside of it"
-        if reason is not None:
-            raise ValueError(f"target_modules: the layer {name} {reason}")
 
 # %% ../../nbs/2_learning/dry_check.ipynb #5fa5dfff
 def _check_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence: TaskSequence) -> None:
@@ -102,7 +78,10 @@ def dry_check(
     config = config or TrainConfig()
     check_model(model, config.batch_size)
     layers = target_layers(model, config.target_modules, config.top_layers)
-    _check_layers(model, layers)
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            fix = "load the model without offloading"
+            raise ValueError(f"target_modules: the layer {name} has no weight in memory; {fix}")
     _check_tokens(model, tokenizer, sequence)
     task, text = _longest_prompt(model, tokenizer, sequence, config, split)
     if out is not None:

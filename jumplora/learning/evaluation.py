@@ -90,7 +90,10 @@ def evaluate(
 # %% ../../nbs/2_learning/evaluation.ipynb #4e733c47
 def as_matrix(accuracy: np.ndarray | Sequence) -> np.ndarray:
     "A (T, T) matrix in percent, nan where nothing was measured; `ValueError` for shape or range."
-    a = np.array(accuracy, dtype=np.float64)
+    try:
+        a = np.array(accuracy, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"accuracy={accuracy!r:.80} is no matrix of numbers ({error})") from None
     if a.ndim != 2 or a.shape[0] != a.shape[1] or not a.size:
         raise ValueError(f"accuracy has shape {a.shape}; use (T, T), one row per task learned")
     for i, j in np.argwhere((a < 0) | (a > 100)):

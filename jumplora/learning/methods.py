@@ -17,16 +17,7 @@ from torch import Tensor
 from ..conventions import check_choice
 from .continual import Method
 from ..method.schedule import initial_threshold
-from jumplora.method.regularizers import (
-    ELLA,
-    NLoRA,
-    OLoRA,
-    Regularizer,
-    Update,
-    check_layers,
-    check_strength,
-    zero_penalty,
-)
+from ..method.regularizers import ELLA, NLoRA, OLoRA, Regularizer, Update, check_layers, check_strength
 
 # %% ../../nbs/2_learning/methods.ipynb #6a8334eb
 @dataclass(eq=False)
@@ -49,7 +40,7 @@ class EWC(Regularizer):
 
     def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar
         "The penalty of one layer; 0 during the first task."
-        total = zero_penalty({name: update})
+        total = torch.zeros((), device=update.A.device)
         for key, factor in ((f"{name}.A", update.A), (f"{name}.B", update.B)):
             if key in self.anchor:
                 moved = factor.float() - self.anchor[key]

@@ -25,15 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..conventions import check_choice, check_name
-from jumplora.data.files import (
-    check_characters,
-    find_splits,
-    find_tasks,
-    label_text,
-    read_rows,
-    safe_name,
-    task_arguments,
-)
+from ..data import files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,15 +55,14 @@ class Question:
         where = f"task {check_name(self.name, 'Task.name')!r}"
         if not isinstance(self.instruction, str):
             raise ValueError(f"{where}: instruction={self.instruction!r} is not a string; '' means none")
-        check_characters(self.instruction, f"{where}: instruction={self.instruction!r}")
+        files.check_characters(self.instruction, f"{where}: instruction={self.instruction!r}")
         if isinstance(self.options, str):
             raise ValueError(f"{where}: options={self.options!r} is one string; give a list: ['yes', 'no']")
-        options = tuple(label_text(option, f"{where}: the option") for option in self.options)
+        options = tuple(files.label_text(option, f"{where}: the option") for option in self.options)
         for option in options:
             if option != " ".join(option.split()) or "|" in option:
-                raise ValueError(
-                    f"{where}: the option {option!r} must be text without '|' and spare white space"
-                )
+                what = "must be text without '|' and spare white space"
+                raise ValueError(f"{where}: the option {option!r} {what}")
         twice = [option for option, n in Counter(o.lower() for o in options).items() if n > 1]
         if twice or not options:
             what = f"{twice[0]!r} twice (capitals do not count)" if twice else "none"
@@ -106,11 +97,9 @@ class Task(Question):
         super().__post_init__()
         for split in SPLITS:
             where = f"task {self.name!r}, {split}"
-            rows = tuple(Example(text, label) for text, label in read_rows(getattr(self, split), where)[0])
+            rows = tuple(map(Example._make, files.read_rows(getattr(self, split), where)[0]))
             if not rows and split != "dev":
-                raise ValueError(
-                    f"task {self.name!r} has no {split} rows; it needs rows to learn and to score"
-                )
+                raise ValueError(f"task {self.name!r} has no {split} rows; give some to learn and to score")
             for i, row in enumerate(rows if split != "test" else ()):
                 if row.label not in self.options:
                     near = difflib.get_close_matches(row.label, self.options, n=1)
@@ -134,11 +123,12 @@ class Task(Question):
         note: str = "",  # what a reader of the numbers must know
     ) -> "Task":
         "Read the splits. `FileNotFoundError` or `ValueError` names the split and the file or row."
-        sources = find_splits(data, f"task {name!r}")
+        sources = files.find_splits(data, f"task {name!r}")
         rows = {}
         notes = [note]
         for split in SPLITS:
-            rows[split], names = read_rows(sources.get(split, ()), f"task {name!r}, {split}", text, label)
+            where = f"task {name!r}, {split}"
+            rows[split], names = files.read_rows(sources.get(split, ()), where, text, label)
             options = names if options is None else options
         if options is None:
             options = sorted({label for _, label in rows["train"]}) or ["-"]  # no rows: refused below
@@ -151,8 +141,7 @@ class Task(Question):
             notes.append("with a general instruction")
         if rows["dev"] == rows["test"]:
             notes.append("dev equals test: choose nothing on dev")
-        note = "; ".join(filter(None, notes))
-        return cls(name, instruction, options, rows["train"], rows["dev"], rows["test"], note)
+        return cls(name, instruction, options, **rows, note="; ".join(filter(None, notes)))
 
     def counts(self) -> dict[str, dict[str, int]]:  # split -> label -> rows
         "How many rows of each label every split has; the options come first."
@@ -175,9 +164,8 @@ class Task(Question):
             if count is None:
                 continue
             if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
-                raise ValueError(
-                    f"{split}={count!r} is no number of rows; use {least} or more, or None for all"
-                )
+                fix = f"use {least} or more, or None for all"
+                raise ValueError(f"{split}={count!r} is no number of rows; {fix}")
             rows = list(getattr(self, split))
             random.Random(f"{seed}/{self.name}/{split}").shuffle(rows)
             drawn = Counter()
@@ -224,14 +212,14 @@ class TaskSequence(Sequence):
         questions: Mapping[str, tuple] | None = None,  # task -> (instruction, options) that the folder lacks
     ) -> "TaskSequence":
         "Read a folder of tasks. `FileNotFoundError` or `ValueError` names task, split, file or row."
-        found = find_tasks(folder)
+        found = files.find_tasks(folder)
         wanted = list(found) if names is None else [task.lower() for task in names]
         tasks = []
         for task in wanted:
             check_choice(task, sorted(found), f"the folder {folder} lacks a task; task")
             question = (questions or {}).get(task)
-            tasks.append(Task.load(task, **task_arguments(folder, task, found[task], question)))
-        return cls(name or safe_name(Path(folder).expanduser().resolve().name), tasks)
+            tasks.append(Task.load(task, **files.task_arguments(folder, task, found[task], question)))
+        return cls(name or files.safe_name(Path(folder).expanduser().resolve().name), tasks)
 
     def __len__(self) -> int:  # T
         return len(self.tasks)
@@ -271,17 +259,18 @@ def fingerprint(parts: Iterable) -> str:
 _AS_TEXT = dict(split_special_tokens=True, verbose=False)  # what spells a special token does not become one
 
 
-def _spelled_out(tokenizer, text):
-    "The text, with a space inside what a tokenizer of whole words or pieces still reads as a special token."
+def _encode_as_text(tokenizer, text, **settings):
+    "Encoding and text; a special token that the text spells gets a space, where it would be read as one."
+    found = tokenizer(text, **_AS_TEXT, **settings)
     if not tokenizer.is_fast:
-        return text
+        return found, text
     added = tokenizer.added_tokens_decoder.items()
     special = {token for token, kind in added if kind.special} - {tokenizer.unk_token_id}
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_AS_TEXT)
-    spans = zip(found.input_ids, found.offset_mapping, strict=True)
-    for start in reversed([start for token, (start, end) in spans if token in special and end - start > 1]):
+    spans = [found.token_to_chars(i) for i, token in enumerate(found.input_ids) if token in special]
+    starts = [span.start for span in spans if span and span.end - span.start > 1]  # None: not in the text
+    for start in reversed(starts):
         text = f"{text[: start + 1]} {text[start + 1 :]}"
-    return text
+    return (tokenizer(text, **_AS_TEXT, **settings) if starts else found), text
 
 
 def encode_prompt(
@@ -295,7 +284,7 @@ def encode_prompt(
     check_choice(truncation, ("field", "reference"), "truncation")
 
     def encode(text, **settings):
-        return tokenizer(_spelled_out(tokenizer, task.prompt(text)), **_AS_TEXT, **settings).input_ids
+        return _encode_as_text(tokenizer, task.prompt(text), **settings)[0].input_ids
 
     if truncation == "reference":
         return encode(text, truncation=True, max_length=max_length)
@@ -303,8 +292,8 @@ def encode_prompt(
     if len(ids) <= max_length:
         return ids
     if tokenizer.is_fast:
-        text = _spelled_out(tokenizer, text)
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_AS_TEXT)
+        options = dict(add_special_tokens=False, return_offsets_mapping=True)
+        found, text = _encode_as_text(tokenizer, text, **options)
         ends = [end for _, end in found.offset_mapping]
         room = len(ends) - (len(ids) - max_length)
     else:  # no offsets: as many characters as fit

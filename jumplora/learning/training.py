@@ -104,6 +104,10 @@ class TrainConfig:
         if targets is not None and not (named or (isinstance(targets, str) and targets)):
             fix = "use ('q_proj',), a regular expression or None"
             raise ValueError(f"target_modules={targets!r} is no list of names; {fix}")
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except re.error as error:
+            raise ValueError(f"target_modules={targets!r} is no regular expression: {error}") from None
         options = self.training_arguments
         if not isinstance(options, dict):
             raise ValueError(f"training_arguments={options!r} is no dict; use names and values")
@@ -139,19 +143,34 @@ class TrainConfig:
 def check_model(model: nn.Module, batch_size: int = 1) -> None:
     "`ValueError` for DataParallel, and for batches of a model that reads padding as text."
     if isinstance(model, nn.DataParallel):
-        what = "copies of the model would not share the gate's state"
-        raise ValueError(f"DataParallel is refused: {what}; start one process per GPU with torchrun")
+        raise ValueError("DataParallel is refused: its copies share no gate; use torchrun, one process a GPU")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in ("prophetnet", "rwkv", "xlstm") and batch_size > 1:
         what = f"batch_size={batch_size}: a model of type {kind!r} reads padding as text"
         raise ValueError(f"{what}; use batch_size=1 and, for larger steps, gradient_accumulation")
 
 
+def _in_top_blocks(model, layers, count):
+    "Those of the layers that are in the last blocks of their stacks. `ValueError` where there are none."
+    kept = {}
+    for name, layer in layers.items():
+        stack, number = block_of(model, name)
+        if not stack:
+            raise ValueError(f"top_layers={count}, but the target {name} is in no block; leave it out")
+        depth = len(model.get_submodule(stack))
+        if count > depth:
+            raise ValueError(f"top_layers={count}, but {stack} has {depth} blocks; use at most {depth}")
+        if number >= depth - count:
+            kept[name] = layer
+    if not kept:
+        raise ValueError(f"top_layers={count}: the last blocks hold no layer of target_modules; use more")
+    return kept
+
+
 def target_layers(
     model: nn.Module, targets: tuple[str, ...] | str | None, top_layers: int | None = None
 ) -> dict[str, nn.Module]:
-    "The layers that PEFT adapts for these `target_modules`. `ValueError` where a name matches none."
-    check_model(model)
+    "The layers that PEFT adapts for these `target_modules`. `ValueError` where an update cannot be merged."
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -170,19 +189,25 @@ def target_layers(
             what = f"PEFT has no default target_modules for {kind!r}; give some"
         raise ValueError(f"{what}; this model has {sorted({name.rpartition('.')[2] for name in linear})}")
     layers = {name: module for name, module in modules.items() if name in found}
-    if top_layers is None:
-        return layers
-    for name in list(layers):
-        stack, number = block_of(model, name)
-        if not stack:
-            raise ValueError(f"top_layers={top_layers}, but the target {name} is in no block; leave it out")
-        depth = len(modules[stack])
-        if top_layers > depth:
-            raise ValueError(f"top_layers={top_layers}, but {stack} has {depth} blocks; use at most {depth}")
-        if number < depth - top_layers:
-            del layers[name]
-    if not layers:
-        raise ValueError(f"top_layers={top_layers}: these blocks hold no layer of {wanted!r}; use more blocks")
+    if top_layers is not None:
+        layers = _in_top_blocks(model, layers, top_layers)
+    owners = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        others = [owner for owner in owners.get(id(weight), ()) if owner != f"{name}.weight"]
+        reason = None
+        if not isinstance(layer, nn.Linear):
+            reason = f"is of type {type(layer).__name__}; an update can be merged into nn.Linear only"
+        elif weight is None:
+            reason = "computes its weight from other parameters; remove parametrization or weight norm first"
+        elif others:
+            reason = f"shares its weight with {others[0]}, which a merge would change too; leave it out"
+        elif weight.is_inference():
+            reason = "was loaded in torch.inference_mode(); load the model outside of it"
+        if reason is not None:
+            raise ValueError(f"target_modules: the layer {name} {reason}")
     return layers
 
 # %% ../../nbs/2_learning/training.ipynb #e859863f
@@ -191,23 +216,20 @@ def attach_adapter(
     config: TrainConfig,  # rank, targets, gate
     gated: bool,  # True: JumpLoRA; False: PEFT's LoRA
 ) -> nn.Module:  # PEFT model with one fresh trainable adapter, "default"
-    "Add a fresh adapter to a backbone. `ValueError` with the linear layers where a target is none of them."
+    "Add a fresh adapter to a backbone. `ValueError` for a target that is missing or cannot be merged."
     targets = config.target_modules
     check_model(model, config.batch_size)
     layers = target_layers(model, targets, config.top_layers)
     if config.top_layers is not None:
         targets = list(layers)
+    gate = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets or ()) or None,
+        **{name: getattr(config, name) for name in gate if gated},
     )
-    if gated:
-        peft_config.threshold_scope = config.threshold_scope
-        peft_config.threshold_reduction = config.threshold_reduction
-        peft_config.threshold_parametrization = config.threshold_parametrization
-        peft_config.bandwidth = config.bandwidth
     with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, peft_config)
@@ -226,22 +248,25 @@ def named_updates(
     adapter_name: str = "default",  # which adapter
 ) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
-    layers = adapter_layers(model, adapter_name).items()
-    return {n: _layer_update(layer, adapter_name) for n, layer in layers}
+    return {n: _layer_update(layer, adapter_name) for n, layer in adapter_layers(model, adapter_name).items()}
 
 # %% ../../nbs/2_learning/training.ipynb #4b065948
 def penalty_function(model: nn.Module, regularizer: Regularizer) -> Callable[[], Tensor] | None:
     "A function that computes λΩ of the model as it is, differentiable; None for a regularizer without one."
-    defined = [vars(cls) for cls in type(regularizer).__mro__ if cls is not Regularizer]
+    kinds = [cls for cls in type(regularizer).__mro__ if cls is not Regularizer]
+    defined = map(vars, [regularizer, *kinds])
     owner = next((own for own in defined if "penalty" in own or own.get("layer_penalty")), None)
     if owner is None:
         return None
     layers = adapter_layers(model)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    regularizer.before_task(shapes, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    regularizer.before_task(shapes, device)
+    exact = torch.autocast(device.type, enabled=False)  # whatever surrounds the call
     if "penalty" in owner:
-        return lambda: regularizer.penalty(named_updates(model))
+        return exact(lambda: regularizer.penalty(named_updates(model)))
 
+    @exact
     def sum_over_layers() -> Tensor:
         total = 0.0
         factors = []
@@ -288,7 +313,7 @@ class _PenaltyTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.penalty is not None:
-            value = self.penalty()  # outside the autocast that accelerate puts around the model's forward
+            value = self.penalty()
             self.last_penalty = value.detach()
             loss = loss + value / self.current_gradient_accumulation_steps
         if largest(not torch.isfinite(loss)):  # in any process
@@ -334,11 +359,17 @@ class TaskLog(TrainerCallback):
     penalty: list[float] = field(default_factory=list)  # λΩ per step; empty without a penalty
     gate: list[dict] = field(default_factory=list)  # the schedule's history; empty without a gate
     begun: float = field(default_factory=time.perf_counter)  # clock at the start, moved back by a checkpoint
+    task: str = ""  # its name, for messages
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.loss.append(logs["loss"])
             self.penalty += [logs["penalty"]] if "penalty" in logs else []
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step < self.steps and gate_groups(model):
+            done = f"a callback stopped the training of task {self.task!r} at step {state.global_step}"
+            raise ValueError(f"{done} of {self.steps}; let it finish, or use no gate")
 
     def state_dict(self) -> dict:  # JSON types
         "What a checkpoint keeps of it."
@@ -394,10 +425,8 @@ def training_arguments(config: TrainConfig, device, seed, folder, optimizer="ada
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
                 remove_unused_columns=False, **options,
             )  # fmt: skip
-        betas = (arguments.adam_beta1, arguments.adam_beta2)
-        dummy = torch.optim.AdamW(
-            [torch.zeros(1)], betas=betas, eps=arguments.adam_epsilon, weight_decay=arguments.weight_decay
-        )
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        dummy = kind([torch.zeros(1)], weight_decay=arguments.weight_decay, **settings)
         get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1, arguments.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training_arguments={config.training_arguments}: {error}") from None
@@ -434,7 +463,7 @@ def train_task(
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)
-    log = TaskLog(task_steps(task, config, also))
+    log = TaskLog(task_steps(task, config, also), task=task.name)
     collator = Collator.for_model(model, tokenizer)
     rows = _encode_rows(tokenizer, (task, *also), config, collator.encoder_decoder)
     rows, collate = fill_rows(rows, collator)
@@ -454,6 +483,7 @@ def train_task(
         trainer.checkpoint = checkpoint
         trainer.parts = {f"callback {i}": c for i, c in enumerate(callbacks) if hasattr(c, "state_dict")}
         trainer.parts["log"] = log
+        trainer.add_callback(log)  # before the schedule, which warns where this refuses
         schedule = None
         if gate_groups(model):
             schedule = SparsitySchedule(
@@ -461,12 +491,9 @@ def train_task(
             )
             trainer.add_callback(SparsityCallback(schedule))
             trainer.parts["schedule"] = schedule
-        for callback in (log, *callbacks):
+        for callback in callbacks:
             trainer.add_callback(callback)
         trainer.train_or_resume()
-    if schedule is not None and trainer.state.global_step < log.steps:
-        done = f"a callback stopped the training of task {task.name!r} at step {trainer.state.global_step}"
-        raise ValueError(f"{done} of {log.steps}, before its schedule ended; let it finish, or use no gate")
     if "_original_forward" in vars(model):  # undo accelerate's autocast, which a resumed run would lack
         model.forward = vars(model).pop("_original_forward")
         vars(model).pop("_is_accelerate_prepared", None)

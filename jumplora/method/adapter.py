@@ -38,7 +38,7 @@ class JumpLoraConfig(LoraConfig):
     use_jumplora: bool = field(default=True, metadata={"is_lora_variant": True})  # marks our variant for PEFT
 
     def __post_init__(self):
-        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        if repr(self.init_lora_weights) not in ("True", "False", "'gaussian'", "'orthogonal'"):  # 1 == True
             what = f"init_lora_weights={self.init_lora_weights!r} may move weights into the update"
             raise ValueError(f"{what}, to be zeroed there; use True, False, 'gaussian' or 'orthogonal'")
         super().__post_init__()
@@ -206,7 +206,7 @@ class JumpLoraModel(LoraModel):
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, nn.Linear) or hasattr(base, "parametrizations"):
             found = type(base).__name__
             raise ValueError(f"target_modules names a layer of type {found}; a gate needs nn.Linear")
         return JumpLoraLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -239,9 +239,7 @@ class JumpLoraModel(LoraModel):
             del gates[key]  # an adapter of the same name, made later, gets a gate of its own
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
-        raise ValueError(
-            "a sum of gated updates is not a product of two factors; merge the adapters one after another"
-        )
+        raise ValueError("a sum of gated updates has no two factors; merge the adapters one after another")
 
 # %% ../../nbs/1_method/adapter.ipynb #5139aebe
 if "JUMPLORA" not in PeftType.__members__:  # once, however often this module is run
@@ -336,10 +334,8 @@ class GateGroup:
             return max(1, round(kept * entries))
         if isinstance(kept, int) and not isinstance(kept, bool) and 1 <= kept <= entries:
             return kept
-        raise ValueError(
-            f"kept={kept!r} is not possible for {self.name!r} with {entries} entries; use None, a whole "
-            f"number from 1 to {entries} (per threshold), or a share such as 0.05, above 0 and at most 1.0"
-        )
+        fix = f"use None, a whole number from 1 to {entries}, or a share such as 0.05, at most 1.0"
+        raise ValueError(f"kept={kept!r} is not possible for {self.name!r} with {entries} entries; {fix}")
 
 # %% ../../nbs/1_method/adapter.ipynb #11d14e71
 def gate_groups(
@@ -351,6 +347,5 @@ def gate_groups(
     for name, layer in adapter_layers(model).items():
         if adapter_name in getattr(layer, "lora_gate", ()):
             gate = layer.lora_gate[adapter_name]
-            group = groups.setdefault(gate.group, GateGroup(gate.group, gate, {}, adapter_name))
-            group.layers[name] = layer
+            groups.setdefault(gate.group, GateGroup(gate.group, gate, {}, adapter_name)).layers[name] = layer
     return groups

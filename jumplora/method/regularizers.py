@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..conventions import check_choice
+from .gated_linear import dense_product
 
 # %% ../../nbs/1_method/regularizers.ipynb #c65c31d0
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class _Overlap(torch.autograd.Function):
     def forward(ctx, update, past):
         product = update * past  # non-zero only where both are
         ctx.save_for_backward(product, past)
-        return product.flatten() @ product.flatten()
+        return torch.dot(product.flatten(), product.flatten())  # autocast would round in a matrix product
 
     @staticmethod
     @once_differentiable
@@ -164,20 +165,16 @@ class ELLA(Regularizer):
         check_layers(shapes, self.past)
         for name, past in self.past.items():
             if tuple(shapes[name]) != tuple(past.shape):
-                raise ValueError(
-                    f"the update of {name!r} has shape {tuple(shapes[name])}, but W_past holds "
-                    f"{tuple(past.shape)} there; use the same backbone for every task, or a new regularizer"
-                )
+                what = f"the update of {name!r} has shape {tuple(shapes[name])}, W_past {tuple(past.shape)}"
+                raise ValueError(f"{what}; use the same backbone for every task, or a new regularizer")
 
     def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar λ · ||ΔW_eff ⊙ W_past||² (/ L)
         "The penalty of one layer; 0 during the first task, whatever λ is."
         strength = self.strength
         if isinstance(strength, tuple):
             if self.tasks >= len(strength):
-                raise ValueError(
-                    f"strength has {len(strength)} values, but this is task {self.tasks + 1}; give one "
-                    "number for all tasks, or one per task (the first is never used: there is no past yet)"
-                )
+                what = f"strength has {len(strength)} values, but this is task {self.tasks + 1}"
+                raise ValueError(f"{what}; give one number for all tasks, or one per task")
             strength = strength[self.tasks]
         if not self.past or strength == 0:
             return zero_penalty({name: update})
@@ -200,11 +197,9 @@ def check_layers(names: Iterable[str], past: dict[str, Tensor]) -> None:
     names = set(names)
     new, gone = sorted(names - past.keys()), sorted(past.keys() - names)
     if past and (new or gone):
-        raise ValueError(
-            f"the updates and the memory of past tasks name different layers: {len(new)} only in the updates "
-            f"{new[:3]}, {len(gone)} only in the memory {gone[:3]}; the penalty would silently shrink. Use "
-            "the same target modules for every task, and names without the prefixes of wrappers"
-        )
+        what = f"{len(new)} are only in the updates {new[:3]}, {len(gone)} only in the memory {gone[:3]}"
+        fix = "use the same target modules for every task, and names without the prefixes of wrappers"
+        raise ValueError(f"updates and memory have different layers: {what}; {fix}")
 
 
 def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,10 +207,8 @@ def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().float() for name, tensor in tensors.items()}
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise ValueError(
-            f"the update of {bad[0]!r} ({len(bad)} of {len(tensors)} layers) holds NaN or infinity and was "
-            "not remembered: it would spoil the penalty of every later task. Look at this task's loss"
-        )
+        what = f"the update of {bad[0]!r} ({len(bad)} of {len(tensors)} layers) holds NaN or infinity"
+        raise ValueError(f"{what} and was not remembered; look at this task's loss")
     return tensors
 
 
@@ -251,7 +244,8 @@ class OLoRA(Regularizer):
         total = zero_penalty({name: update})
         if self.rows and self.strength:
             past = self.rows[name].to(update.A.device)
-            total = total + self.strength * (past @ update.A.float().T).abs().sum()  # (t · r, in) @ (in, r)
+            overlap = dense_product(update.A.T, past)  # (t · r, in) @ (in, r)
+            total = total + self.strength * overlap.abs().sum()
         if self.norm_strength:
             total = total + self.norm_strength * (update.A.float().norm() + update.B.float().norm())
         return total

@@ -27,10 +27,7 @@ def ramp_steps(
     if not 0 <= start <= stop <= 1:
         raise ValueError(f"start={start}, stop={stop} is not allowed; use 0 <= start <= stop <= 1")
     if stop == 0:
-        raise ValueError(
-            "stop=0 gates the update before the first step: B is zero there, so no entry passes, "
-            "no gradient comes back, and nothing is ever learned; use stop > 0, such as 0.8"
-        )
+        raise ValueError("stop=0 gates zeros: no gradient, so nothing is ever learned; use stop > 0")
     first = int(start * total_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
     first = min(max(1, first), max(1, total_steps - 1))  # leaves room for the ramp
     return first, min(max(first + 1, int(stop * total_steps + 1e-9)), total_steps)
@@ -173,11 +170,8 @@ class SparsitySchedule:
         for name, group in self.groups.items():
             zero = not any(layer.lora_B[self.adapter_name].weight.any() for layer in group.layers.values())
             if zero and float(group.gate.interpolation) >= 1:
-                raise ValueError(
-                    f"{name!r} is fully gated (γ = 1) and its update is zero: zero does not exceed the "
-                    "threshold, so no gradient comes back and nothing is ever learned; start dense, with "
-                    "gate.interpolation.fill_(0)"
-                )
+                what = f"{name!r} is fully gated (γ = 1) and its update is zero, so nothing is ever learned"
+                raise ValueError(f"{what}; start dense, with gate.interpolation.fill_(0)")
 
 # %% ../../nbs/1_method/schedule.ipynb #d37e1159
 class SparsityCallback(TrainerCallback):
@@ -189,11 +183,9 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         "Compare the totals, resume where a checkpoint was, refuse a gate that cannot learn."
         if state.max_steps != self.schedule.total_steps:
-            raise ValueError(
-                f"the schedule was made for {self.schedule.total_steps} steps, but the Trainer will do "
-                f"{state.max_steps}; use total_steps = optimizer steps, which is "
-                "batches / gradient_accumulation_steps * epochs"
-            )
+            what = f"the schedule was made for {self.schedule.total_steps} steps, but the Trainer will do"
+            fix = "use total_steps = batches / gradient_accumulation_steps * epochs"
+            raise ValueError(f"{what} {state.max_steps}; {fix}")
         if state.global_step > self.schedule.step:
             self.schedule.resume_at(state.global_step)
         self.schedule.check_gates()
@@ -205,5 +197,4 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         "Warn where the gate is not at γ = 1: training stopped early, or went back to its best checkpoint."
         gamma = min(float(group.gate.interpolation) for group in self.schedule.groups.values())
-        total = self.schedule.total_steps
-        warn_if_dense(gamma, f"training ended at step {state.global_step} of {total}")
+        warn_if_dense(gamma, f"training ended at step {state.global_step} of {state.max_steps}")

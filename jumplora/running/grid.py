@@ -101,7 +101,7 @@ def plan(
             strength = (strengths or {}).get(base_of(method))
             if isinstance(strength, dict):
                 strength = strength.get(name.removesuffix("-hub"))
-            jobs[method, name, seed] = Job(method, name, seed, strength=strength, **shared)
+            jobs[method, name, repr(seed)] = Job(method, name, seed, strength=strength, **shared)
     return list(jobs.values())
 
 # %% ../../nbs/5_inside/grid.ipynb #6e2c02c5
@@ -273,7 +273,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
 def _places(device: str, processes: int) -> list[tuple[str, str]]:
     "The device and the visible GPUs of jobs of this machine, to be taken in turn: one GPU per process."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    kind, _, number = device.partition(":")
+    kind, _, number = str(device).partition(":")
     count = torch.cuda.device_count() if kind in ("auto", "cuda") else 0  # starts nothing on them
     if not count:
         return [(str(pick_device(device)), visible)]

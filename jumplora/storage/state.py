@@ -112,7 +112,7 @@ class Checkpoint(TrainerCallback):
         return self.stop.number is not None or waited >= max(self.every, 50 * self.cost)
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = bool(largest(self.due()))
+        control.should_save = bool(largest(self.due())) and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
         self.stop.obey()

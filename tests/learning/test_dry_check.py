@@ -8,7 +8,7 @@ import transformers as T
 from equal_runs import same_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -28,12 +28,13 @@ def tokenizer(**changes):
     return byte_tokenizer(**{k: v for k, v in (SPECIAL | changes).items() if v is not None})
 
 
-def of_words(*words):
+def of_words(*words, **changes):
     "A tokenizer that knows these words alone."
-    numbers = {word: i for i, word in enumerate([*SPECIAL.values(), *words])}
-    known = Tokenizer(WordLevel(numbers, unk_token=SPECIAL["unk_token"]))
-    known.pre_tokenizer = Whitespace()
-    return T.PreTrainedTokenizerFast(tokenizer_object=known, **SPECIAL)
+    special = SPECIAL | changes
+    numbers = {word: i for i, word in enumerate([*special.values(), *words])}
+    known = Tokenizer(WordLevel(numbers, unk_token=special["unk_token"]))
+    known.pre_tokenizer = WhitespaceSplit()
+    return T.PreTrainedTokenizerFast(tokenizer_object=known, **special)
 
 
 def sequence(options=("good", "bad"), text="a text", instruction="What is it?\n"):
@@ -123,6 +124,10 @@ REFUSED = {
         lambda: changed(llama(), shares_a_weight), tokenizer(), {},
         "layers.0.self_attn.q_proj shares its weight with .*layers.1.self_attn.q_proj.weight",
     ),
+    "an option that spells the end token": (
+        llama, of_words("good", "is", eos_token="</s>"), dict(options=("good", "is </s>")),
+        "'is </s>' into 'is', so no answer",
+    ),
     "a weight that is computed": (
         lambda: changed(llama(), lambda m: parametrizations.weight_norm(m.model.layers[0].self_attn.q_proj)),
         tokenizer(), {}, "q_proj computes its weight from other parameters",
@@ -153,8 +158,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_the_output_layer_of_a_model_with_tied_embeddings_is_refused():
+def test_the_output_layer_of_a_model_with_tied_embeddings_is_refused_wherever_one_begins():
     config = TrainConfig(target_modules=("lm_head",))
+    with pytest.raises(ValueError, match="lm_head shares its weight with model.embed_tokens.weight"):
+        attach_adapter(llama(tie_word_embeddings=True), config, gated=False)
     with pytest.raises(ValueError, match="lm_head shares its weight with model.embed_tokens.weight"):
         dry_check(llama(tie_word_embeddings=True), tokenizer(), sequence(), config)
     assert dry_check(llama(), tokenizer(), sequence(), config) == ["lm_head"]

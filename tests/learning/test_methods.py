@@ -241,6 +241,7 @@ def given_strengths(count):
         (given_strengths(1), "strength has 1 values for 2 tasks; give one per task"),
         (given_strengths(3), "strength has 3 values for 2 tasks; give one per task"),
         (lambda: learn(METHODS["single task"]), "learns one task; 'short' has 2"),
+        (lambda: learn(Method("kept", gated=True, after_task="keep")), "again .*use after_task='merge'"),
         (lambda: with_settings(METHODS["ELLA"], name="mine"), "setting='name' is not known"),
         *[(lambda method=method: with_settings(method, strenght=1.0), "'strenght'.*did you mean 'strength'")
           for method in METHODS.values()],

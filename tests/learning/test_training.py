@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import warnings
 import weakref
 from functools import cache
 from types import SimpleNamespace
@@ -515,7 +516,8 @@ def test_only_a_gated_task_must_be_trained_to_its_end():
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    with pytest.raises(ValueError, match="stopped the training of task 'topics' at step 3 of 10.*no gate"):
+    says = "stopped the training of task 'topics' at step 3 of 10.*no gate"
+    with pytest.raises(ValueError, match=says), warnings.catch_warnings(action="error"):
         trained(gated=True, epochs=5.0, callbacks=[Stop()])
     assert len(trained(epochs=5.0, callbacks=[Stop()])[1].loss) == 3
 

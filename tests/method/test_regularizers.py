@@ -307,10 +307,15 @@ def test_settings_are_json_and_the_memory_is_not_among_them():
 # ---- in training ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-t5"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@each_penalty
-def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
+class Direction(Regularizer):
+    "A penalty with a matrix product, which autocast would round."
+
+    def layer_penalty(self, name, update):
+        return (update.A @ torch.ones(update.A.shape[1], 1)).square().sum()
+
+
+def adapted_after_a_task(kind, gated, make):
+    "Model, regularizer that remembers its update, and the factors."
     torch.manual_seed(0)
     model, regularizer = attach_adapter(load_backbone(kind)[0], TrainConfig(rank=2), gated), make()
     for name, parameter in model.named_parameters():
@@ -318,6 +323,29 @@ def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
             torch.nn.init.normal_(parameter, std=0.1)
     regularizer.after_task(named_updates(model))
     factors = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+    return model, regularizer, factors
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("make", [ELLA, OLoRA, NLoRA, Direction])
+def test_autocast_changes_no_bit_of_a_penalty_and_its_gradient(gated, make):
+    model, regularizer, factors = adapted_after_a_task("tiny-llama", gated, make)
+    penalty = penalty_function(model, regularizer)
+    values = [penalty()]
+    whole = regularizer.penalty(named_updates(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        values.append(penalty())
+        assert make is Direction or regularizer.penalty(named_updates(model)) == whole
+    assert values[0] == values[1] > 0
+    found = [torch.autograd.grad(v, factors, allow_unused=True, materialize_grads=True) for v in values]
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-t5"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@each_penalty
+def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
+    model, regularizer, factors = adapted_after_a_task(kind, gated, make)
     penalties = (regularizer.penalty(named_updates(model)), penalty_function(model, regularizer)())
     whole, apart = (
         torch.autograd.grad(penalty, factors, allow_unused=True, materialize_grads=True)
@@ -326,3 +354,10 @@ def test_layer_by_layer_the_gradients_are_those_of_the_whole(kind, gated, make):
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other)
     assert any(gradient.any() for gradient in whole)
+
+
+def test_a_penalty_that_is_set_on_one_instance_is_charged():
+    model, regularizer, _ = adapted_after_a_task("tiny-llama", False, IncLoRA)
+    assert penalty_function(model, regularizer) is None
+    regularizer.layer_penalty = lambda name, update: update.B.abs().sum()
+    assert penalty_function(model, regularizer)() > 0
