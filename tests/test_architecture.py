@@ -30,7 +30,7 @@ learning.tasks running.processes
 data.benchmark running.answers
 data.newsroom learning.evaluation
 data.sequences data.backbones storage.record
-storage.state
+storage.state running.trunk
 storage.updates
 learning.training
 running.tracking learning.dry_check
@@ -39,6 +39,7 @@ learning.methods
 results.sparsity results.run_tables storage.rollback
 results.speed storage.export
 running.grid
+results.interference
 command_line
 """
 LAYER = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}

@@ -13,9 +13,9 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from dataclasses import replace
 from typing import NamedTuple
 
 from .benchmark import shuffled
@@ -158,16 +158,17 @@ def topics(
     seed: int = 0,  # which rows, and the order of the tasks
 ) -> TaskSequence:  # six tasks
     "Six tasks of four labels, each label one word; prompts do not list them. Errors as for `newsroom`."
-    pools = {}  # files -> rows of every label, of both splits
+    labels = {}  # file -> all labels that a task takes from it
+    for source in TOPICS.values():
+        labels[source.train] = labels.get(source.train, {}) | source.labels
+    pools = {}  # file -> rows of every label, of test and train
     seen: set[str] = set()
     tasks = []
-    for source in TOPICS.values():
+    for name, source in TOPICS.items():
         if source.train not in pools:
-            every = {key: word for one in TOPICS.values() if one.train == source.train for key, word in one.labels.items()}
-            whole = source._replace(labels=every)
+            whole = source._replace(labels=labels[source.train])
             test = _read(source.test, whole, folder, seen)
             pools[source.train] = (test, _read(source.train, whole, folder, seen))
-    for name, source in TOPICS.items():
         test, train = pools[source.train]
         task = _task(name, source, list(source.labels.values()), test, train, seed)
         tasks.append(replace(task, list_options=False))

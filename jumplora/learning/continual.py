@@ -351,7 +351,8 @@ class Learner:
         run.extra["loss"][task.name] = log.loss
         run.extra["penalty"][task.name] = log.penalty
         deltas = {name: update.delta for name, update in updates.items()}
-        run.extra.setdefault("norm", {})[task.name] = math.sqrt(sum(d.square().sum().item() for d in deltas.values()))
+        norms = torch.stack([delta.norm().cpu() for delta in deltas.values()])
+        run.extra.setdefault("norm", {})[task.name] = norms.norm().item()
         run.sparsity[task.name] = {n: 1 - d.count_nonzero().item() / d.numel() for n, d in deltas.items()}
         if world_size() > 1:
             split = split_batch(self.config.batch_size, self.config.gradient_accumulation)
@@ -364,7 +365,8 @@ class Learner:
         adapter = {}
         if self.method.after_task == "merge":
             if self.folder is not None and self.archive and self.method.training != "joint":
-                archive_task(self.folder, run, i, self.adapted, weights, None if updates is learned else updates)
+                changed = None if updates is learned else updates
+                archive_task(self.folder, run, i, self.adapted, weights, changed)
             self.model = merge_adapter(self.adapted, weights, updates)
             self.adapted = None
         elif self.folder is not None:

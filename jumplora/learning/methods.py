@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..conventions import check_choice
 from .continual import Method
-from ..method.schedule import initial_threshold
 from ..method.regularizers import ELLA, NLoRA, OLoRA, Regularizer, Update, check_layers, check_strength
+from ..method.schedule import initial_threshold
 
 # %% ../../nbs/2_learning/methods.ipynb #6a8334eb
 @dataclass(eq=False)

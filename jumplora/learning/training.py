@@ -30,8 +30,8 @@ from .tasks import Collator, Task, encode_answer, encode_prompt
 from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
 from ..method.regularizers import Regularizer, Update
 from ..method.schedule import SparsityCallback, SparsitySchedule, ramp_steps
-from ..running.trunk import block_of
 from ..running.processes import fill_batches, fill_rows, gathered, largest, split_batch, world_size
+from ..running.trunk import block_of
 from ..storage.state import Checkpoint, ResumableTrainer
 
 # %% ../../nbs/2_learning/training.ipynb #67a4df0e

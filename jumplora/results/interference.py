@@ -116,7 +116,8 @@ def frontier(
     x = np.log(rates)
     degree = min(2, len(rates) - 1)
     grid = np.linspace(x.min(), x.max(), 201)
-    L, R = (np.polyval(np.polyfit(x - x.mean(), values, degree), grid - x.mean()) for values in (learned, kept))
+    fits = [np.polyfit(x - x.mean(), values, degree) for values in (learned, kept)]
+    L, R = (np.polyval(fit, grid - x.mean()) for fit in fits)
     end = int(L.argmax()) + 1  # beyond it more rate learns less
     return np.stack([L[:end], R[:end]], 1)
 

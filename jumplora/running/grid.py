@@ -80,7 +80,8 @@ class Job:
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
         late = dict(scoring="answers", neutral=False, regularizer={}, archive=True, fingerprint="")
-        asked = {name: value for name, value in asdict(self).items() if name not in late or value != late[name]}
+        asked = asdict(self)
+        asked = {name: asked[name] for name in asked if name not in late or asked[name] != late[name]}
         return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057

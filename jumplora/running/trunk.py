@@ -12,15 +12,16 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..conventions import write_atomic
+from ..learning.tasks import is_encoder_decoder
 from .answers import reads_together
 from ..storage.record import digest, tensors_checksum
 
@@ -47,7 +48,7 @@ class Trunk:
         model: nn.Module,  # decoder or encoder-decoder; adapters may be attached later
         layers: Iterable[str],  # names of the layers that are or will be adapted
         folder: str | os.PathLike | None = None,  # where hidden states are kept for later runs; None: nowhere
-        limit: int = 4_000_000_000,  # bytes in memory, and bytes in the folder; the oldest files go first
+        limit: int = 4_000_000_000,  # bytes in memory and in the folder, whose oldest files go first
     ):
         self.reason = ""  # why nothing is replayed; "" where it is
         self.computed = 0  # rows that ran through the lower blocks
@@ -61,7 +62,9 @@ class Trunk:
         self._batch: Tensor | None = None  # hidden states of the batch that is replayed
         self._undo = []
         places = [block_of(model, name) for name in layers]
-        stacks = sorted({stack for stack, _ in places if "decoder" not in stack or not _reads_encoder(model)})
+        if is_encoder_decoder(model):
+            places = [(stack, number) for stack, number in places if "decoder" not in stack]
+        stacks = sorted({stack for stack, _ in places})
         if len(stacks) != 1 or not stacks[0]:
             self.reason = f"its adapted layers are in {len(stacks)} stacks of blocks that could be replayed"
             return
@@ -70,17 +73,16 @@ class Trunk:
         first = min(number for stack, number in places if stack == stacks[0])
         self._blocks = list(blocks[:first])
         self._first = blocks[first]
-        self._left = not _reads_encoder(model)  # the side of padding
+        self._left = not is_encoder_decoder(model)  # the side of padding
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.reason = self._find_reason(model)
         if folder is not None and not self.reason:
-            below = nn.ModuleList([m for n, m in self._stack.named_children() if m is not blocks] + self._blocks)
-            environment = [metadata.version("torch"), metadata.version("transformers"), torch.get_num_threads()]
-            environment += [torch.backends.cpu.get_cpu_capability(), str(self._parameter.device)]
-            settings = model.config.to_dict()
-            about = [str(settings[key]) for key in sorted(settings) if key not in ("_name_or_path", "name_or_path")]
-            weights = tensors_checksum(below.state_dict())
-            self._folder = Path(folder) / digest([weights, first, about, environment])[:32]
+            around = [child for child in self._stack.children() if child is not blocks]
+            weights = tensors_checksum(nn.ModuleList([*around, *self._blocks]).state_dict())
+            settings = {key: str(value) for key, value in model.config.to_dict().items() if "path" not in key}
+            machine = [str(self._parameter.device), torch.get_num_threads()]
+            machine += [torch.backends.cpu.get_cpu_capability(), torch.__version__, transformers.__version__]
+            self._folder = Path(folder) / digest([weights, first, settings, machine])[:32]
 
     @property
     def _parameter(self) -> Tensor:
@@ -119,8 +121,8 @@ class Trunk:
         mask = given.pop("attention_mask", torch.ones_like(ids) if ids is not None else None)
         positions = given.pop("position_ids", None)
         harmless = dict(use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True)
-        harmless |= {name: given[name] for name in ("num_items_in_batch", "labels") if name in given}
-        if ids is None or mask.dim() != 2 or any(harmless.get(name) is not given[name] for name in given):
+        given.pop("num_items_in_batch", None)
+        if ids is None or mask.dim() != 2 or any(harmless.get(key) is not given[key] for key in given):
             return None
         mask = mask.bool()
         counted = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -192,7 +194,7 @@ class Trunk:
         if not self._blocks:
             return "the first block is adapted"
         if not reads_together(model, 1):
-            return f"models of type {model.config.model_type!r} are not known to read a row alone as in a batch"
+            return f"type {model.config.model_type!r} is not known to read a row alone as in a batch"
         if "input_ids" not in self._takes or any("forward" in vars(block) for block in self._blocks):
             return "its stack of blocks takes no token ids, or its blocks were altered"
         training = self._stack.training
@@ -268,7 +270,3 @@ class Trunk:
                 return
             path.unlink(missing_ok=True)
             used -= stat.st_size
-
-# %% ../../nbs/5_inside/trunk.ipynb #f773b2ae
-def _reads_encoder(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))

@@ -22,7 +22,9 @@ LABELS = ["red", "blue", "green", "yellow"]
 
 def learn(method, out=None, **changes):
     model = load_backbone("tiny-llama", dtype="float32")[0]
-    before = {name: weight.clone() for name, weight in weights_of(attach_adapter(model, CONFIG, False)).items()}
+    before = {
+        name: weight.clone() for name, weight in weights_of(attach_adapter(model, CONFIG, False)).items()
+    }
     model = load_backbone("tiny-llama", dtype="float32")[0]
     run = learn_sequence(
         model, whole_words(), SEQUENCE, method, replace(CONFIG, **changes), scoring="labels", out=out,
@@ -82,7 +84,9 @@ def test_disjoint_masks_leave_no_entry_to_two_tasks_and_resume_with_their_memory
     run, _ = learn(METHODS["IncLoRA + disjoint masks"], tmp_path)
     first, second = updates_of(run, tmp_path)
     for name in first:
-        assert first[name].any() and second[name].any() and not ((first[name] != 0) & (second[name] != 0)).any()
+        assert (
+            first[name].any() and second[name].any() and not ((first[name] != 0) & (second[name] != 0)).any()
+        )
     plain, _ = learn(METHODS["IncLoRA + late gate"])
     assert plain.extra["loss"]["second"] != run.extra["loss"]["second"]  # the bar counts while it learns
     memory = DisjointMasks()
@@ -101,7 +105,9 @@ def test_a_pruned_task_can_be_taken_out_again(tmp_path):
     rolled, _, _ = load_without(tmp_path / run.name, "second", backbone=given)
     first = updates_of(run, tmp_path)[0]
     for name in moved:
-        torch.testing.assert_close(rolled.get_submodule(name).weight, base[name] + first[name], rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            rolled.get_submodule(name).weight, base[name] + first[name], rtol=0, atol=1e-7
+        )
 
 
 def test_masks_need_a_gate_and_settings_of_a_method_are_those_of_training():
@@ -117,11 +123,14 @@ def test_masks_need_a_gate_and_settings_of_a_method_are_those_of_training():
 
 
 def slow_scores(model, tokenizer, one, rows):
-    "ln p of every label's first token among all labels, and whether each token of the answer is the likeliest."
+    "ln p of each label's first token among all labels; whether every token of the answer is the likeliest."
     first = [encode_answer(tokenizer, label, False)[0] for label in LABELS]
     scores, exact = [], []
     for row in rows:
-        prompt, answer = encode_prompt(tokenizer, one, row.text, 40), encode_answer(tokenizer, row.label, False)
+        prompt, answer = (
+            encode_prompt(tokenizer, one, row.text, 40),
+            encode_answer(tokenizer, row.label, False),
+        )
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
         scores.append(logits[len(prompt) - 1, first].log_softmax(-1).tolist())
         exact.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer)
@@ -131,7 +140,9 @@ def slow_scores(model, tokenizer, one, rows):
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_scores_by_labels_are_those_of_one_row_at_a_time(batch):
     model = load_backbone("tiny-llama", dtype="float32")[0]
-    learn_sequence(model, whole_words(), SEQUENCE, METHODS["SeqLoRA"], CONFIG, scoring="labels", progress=False)
+    learn_sequence(
+        model, whole_words(), SEQUENCE, METHODS["SeqLoRA"], CONFIG, scoring="labels", progress=False
+    )
     one = SEQUENCE[0]
     with torch.no_grad():
         scores, exact = slow_scores(model, whole_words(), one, one.test)

@@ -18,7 +18,10 @@ from jumplora.results.interference import (
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, -0.5], [0.3, 0.3, 0.3, -0.3], list(np.arange(9) - 2.0)])
 def test_the_sign_flip_test_counts_all_signs(values):
-    totals = [sum(s * v for s, v in zip(signs, values, strict=True)) for signs in itertools.product((1, -1), repeat=len(values))]
+    totals = [
+        sum(s * v for s, v in zip(signs, values, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
     expected = np.mean([abs(total) >= abs(sum(values)) - 1e-12 for total in totals])
     assert sign_flip_test(values) == pytest.approx(expected)
 

@@ -19,6 +19,7 @@ from jumplora.learning.tasks import Example, Task, TaskSequence
 from jumplora.learning.training import TrainConfig, attach_adapter, target_layers
 from jumplora.running.trunk import Trunk, block_of
 
+
 def top_of(model, stack="model.layers"):
     "The last block of a stack, by name."
     return [f"{stack}.{len(model.get_submodule(stack)) - 1}"]
@@ -26,7 +27,11 @@ def top_of(model, stack="model.layers"):
 
 def stacks_of(model):
     named = model.named_modules()
-    return [name for name, m in named if isinstance(m, nn.ModuleList) and block_of(model, f"{name}.0") == (name, 0)]
+    return [
+        name
+        for name, m in named
+        if isinstance(m, nn.ModuleList) and block_of(model, f"{name}.0") == (name, 0)
+    ]
 
 
 def batch_of(rows, left, positions):
@@ -54,10 +59,16 @@ ROWS = [[9, 30, 31, 32, 33, 34, 35], [9, 30, 40], [50, 51, 52, 53], [9, 30, 31, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replayed_batch_equals_the_whole_model_in_every_family_and_the_others_say_why_not(family):
     model = without_dropout(model_of(family))
-    stack = next(name for name in stacks_of(model) if "decoder" not in name or family not in ENCODERS | ALONE_ENCODERS)
+    stack = next(
+        name for name in stacks_of(model) if "decoder" not in name or family not in ENCODERS | ALONE_ENCODERS
+    )
     with Trunk(model, top_of(model, stack)) as trunk:
         if trunk.reason:
-            kept = {name for name in ALONE | ALONE_ENCODERS} | {"T5", "LongT5", "LED"}  # a shared bias, windows
+            kept = {name for name in ALONE | ALONE_ENCODERS} | {
+                "T5",
+                "LongT5",
+                "LED",
+            }  # a shared bias, windows
             assert family in kept, trunk.reason
             return
         owner = model.get_submodule(stack.rpartition(".")[0])
@@ -69,7 +80,9 @@ def test_a_replayed_batch_equals_the_whole_model_in_every_family_and_the_others_
             plain = owner(**given)[0]
             trunk._plain = False
             seen = given["attention_mask"].bool()
-            torch.testing.assert_close(replayed[seen], plain[seen], rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+            torch.testing.assert_close(
+                replayed[seen], plain[seen], rtol=1e-5, atol=1e-5 * plain.abs().max().item()
+            )
         assert trunk.computed == len(ROWS)  # each once
     assert not any("forward" in vars(m) for m in model.modules()) and not owner._forward_pre_hooks
 
@@ -77,11 +90,13 @@ def test_a_replayed_batch_equals_the_whole_model_in_every_family_and_the_others_
 @cache
 def whole_words():
     "A tokenizer of words: each label begins with a token of its own."
-    known = "<pad> </s> <unk> Task Instruction : What ? Text Answer a b c some longer text than that x y one more of"
-    known = known.split() + "them red blue green yellow 0 1 2 3".split()
+    known = "<pad> </s> <unk> Task Instruction : What ? Text Answer a b c some longer text than that x y one"
+    known = known.split() + "more of them red blue green yellow 0 1 2 3".split()
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 TEXTS = ["a b c", "some longer text than that", "x y", "one more of them"]
@@ -166,9 +181,9 @@ def test_a_damaged_file_is_removed_and_other_weights_read_other_files(tmp_path):
 
 @torch.no_grad()
 def test_the_oldest_files_make_room_and_memory_has_the_same_limit(tmp_path):
-    model, trunk = tiny_trunk(tmp_path)
+    model, _ = tiny_trunk(tmp_path)
     for row in ROWS:
-        with Trunk(model, top_of(model), tmp_path, limit=6000) as trunk:
+        with Trunk(model, top_of(model), tmp_path, limit=6000):
             read(model, [row])
     kept = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert 0 < kept <= 6000
@@ -257,7 +272,7 @@ def test_gradients_and_checkpointing_are_those_of_the_whole_model():
         (None, 3, "model.layers has 2 blocks; use at most 2"),
         (("lm_head",), 1, "lm_head is in no block"),
         ((r"model\.layers\.0\.self_attn\.q_proj",), 1, "match no linear layer"),
-        (r"model\.layers\.0\.self_attn\.q_proj", 1, "these blocks hold no layer"),
+        (r"model\.layers\.0\.self_attn\.q_proj", 1, "the last blocks hold no layer"),
     ],
 )
 def test_a_number_of_blocks_that_does_not_fit_is_refused(targets, count, message):
