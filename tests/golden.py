@@ -28,7 +28,7 @@ import torch
 from jumplora.data.backbones import load_backbone
 from jumplora.learning.continual import learn_sequence
 from jumplora.learning.evaluation import answer
-from jumplora.learning.methods import METHODS, with_settings
+from jumplora.learning.methods import METHODS, base_of, with_settings
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
 
@@ -57,20 +57,21 @@ STRENGTHS = {"ELLA": 3e3, "O-LoRA": 0.05, "N-LoRA": 1e-3, "EWC": 1e4}  # a visib
 USUAL = dict(batch_size=4, epochs=2.0, learning_rate=1e-2, max_length=60)  # ten steps
 ACCUMULATED = dict(gradient_accumulation=2, epochs=3.0)  # nine steps
 GATED = "ELLA + JumpLoRA"
+CONTROLS = "IncLoRA pruned", "IncLoRA scaled", "IncLoRA + random mask", "IncLoRA + disjoint masks"
 OTHER = dict(threshold_scope="layer", threshold_reduction="sum", kept=0.3, lora_dropout=0.1)
 OTHER |= dict(bandwidth=1e-2, truncation="reference")
 
 
 def plan() -> dict[str, tuple[str, str, dict]]:  # name of a run -> method, backbone, fields of `TrainConfig`
-    "Every method on every backbone with and without accumulation, and settings beside the usual ones."
+    "Every method on every backbone with and without accumulation, other settings, and the controls once."
     runs = {}
     for backbone in TARGETS:
-        for method in METHODS:
+        for method in [name for name in METHODS if name not in CONTROLS]:
             for words, settings in (("", {}), (", accumulation 2", ACCUMULATED)):
                 runs[f"{backbone}, {method}{words}"] = (method, backbone, settings)
         runs[f"{backbone}, {GATED}, by length"] = (GATED, backbone, dict(group_by_length=True))
         runs[f"{backbone}, {GATED}, other settings"] = (GATED, backbone, OTHER)
-    return runs
+    return runs | {f"tiny-llama, {method}": (method, "tiny-llama", {}) for method in CONTROLS}
 
 
 RUNS = plan()
@@ -128,7 +129,7 @@ def final_answers(model, tokenizer, task: Task, config: TrainConfig) -> dict[str
 def projection(name: str) -> dict:  # JSON types
     "Do a run in memory and keep what must not change."
     method, backbone, settings = RUNS[name]
-    method = with_settings(METHODS[method], strength=STRENGTHS.get(method.removesuffix(" + JumpLoRA")))
+    method = with_settings(METHODS[method], strength=STRENGTHS.get(base_of(method)))
     sequence = TaskSequence("golden", TASKS[:1] if method.training == "isolated" else TASKS)
     config = TrainConfig(**USUAL | dict(target_modules=TARGETS[backbone]) | settings)
     model, tokenizer = load_backbone(backbone, device="cpu", dtype="float32")

@@ -53,7 +53,7 @@ class Trunk:
         self.reason = ""  # why nothing is replayed; "" where it is
         self.computed = 0  # rows that ran through the lower blocks
         self._limit = limit
-        self._rows: dict[tuple, Tensor] = {}  # (dtype of autocast, token ids) -> hidden states (tokens, width)
+        self._rows: dict[tuple, Tensor] = {}  # (dtype of autocast, token ids) -> (tokens, width)
         self._bytes = 0  # of them
         self._stored = {}  # name of a row -> the open file that holds it
         self._new: dict[str, Tensor] = {}  # rows that are in no file yet
@@ -120,7 +120,8 @@ class Trunk:
         ids = given.pop("input_ids", None)
         mask = given.pop("attention_mask", torch.ones_like(ids) if ids is not None else None)
         positions = given.pop("position_ids", None)
-        harmless = dict(use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True)
+        harmless = dict(use_cache=False, output_hidden_states=False, return_dict=True)
+        harmless["output_attentions"] = False
         given.pop("num_items_in_batch", None)
         if ids is None or mask.dim() != 2 or any(harmless.get(key) is not given[key] for key in given):
             return None
