@@ -277,7 +277,7 @@ def in_a_process(
         except KeyboardInterrupt:
             os._exit(STOPPED)
         except BaseException as error:
-            if way == "full disk" and getattr(error, "errno", None) == errno.EFBIG:
+            if way == "full disk" and isinstance(error, OSError) and os.strerror(errno.EFBIG) in str(error):
                 os._exit(STOPPED)
             os.write(console, f"{case}, {way}: {type(error).__name__}: {error}\n".encode())
             os._exit(1)

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -224,7 +225,10 @@ def _smollm2() -> Path:
         raise OSError(f"the converted model cannot be kept in {home} ({error}); {advice}") from error
     with trial as place:
         fresh = Path(place) / "fresh"
-        _convert(gguf, fresh)
+        try:
+            _convert(gguf, fresh)
+        except SafetensorError as error:  # not an OSError, even on a full disk
+            raise OSError(f"{home} took no model ({error}); make room, or set JUMPLORA_CACHE") from error
         listed = {}
         for path in sorted(fresh.iterdir()):
             stat = path.stat()

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, SupertuningConfig, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -348,7 +349,10 @@ def export_run(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
         fresh = Path(temporary) / "fresh"
         fresh.mkdir()
-        finished.write(fresh, format, None if origin.name in BACKBONES else origin.id)
+        try:
+            finished.write(fresh, format, None if origin.name in BACKBONES else origin.id)
+        except SafetensorError as error:  # not an OSError, even on a full disk
+            raise OSError(f"{out} could not be written ({error}); make room, or give another") from error
         finished.card(format, origin, out.name if repo_id is None else repo_id).save(fresh / "README.md")
         if out.is_dir():
             out.rmdir()

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, SupertuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.supertuning.layer import SupertuningLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -636,3 +637,13 @@ def test_the_command_pushes_what_it_has_written(run, tmp_path, capsys, monkeypat
     assert [call[0] for call in hub.mock_calls] == ["create_repo", "upload_folder"]
     assert hub.create_repo.call_args.kwargs["private"] is True
     assert '"some/export"' in parts_of(tmp_path / "out")[2]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export.Finished, "write", full)
+    with pytest.raises(OSError, match=r"export could not be written .*No space left .*make room"):
+        export_run(run[0], tmp_path / "export")
+    assert not list(tmp_path.iterdir())
