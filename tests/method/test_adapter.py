@@ -706,3 +706,68 @@ def test_settings_out_of_range_are_refused(bad, message):
 def test_a_target_that_is_no_linear_layer_is_refused():
     with pytest.raises(ValueError, match=r"Conv1D.*nn\.Linear"):
         get_peft_model(nn.Sequential(Conv1D(3, 4)), JumpLoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("learned", [True, False], ids=["τ learns", "τ fixed"])
+def test_a_dense_gate_takes_loras_products_and_gives_its_threshold_a_gradient_of_zero(dtype, learned):
+    gated, plain = adapted(dtype=dtype, gamma=0.0), adapted(dtype=dtype, config=LoraConfig)
+    for group in gate_groups(gated).values():
+        group.gate.theta.requires_grad_(learned)
+    for model in (gated, plain):
+        model(input_ids=IDS).logits.float().square().mean().backward()
+    assert gated(input_ids=IDS).logits.equal(plain(input_ids=IDS).logits)  # bit for bit
+    theirs = dict(plain.named_parameters())
+    for name, parameter in gated.named_parameters():
+        if name in theirs and parameter.requires_grad:
+            assert parameter.grad.equal(theirs[name].grad), name
+    for group in gate_groups(gated).values():
+        assert group.gate.theta.grad.item() == 0 if learned else group.gate.theta.grad is None
+
+
+def test_a_change_of_gamma_is_seen_however_it_is_made():
+    model = adapted(gamma=0.0)
+    (group,) = gate_groups(model).values()
+    dense = model(input_ids=IDS).logits
+    group.gate.interpolation.fill_(1.0)
+    gated = model(input_ids=IDS).logits
+    assert not gated.equal(dense)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    group.gate.interpolation.zero_()
+    assert model(input_ids=IDS).logits.equal(dense)
+    model.load_state_dict(state)
+    assert model(input_ids=IDS).logits.equal(gated)
+    group.gate.interpolation = torch.zeros(1)
+    assert model(input_ids=IDS).logits.equal(dense)
+    assert copy.deepcopy(model)(input_ids=IDS).logits.equal(dense)
+    with torch.inference_mode():
+        group.gate.interpolation = torch.ones(1)
+        assert model(input_ids=IDS).logits.equal(gated)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+@both_paths
+def test_a_masked_entry_is_zero_in_forward_gradient_threshold_and_merge(gamma, dropout):
+    model = adapted(gamma=gamma, lora_dropout=dropout, bandwidth=0.05)
+    generator = torch.Generator().manual_seed(3)
+    masks = {}
+    for name, layer in adapter_layers(model).items():
+        masks[name] = torch.rand(layer.get_base_layer().weight.shape, generator=generator) < 0.5
+        layer.gate_options["default"]["mask"] = masks[name]
+    model(input_ids=IDS).logits.square().mean().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for layer in adapter_layers(model).values():  # the same, written out under autograd
+        layer.fused_adapter = lambda: None
+        layer.gated_output = lambda adapter, x, layer=layer: naive_gated_linear(
+            x, None, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight,
+            layer.lora_gate[adapter].threshold, layer.lora_gate[adapter].interpolation,
+            scaling=layer.scaling[adapter], **layer.gate_options[adapter],
+        )  # fmt: skip
+    model(input_ids=IDS).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name in found:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    for name, delta in delta_weights(model).items():
+        assert not delta[~masks[name]].any() and delta[masks[name]].any()
+        assert not dense_update(adapter_layers(model)[name])[~masks[name]].any()
