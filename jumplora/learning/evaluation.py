@@ -28,6 +28,7 @@ from jumplora.learning.tasks import (
     encode_answer,
     encode_prompt,
     is_encoder_decoder,
+    pad,
 )
 from ..running.answers import generate, read_by_option, read_decoder, read_prefix, reads_together
 
@@ -344,10 +345,15 @@ def text_loss(
     model.eval()
     device = next(model.parameters()).device
     total = count = 0
-    for text in texts:
-        ids = torch.tensor([tokenizer(text).input_ids[:max_length]], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        total += F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
+    rows = [tokenizer(text).input_ids[:max_length] for text in texts]
+    for start in range(0, len(rows), 8):
+        some = rows[start : start + 8]
+        ids = pad(some, tokenizer.pad_token_id, left=False).to(device)
+        mask = pad([[1] * len(row) for row in some], 0, left=False).to(device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        wanted = ids.masked_fill(mask == 0, -100)[:, 1:]
+        logits = logits[:, :-1].flatten(0, 1).float()
+        total += F.cross_entropy(logits, wanted.flatten(), reduction="sum").item()
+        count += (wanted != -100).sum().item()
     model.train(was_training)
     return total / count
