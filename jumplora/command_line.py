@@ -289,8 +289,8 @@ def predict(
     opened = load_without(place, without, **options) if without else load_learned(place, **options)
     model, tokenizer, found = opened
     prompts = found.extra["prompts"]
-    instruction, options = prompts[check_choice(task, tuple(prompts), "task")]
-    question = Question(task, instruction, tuple(options))
+    instruction, options, *hidden = prompts[check_choice(task, tuple(prompts), "task")]
+    question = Question(task, instruction, tuple(options), list_options=not hidden)
     train = found.configuration["train"]
     answers, scores = answer(
         model, tokenizer, question, texts, max_length=train["max_length"], truncation=train["truncation"]
@@ -437,9 +437,27 @@ def grid(
     return int(own > 0)
 
 
+def study(
+    *,
+    seed: Sequence[int] = tuple(range(101, 125)),  # a round of all arms each
+    method: Sequence[str] = (),  # arms of these methods only
+    out: str = "runs/interference",  # the study's folder
+    workers: int = 1,  # runs at a time: one per core is fastest
+    device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
+) -> int:
+    "Does the gate help? Make the runs of the study of interference; those that are done are not repeated."
+    from jumplora.results.interference import RATES, study_jobs
+    from jumplora.running.grid import run_grid
+
+    chosen = {name: RATES[check_choice(name, tuple(RATES), "method")] for name in method or RATES}
+    states = run_grid(study_jobs(seed, chosen), out, workers=workers, device=device)["state"]
+    print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
+    return int((states == "failed").any())
+
+
 def speed(
     *,
-    parts: Sequence[str] = (),  # layer step start evaluation batches run growth path startup; else all
+    parts: Sequence[str] = (),  # layer step evaluation run; else all
     quick: bool = False,  # fewer rounds and smaller sizes
     out: str = "runs/speed",  # folder of the records
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
@@ -459,7 +477,7 @@ def speed(
     print("\n" + speed_table(found).to_string())
 
 # %% ../nbs/command_line.ipynb #94ec765b
-_ALL = (compare, show, table, predict, sparsity, rollback, export, data, grid, speed)
+_ALL = (compare, show, table, predict, sparsity, rollback, export, data, grid, study, speed)
 COMMANDS: dict[str, Callable] = {one.__name__: one for one in _ALL}
 _RENAMED = {"--score": "--split", "--methods": "--method", "--orders": "--sequence", "--seeds": "--seed"}
 

@@ -246,8 +246,8 @@ class Finished:
         ]
         asked = self.task or run.tasks[0]
         if asked in run.extra.get("prompts", {}):
-            instruction, options = run.extra["prompts"][asked]
-            lines = prompt(instruction, options, "THE TEXT").splitlines()
+            instruction, options, *hidden = run.extra["prompts"][asked]
+            lines = prompt(instruction, () if hidden else options, "THE TEXT").splitlines()
             text += [f"The prompt of the task {asked}:", "\n".join(f"    {line}" for line in lines)]
         text += ["## Scores"]
         if self.task:

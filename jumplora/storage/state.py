@@ -399,7 +399,10 @@ def new_run(
     path = Path(model.config.name_or_path)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
     own_name = str(path) if on_hub else path.name or type(model).__name__  # never a path of this machine
-    prompts = {task.name: [task.instruction, list(task.options)] for task in sequence}
+    prompts = {
+        task.name: [task.instruction, list(task.options)] + ([] if task.list_options else [False])
+        for task in sequence
+    }
     notes = {task.name: task.note for task in sequence if task.note}
     return Run(
         method.name, backbone or own_name, sequence.name, seed,

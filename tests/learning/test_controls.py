@@ -8,11 +8,12 @@ import pytest
 import torch
 from running.test_trunk import CONFIG, SEQUENCE, task, whole_words
 
+from jumplora.command_line import main
 from jumplora.data.backbones import load_backbone
 from jumplora.learning.continual import Method, learn_sequence, weights_of
 from jumplora.learning.evaluation import evaluate, score_labels, text_loss
 from jumplora.learning.methods import METHODS, DisjointMasks, Prune, RandomMask, Scale, with_settings
-from jumplora.learning.tasks import encode_answer, encode_prompt
+from jumplora.learning.tasks import Question, encode_answer, encode_prompt
 from jumplora.learning.training import attach_adapter
 from jumplora.storage.rollback import load_without, rollback
 from jumplora.storage.updates import archive_path, read_archive
@@ -193,6 +194,19 @@ def test_the_loss_of_neutral_texts_is_that_of_their_tokens():
     assert text_loss(model, whole_words(), texts, max_length=5) == pytest.approx(total / count, abs=1e-6)
     with pytest.raises(ValueError, match="of a decoder"):
         text_loss(load_backbone("tiny-t5")[0], whole_words(), texts)
+
+
+def test_a_run_whose_prompts_list_no_options_is_asked_the_same_way(tmp_path, capsys, monkeypatch):
+    run, _ = learn(METHODS["IncLoRA"], tmp_path)
+    assert run.extra["prompts"]["first"] == ["What?", ["red", "blue"], False]
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    asked = []
+    given = lambda *_, **__: (model, whole_words(), run)  # noqa: E731
+    monkeypatch.setattr("jumplora.storage.state.load_learned", given)
+    real = Question.prompt
+    monkeypatch.setattr(Question, "prompt", lambda self, text: (asked.append(real(self, text)), asked[-1])[1])
+    assert main(["predict", str(tmp_path / run.name), "--task", "first", "--text", "a b"]) in (0, None)
+    assert asked and not any("Options" in prompt for prompt in asked)
 
 
 def test_a_prompt_without_the_list_of_options_shows_none_and_is_another_task():

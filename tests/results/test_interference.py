@@ -4,16 +4,24 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from jumplora.learning.evaluation import Score
 from jumplora.results.interference import (
     bootstrap,
     common_learning,
+    compare_families,
     frontier,
     holm,
+    outcome,
     retention_at,
     sign_flip_test,
+    study_jobs,
+    study_table,
 )
+from jumplora.running.grid import job_method
+from jumplora.storage.record import Run
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, -0.5], [0.3, 0.3, 0.3, -0.3], list(np.arange(9) - 2.0)])
@@ -69,3 +77,70 @@ def test_a_curve_ends_where_more_rate_learns_less():
     rates = [1e-4, 1e-3, 1e-2]
     curve = frontier(rates, [40, 50, 45], [20, 10, 0])
     assert curve[-1, 0] == curve[:, 0].max() > 50 - 1e-9 and (np.diff(curve[:, 0]) >= 0).all()
+
+
+def table_of(shift, seeds=6):
+    "Rows of two families on one curve, the first shifted in retention by so many points."
+    rows = []
+    for seed, (method, rates) in itertools.product(range(seeds), FAMILIES.items()):
+        for rate in rates:
+            x = math.log(rate) + 7
+            noise = np.random.default_rng([seed, int(1e6 * rate)]).normal(0, 0.2, 2)
+            gain = shift if method == "gate" else 0.0
+            rows.append(dict(method=method, rate=rate, seed=seed, learning=50 + 4 * x + noise[0]))
+            rows[-1]["retention"] = 20 - 6 * x + gain + noise[1]
+    return pd.DataFrame(rows)
+
+
+FAMILIES = {"gate": (5e-4, 7e-4, 1e-3), "dense": (2.5e-4, 5e-4, 1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("shift", "word"),
+    [(5.0, "The gate keeps more: +"), (-5.0, "The gate keeps less: -"), (0.0, "as much, to within 2 points")],
+)
+def test_the_outcome_names_what_was_put_in(shift, word):
+    found = compare_families(table_of(shift), "gate", "dense")
+    assert found["difference"] == pytest.approx(shift, abs=0.8)
+    assert found["low"] <= found["low90"] <= found["difference"] <= found["high90"] <= found["high"]
+    assert word in outcome(found)
+
+
+def test_families_without_common_learning_and_wide_intervals_have_their_own_outcomes():
+    table = table_of(0.0)
+    table.loc[table["method"] == "gate", "learning"] += 100
+    assert outcome(compare_families(table, "gate", "dense")) == "The families reach no learning in common."
+    found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0, low90=-2.5, high90=4.0)
+    assert outcome(found).startswith("Undecided: +1.0 points (-3.0 to +5.0)")
+
+
+def test_the_study_has_sixteen_arms_a_seed_that_differ_in_nothing_but_what_is_named():
+    jobs = study_jobs([101, 102])
+    assert len(jobs) == 32 and len({job.key for job in jobs}) == 32
+    assert all(job.sequence == f"topics-{job.seed}" and job.scoring == "labels" for job in jobs)
+    first = [job for job in jobs if job.seed == 101]
+    assert sum(job.method == "IncLoRA" for job in first) == 5
+    for job in first:
+        method, config = job_method(job)
+        assert config.top_layers == 4 and config.max_length == 44 and config.batch_size == 8
+        assert (config.kept == 0.1 and config.hold_kept) == ("late gate" in job.method)
+    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"][0]["norm"] > 0
+
+
+def test_only_seeds_with_every_arm_are_read():
+    def made(seed, method, rate):
+        tasks = ["a", "b"]
+        run = Run(method, "tiny", "topics-1", seed, tasks, [4, 4], dict(train=dict(learning_rate=rate)))
+        for i, j in ((0, 0), (1, 0), (1, 1)):
+            right = tuple(k < i + j + seed for k in range(4))
+            run.add_score(i, j, Score((), right, right, seen=right, log_loss=1.0))
+        run.sparsity = {task: {"layer": 0.9} for task in tasks}
+        run.extra |= dict(norm=dict(a=2.0, b=4.0), neutral_loss={"": 4.0, "a": 4.1, "b": 4.5})
+        return run
+
+    runs = [made(1, "IncLoRA", 1e-3), made(1, "SeqLoRA", 1e-3), made(2, "IncLoRA", 1e-3)]
+    table = study_table(runs)
+    assert table["seed"].tolist() == [1, 1] and study_table([]).empty
+    row = table.iloc[0]
+    assert row["learning"] == (25 + 75) / 2 and row["retention"] == 50 and row["kept"] == pytest.approx(10)
+    assert row["norm"] == 3 and row["base loss"] == pytest.approx(0.5)
