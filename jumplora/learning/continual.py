@@ -351,8 +351,10 @@ class Learner:
         run.extra["loss"][task.name] = log.loss
         run.extra["penalty"][task.name] = log.penalty
         deltas = {name: update.delta for name, update in updates.items()}
-        norms = torch.stack([delta.norm().cpu() for delta in deltas.values()])
-        run.extra.setdefault("norm", {})[task.name] = norms.norm().item()
+        entries = sum(delta.numel() for delta in deltas.values())
+        kept = sum(delta.count_nonzero().item() for delta in deltas.values()) / entries
+        norm = torch.stack([delta.norm().cpu() for delta in deltas.values()]).norm().item()
+        run.extra.setdefault("updates", {})[task.name] = dict(kept=kept, norm=norm)
         run.sparsity[task.name] = {n: 1 - d.count_nonzero().item() / d.numel() for n, d in deltas.items()}
         if world_size() > 1:
             split = split_batch(self.config.batch_size, self.config.gradient_accumulation)

@@ -36,6 +36,7 @@ from ..method.gated_linear import naive_gated_linear, naive_gated_update
 from ..method.regularizers import ELLA, IncLoRA, Update
 from ..method.schedule import initial_threshold
 from ..running.answers import generate
+from ..running.trunk import Trunk
 from ..storage.record import environment
 
 # %% ../../nbs/3_results/speed.ipynb #6ab438ef
@@ -227,6 +228,33 @@ def _step(quick: bool, device, dtype) -> list[dict]:
         found += _timed(works, rounds, "LoRA", device, model=name, rows=rows, length=length)
     return found
 
+# %% ../../nbs/3_results/speed.ipynb #3ce6aa32
+def _blocks(quick: bool, device, dtype, top=4) -> list[dict]:
+    "A step with adapters on all 30 blocks and on the last four, there also with replayed hidden states."
+    model = load_backbone("smollm2-135m", dtype=dtype)[0].to(device, dtype)
+    set_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (8, 46))
+    batch = training.Collator(0, False, keep_last=True)([(row[:44], row[44:]) for row in tokens.tolist()])
+    batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    works = {}
+    with ExitStack() as stack:
+        for name, (count, gated, gamma) in {
+            "LoRA, all blocks": (None, False, 0),
+            "LoRA, last blocks": (top, False, 0),
+            "LoRA, replayed": (top, False, 0),
+            "dense gate, replayed": (top, True, 0),
+            "gated, replayed": (top, True, 1),
+        }.items():
+            base = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # they share their weights
+            adapted = training.attach_adapter(base, training.TrainConfig(top_layers=count), gated)
+            _random_update(adapted).train()
+            for group in adapter.gate_groups(adapted).values():
+                group.gate.interpolation.fill_(gamma)
+            if "replayed" in name:
+                stack.enter_context(Trunk(base, adapter.adapter_layers(adapted)))
+            works[name] = partial(_training_step, adapted, batch)
+        return _timed(works, 5 if quick else 20, "LoRA, all blocks", device, rows=8, length=46, blocks=top)
+
 # %% ../../nbs/3_results/speed.ipynb #7aca7bab
 def _trained(device, dtype) -> tuple:
     "Model, tokenizer, the task it was trained on; texts of all four tasks."
@@ -280,7 +308,7 @@ def _run(quick: bool, device, dtype) -> list[dict]:
 
 # %% ../../nbs/3_results/speed.ipynb #6aaba9c9
 PARTS: dict[str, Callable[..., list[dict]]] = dict(
-    layer=_layer, step=_step, evaluation=_evaluation, run=_run
+    layer=_layer, step=_step, blocks=_blocks, evaluation=_evaluation, run=_run
 )
 
 

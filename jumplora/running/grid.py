@@ -202,7 +202,7 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
         name = (job.backbone, "float32" if job.dtype == "auto" else job.dtype)  # the same on every machine
         shared = (config.batch_size, config.gradient_accumulation, processes)
         prompts = (config.max_length, config.truncation, job.split)
-        read = (rows, name, shared, prompts, str(config.target_modules))
+        read = (rows, name, shared, prompts, str(config.target_modules), config.top_layers)
         try:
             check_seed(job.seed)
             check_choice(job.split, ("test", "dev"), "split")

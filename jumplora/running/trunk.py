@@ -38,7 +38,7 @@ def block_of(model: nn.Module, layer: str) -> tuple[str, int]:
 
 # %% ../../nbs/5_inside/trunk.ipynb #562f5bf8
 class _Reached(Exception):
-    "Carries what the first adapted block was given."
+    "Leaves the forward pass at the first adapted block, and carries that block's input."
 
 
 class Trunk:
@@ -49,18 +49,19 @@ class Trunk:
         model: nn.Module,  # decoder or encoder-decoder; adapters may be attached later
         layers: Iterable[str],  # names of the layers that are or will be adapted
         folder: str | os.PathLike | None = None,  # where hidden states are kept for later runs; None: nowhere
-        limit: int = 4_000_000_000,  # bytes in memory and in the folder, whose oldest files go first
+        limit: int = 4_000_000_000,  # bytes in memory, and as many in the folder
     ):
         self.reason = ""  # why nothing is replayed; "" where it is
         self.computed = 0  # rows that ran through the lower blocks
         self._limit = limit
         self._rows: dict[tuple, Tensor] = {}  # (dtype of autocast, token ids) -> (tokens, width)
-        self._bytes = 0  # of them
+        self._bytes = 0  # held in `_rows`
         self._stored = {}  # name of a row -> the open file that holds it
         self._new: dict[str, Tensor] = {}  # rows that are in no file yet
         self._folder = None
         self._plain = False  # True: the stack runs as usual
         self._batch: Tensor | None = None  # hidden states of the batch that is replayed
+        self._beside: int | None = None  # further outputs of a block; None: it returns a bare tensor
         self._undo = []
         places = [block_of(model, name) for name in layers]
         if is_encoder_decoder(model):
@@ -81,7 +82,9 @@ class Trunk:
             around = [child for child in self._stack.children() if child is not blocks]
             weights = tensors_checksum(nn.ModuleList([*around, *self._blocks]).state_dict())
             settings = {key: str(value) for key, value in model.config.to_dict().items() if "path" not in key}
-            machine = [str(self._parameter.device), torch.get_num_threads()]
+            device = self._parameter.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            machine = [name, torch.get_num_threads()]
             machine += [torch.backends.cpu.get_cpu_capability(), torch.__version__, transformers.__version__]
             self._folder = Path(folder) / digest([weights, first, settings, machine])[:32]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from equal_runs import content, files, same_weights
+from golden import CONTROLS
 from transformers import TrainerCallback
 
 from jumplora.data.backbones import load_backbone
@@ -37,7 +38,7 @@ NO_DEV = TaskSequence("short", [replace(task, dev=()) for task in TASKS])
 QUICK = TrainConfig(batch_size=8, epochs=3, learning_rate=1e-2, max_length=120)
 EVERYWHERE = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
 LEARNS = TrainConfig(batch_size=4, epochs=10, learning_rate=1e-2, max_length=200, target_modules=EVERYWHERE)
-SEQUENTIAL = [name for name in METHODS if METHODS[name].training == "sequential"]
+SEQUENTIAL = [n for n in METHODS if METHODS[n].training == "sequential" and n not in CONTROLS]
 MERGING = [name for name in SEQUENTIAL if METHODS[name].after_task == "merge"]
 EACH_METHOD = pytest.mark.parametrize("name", SEQUENTIAL)
 
@@ -408,10 +409,10 @@ def test_an_update_that_the_last_step_broke_is_neither_merged_nor_recorded(tmp_p
 def test_the_rows_of_the_split_are_scored_with_the_lengths_of_the_settings(monkeypatch):
     calls, real = [], evaluate
 
-    def watched(model, tokenizer, task, split, **settings):
+    def watched(model, tokenizer, task, split, labels, **settings):
         lengths = settings["max_length"], settings["truncation"], settings["batch_size"]
         calls.append((task.name, split, *lengths))
-        return real(model, tokenizer, task, split, **settings)
+        return real(model, tokenizer, task, split, labels, **settings)
 
     monkeypatch.setattr(continual, "evaluate", watched)
     config = TrainConfig(batch_size=8, max_length=77, truncation="reference")

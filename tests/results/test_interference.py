@@ -87,7 +87,7 @@ def table_of(shift, seeds=6):
             x = math.log(rate) + 7
             noise = np.random.default_rng([seed, int(1e6 * rate)]).normal(0, 0.2, 2)
             gain = shift if method == "gate" else 0.0
-            rows.append(dict(method=method, rate=rate, seed=seed, learning=50 + 4 * x + noise[0]))
+            rows.append(dict(method=method, rate=rate, seed=seed, learning=50 + 8 * x + noise[0]))
             rows[-1]["retention"] = 20 - 6 * x + gain + noise[1]
     return pd.DataFrame(rows)
 
@@ -97,21 +97,30 @@ FAMILIES = {"gate": (5e-4, 7e-4, 1e-3), "dense": (2.5e-4, 5e-4, 1e-3)}
 
 @pytest.mark.parametrize(
     ("shift", "word"),
-    [(5.0, "The gate keeps more: +"), (-5.0, "The gate keeps less: -"), (0.0, "as much, to within 2 points")],
+    [(5.0, "The gate keeps more: +"), (-5.0, "The gate keeps less: -"), (0.0, "as much, to within two points")],
 )
 def test_the_outcome_names_what_was_put_in(shift, word):
     found = compare_families(table_of(shift), "gate", "dense")
     assert found["difference"] == pytest.approx(shift, abs=0.8)
-    assert found["low"] <= found["low90"] <= found["difference"] <= found["high90"] <= found["high"]
+    assert found["low"] <= found["difference"] <= found["high"]
     assert word in outcome(found)
 
 
 def test_families_without_common_learning_and_wide_intervals_have_their_own_outcomes():
     table = table_of(0.0)
     table.loc[table["method"] == "gate", "learning"] += 100
-    assert outcome(compare_families(table, "gate", "dense")) == "The families reach no learning in common."
-    found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0, low90=-2.5, high90=4.0)
-    assert outcome(found).startswith("Undecided: +1.0 points (-3.0 to +5.0)")
+    assert "no learning in common" in outcome(compare_families(table, "gate", "dense"))
+    found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0)
+    assert outcome(found) == "Undecided: +1.0 points (-3.0 to +5.0, 97%) at learning 50.0 %."
+    found = dict(learning=50.0, difference=1.0, low=math.nan, high=math.nan)
+    assert outcome(found).startswith("Undecided")
+
+
+def test_an_interval_without_enough_values_is_none():
+    values = np.where(np.arange(20) < 2, np.nan, 1.0)
+    low, high = bootstrap(lambda drawn: values[drawn[0]], 20, draws=400)
+    assert math.isnan(low) and math.isnan(high)
+    assert bootstrap(lambda drawn: drawn.mean() if drawn[0] else math.nan, 40)[0] > 0  # 1 in 40 has none
 
 
 def test_the_study_has_sixteen_arms_a_seed_that_differ_in_nothing_but_what_is_named():
@@ -134,12 +143,12 @@ def test_only_seeds_with_every_arm_are_read():
         for i, j in ((0, 0), (1, 0), (1, 1)):
             right = tuple(k < i + j + seed for k in range(4))
             run.add_score(i, j, Score((), right, right, seen=right, log_loss=1.0))
-        run.sparsity = {task: {"layer": 0.9} for task in tasks}
-        run.extra |= dict(norm=dict(a=2.0, b=4.0), neutral_loss={"": 4.0, "a": 4.1, "b": 4.5})
+        run.extra["updates"] = dict(a=dict(kept=0.1, norm=2.0), b=dict(kept=0.1, norm=4.0))
+        run.extra["neutral_loss"] = {"": 4.0, "a": 4.1, "b": 4.5}
         return run
 
     runs = [made(1, "IncLoRA", 1e-3), made(1, "SeqLoRA", 1e-3), made(2, "IncLoRA", 1e-3)]
-    table = study_table(runs)
+    table = study_table(runs, arms=2)
     assert table["seed"].tolist() == [1, 1] and study_table([]).empty
     row = table.iloc[0]
     assert row["learning"] == (25 + 75) / 2 and row["retention"] == 50 and row["kept"] == pytest.approx(10)

@@ -38,6 +38,7 @@ def small(monkeypatch):
     monkeypatch.setattr(speed, "load_backbone", tiny)
     monkeypatch.setattr(speed, "load_sequence", few)
     monkeypatch.setattr(speed, "_t5_large_shape", lambda: load_backbone("tiny-t5")[0])
+    monkeypatch.setitem(speed.PARTS, "blocks", partial(speed._blocks, top=1))
     monkeypatch.setitem(speed.PARTS, "layer", partial(speed._layer, tokens=(8, 16), size=64))
 
 

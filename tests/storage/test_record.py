@@ -286,7 +286,7 @@ def test_a_score_fills_its_cell_and_the_rows_that_were_right_survive_saving(tmp_
     again = Run.load(run.save(tmp_path))
     assert again.to_dict() == run.to_dict() and again.name == make(test_rows=[8, 3]).name
     assert again.rows_right(0, 0).tolist() == [True, False] * 4
-    assert again.rows_right(0, 0, option=True).tolist() == [False] * 5 + [True] * 3
+    assert again.rows_right(0, 0, "option_accuracy").tolist() == [False] * 5 + [True] * 3
     assert again.rows_right(None, 1).tolist() == [True, False, False]
 
 
