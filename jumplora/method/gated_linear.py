@@ -71,7 +71,7 @@ class _Gate(NamedTuple):
     scaling: float  # s = α / r
     bandwidth: float  # ε
     reduction: str  # "mean" or "sum" in the gradient of τ
-    mask: Tensor | None  # (out, in), bool: the entries that may differ from 0; None: all
+    mask: Tensor | None = None  # (out, in), bool: the entries that may differ from 0; None: all
 
     def product(self, A, B):
         "ΔW with zeros where the mask is."
