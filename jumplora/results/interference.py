@@ -39,7 +39,7 @@ def study_jobs(
     **settings: object,  # other fields of `TrainConfig`
 ) -> list[Job]:  # seed by seed
     "The runs of the study; IncLoRA at its usual rates has a falling rate too. `ValueError` for a wrong name."
-    base = dict(top_layers=4, max_length=44, batch_size=8) | settings
+    base = dict(top_layers=4, max_length=46, batch_size=8) | settings
     arms = [(method, dict(base, learning_rate=rate)) for method, found in rates.items() for rate in found]
     if "IncLoRA" in rates and tuple(rates["IncLoRA"]) == RATES["IncLoRA"]:
         decay = dict(learning_rate=7e-4, training_arguments=dict(lr_scheduler_type="linear"))

@@ -155,6 +155,20 @@ def read(model, rows):
 
 
 @torch.no_grad()
+def test_products_have_the_same_shapes_whatever_rows_are_read_together():
+    model, trunk = tiny_trunk(None)
+    shapes = []
+    watched = model.model.layers[0].register_forward_pre_hook(
+        lambda block, args, kwargs: shapes.append(args[0].shape[:2]) if not trunk._batch else None,
+        with_kwargs=True,
+    )
+    trunk.hidden([tuple(row) for row in ROWS])
+    trunk.hidden([tuple(range(3, 20)), (5, 6)])
+    watched.remove()
+    assert shapes == [(8, 16), (8, 16), (8, 32)]
+
+
+@torch.no_grad()
 def test_a_damaged_file_is_removed_and_other_weights_read_other_files(tmp_path):
     model, trunk = tiny_trunk(tmp_path)
     with trunk:
@@ -215,6 +229,7 @@ def test_a_call_that_needs_the_lower_blocks_runs_through_all_of_them():
     expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
     holes = batch_of(ROWS, True, True)
     holes["attention_mask"][0, 3] = 0
+    holes["position_ids"] = (holes["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     all_hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
     with trunk:
         assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given).equal(expected)
