@@ -231,7 +231,10 @@ class Learner:
         empty = [task.name for task in self.sequence if not getattr(task, self.split)]
         if empty:
             raise ValueError(f"no {self.split} rows to score in {empty}; give some, or score another split")
-        dry_check(self.model, self.tokenizer, self.sequence, config, split=self.split, out=self.out)
+        dry_check(
+            self.model, self.tokenizer, self.sequence, config, split=self.split, out=self.out,
+            scoring=self.scoring,
+        )  # fmt: skip
         self.run = new_run(
             self.model, self.sequence, self.method, config,
             seed=self.seed, backbone=self.backbone, split=self.split, callbacks=self.callbacks,

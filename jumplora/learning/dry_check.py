@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .evaluation import answer, normalize
+from .evaluation import answer, label_tokens, normalize
 from .tasks import Task, TaskSequence, encode_answer, encode_prompt, is_encoder_decoder
 from .training import TrainConfig, check_model, target_layers
 
@@ -84,6 +84,7 @@ def dry_check(
     *,
     split: str = "test",  # rows that will be scored: "test" or "dev"
     out: str | Path | None = None,  # folder for the run; None: nothing is kept
+    scoring: str = "answers",  # or "labels", as in `learn_sequence`
 ) -> list[str]:  # names of the layers that will be adapted
     "Find what would fail or be wrong in silence. `ValueError` says what to change; `OSError`: no room."
     config = config or TrainConfig()
@@ -94,6 +95,12 @@ def dry_check(
             fix = "load the model without offloading"
             raise ValueError(f"target_modules: the layer {name} has no weight in memory; {fix}")
     _check_tokens(model, tokenizer, sequence)
+    if scoring == "labels":
+        options = [option for task in sequence for option in task.options]
+        label_tokens(tokenizer, options, is_encoder_decoder(model))
+        for task in sequence:
+            if not {row.label for row in getattr(task, split)} <= set(options):
+                raise ValueError(f"scoring='labels': {task.name!r} has {split} rows whose label is no option")
     task, text = _longest_prompt(model, tokenizer, sequence, config, split)
     if out is not None:
         needed = 8 * sum(layer.weight.numel() for layer in layers.values())

@@ -8,7 +8,7 @@ __all__ = ['Score', 'evaluate', 'average_accuracy', 'micro_average', 'just_learn
 
 # %% ../../nbs/2_learning/evaluation.ipynb #c030e9a0
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -283,6 +283,21 @@ def answer(
     return [answers[row] for row in range(len(texts))], scores
 
 # %% ../../nbs/2_learning/evaluation.ipynb #9464be45
+def label_tokens(
+    tokenizer: "PreTrainedTokenizerBase", labels: Iterable[str], encoder_decoder: bool
+) -> dict[str, list[int]]:  # label -> its token ids
+    "`ValueError` where two labels begin with the same token, so that it cannot distinguish them."
+    tokens = {}
+    known = {}  # first token -> label
+    for label in labels:
+        tokens[label] = encode_answer(tokenizer, label, encoder_decoder)
+        other = known.setdefault(tokens[label][0], label)
+        if other != label:
+            what = f"the labels {other!r} and {label!r} begin with the same token"
+            raise ValueError(f"{what}; use other words, or scoring='answers'")
+    return tokens
+
+
 @torch.no_grad()
 def score_labels(
     model: nn.Module,
@@ -298,12 +313,11 @@ def score_labels(
 ) -> Score:
     "Score rows by the first token after the prompt, which must differ between labels. Nothing is generated."
     collator = Collator.for_model(model, tokenizer)
-    tokens = {label: encode_answer(tokenizer, label, collator.encoder_decoder) for label in labels}
+    tokens = label_tokens(tokenizer, labels, collator.encoder_decoder)
     first = [ids[0] for ids in tokens.values()]
-    unknown = [row.label for row in rows if row.label not in tokens]
-    if len(set(first)) < len(tokens) or unknown or not set(task.options) <= set(tokens):
-        what = f"label {unknown[0]!r} is not among them" if unknown else "two begin with the same token"
-        raise ValueError(f"task {task.name!r} cannot be scored by the labels {list(labels)}: {what}")
+    unknown = [label for label in (*task.options, *(row.label for row in rows)) if label not in tokens]
+    if unknown:
+        raise ValueError(f"task {task.name!r}: the label {unknown[0]!r} is not among {list(labels)}")
     own = [list(tokens).index(option) for option in task.options]
     encoded = [encode_prompt(tokenizer, task, row.text, max_length, truncation) for row in rows]
     pairs = [(ids, tokens[row.label]) for ids, row in zip(encoded, rows, strict=True)]

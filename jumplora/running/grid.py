@@ -201,7 +201,7 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
         rows = (job.sequence, method.training == "isolated", str(job.rows))
         name = (job.backbone, "float32" if job.dtype == "auto" else job.dtype)  # the same on every machine
         shared = (config.batch_size, config.gradient_accumulation, processes)
-        prompts = (config.max_length, config.truncation, job.split)
+        prompts = (config.max_length, config.truncation, job.split, job.scoring)
         read = (rows, name, shared, prompts, str(config.target_modules), config.top_layers)
         try:
             check_seed(job.seed)
@@ -220,7 +220,7 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
             job = replace(job, fingerprint=fingerprint + weights)
             if read not in passed and _job_state(out, job.key)[0] not in ("done", "running"):
                 check_processes(model, *shared)
-                dry_check(model, tokenizer, tasks, config, split=job.split, out=out)
+                dry_check(model, tokenizer, tasks, config, split=job.split, out=out, scoring=job.scoring)
                 passed.add(read)
         except (ValueError, OSError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError

@@ -13,7 +13,7 @@ from jumplora.data.backbones import load_backbone
 from jumplora.learning.continual import Method, learn_sequence, weights_of
 from jumplora.learning.evaluation import evaluate, score_labels, text_loss
 from jumplora.learning.methods import METHODS, DisjointMasks, Prune, RandomMask, Scale, with_settings
-from jumplora.learning.tasks import Question, encode_answer, encode_prompt
+from jumplora.learning.tasks import Question, TaskSequence, encode_answer, encode_prompt
 from jumplora.learning.training import attach_adapter
 from jumplora.storage.rollback import load_without, rollback
 from jumplora.storage.updates import archive_path, read_archive
@@ -166,8 +166,8 @@ def test_options_of_equal_probability_are_no_choice():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["red", "blue", "red blue"], "two begin with the same token"),
-        (["red"], "label 'blue' is not among them"),
+        (["red", "blue", "red blue"], "'red' and 'red blue' begin with the same token; use other words, or"),
+        (["red"], "the label 'blue' is not among"),
         (["red", "blue", "red"], None),
     ],
 )
@@ -179,6 +179,19 @@ def test_labels_that_cannot_be_distinguished_are_refused(labels, message):
         return
     with pytest.raises(ValueError, match=message):
         score_labels(*given, max_length=40)
+
+
+def test_labels_that_cannot_be_scored_are_found_before_anything_is_learned(monkeypatch):
+    monkeypatch.setattr("jumplora.learning.continual.train_task", None)
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    same = TaskSequence("two", [SEQUENCE[0], task("second", "red x", "green")])
+    outside = replace(SEQUENCE[1], test=[("a", "purple")])
+    given = dict(config=CONFIG, scoring="labels", progress=False)
+    with pytest.raises(ValueError, match="'red' and 'red x' begin with the same token"):
+        learn_sequence(model, whole_words(), same, METHODS["IncLoRA"], **given)
+    with pytest.raises(ValueError, match="'second' has test rows whose label is no option"):
+        odd = TaskSequence("two", [SEQUENCE[0], outside])
+        learn_sequence(model, whole_words(), odd, METHODS["IncLoRA"], **given)
 
 
 @torch.no_grad()
