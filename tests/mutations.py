@@ -131,6 +131,7 @@ MUTATIONS = [
     ),
     *of(
         "learning/evaluation.py", "learning/test_evaluation.py|not covers",
+        ("the diagonal counts as retention", "a[np.tril_indices(len(a), -1)]", "a[np.tril_indices(len(a))]"),
         ("a tie counts as a choice", "seen=tuple(((scores >= of_label).sum(1) == 1).tolist())", "seen=tuple((scores.argmax(1) == right).tolist())", "learning/test_controls.py|equal_probability"),
         ("the end of a label counts as its beginning", "begin = (given != -100).int().argmax(-1)", "begin = -(given != -100).int().sum(-1) * 0 - 1", "learning/test_controls.py|one_row"),
         ("forgetting looks before a task was learned", "a[j:, j].max()", "a[:, j].max()"),
@@ -176,7 +177,6 @@ MUTATIONS = [
     ),
     *of(
         "results/interference.py", "results/test_interference.py",
-        ("the diagonal counts as retention", "scores[np.tril_indices(len(scores), -1)]", "scores[np.tril_indices(len(scores))]"),
         ("Holm corrects for the tests that are done", "(len(p_values) - i) * p", "(i + 1) * p"),
         ("seeds with missing arms are read", "if size == arms]", "if size]"),
     ),
