@@ -30,7 +30,14 @@ from jumplora.learning.tasks import (
     is_encoder_decoder,
     pad,
 )
-from ..running.answers import generate, read_by_option, read_decoder, read_prefix, reads_together
+from jumplora.running.answers import (
+    contiguous_head,
+    generate,
+    read_by_option,
+    read_decoder,
+    read_prefix,
+    reads_together,
+)
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
 if TYPE_CHECKING:
@@ -77,7 +84,8 @@ def evaluate(
     was_training = model.training
     try:
         if labels is not None:
-            return score_labels(model.eval(), tokenizer, task, rows, labels, **settings)
+            with contiguous_head(model):
+                return score_labels(model.eval(), tokenizer, task, rows, labels, **settings)
         answers, scores = answer(model.eval(), tokenizer, task, [row.text for row in rows], **settings)
     finally:
         model.train(was_training)
@@ -278,16 +286,17 @@ def answer(
         batches = batches[process_index() :: world_size()]
     answers = {}
     scores = torch.zeros(len(texts), len(options))
-    for batch_rows in batches:
-        batch = [prompts[row] for row in batch_rows]
-        likely, greedy, inputs_of = read(model, batch, options, tokenizer.pad_token_id)
-        scores[batch_rows] = likely.cpu()
-        answers |= {batch_rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
-        others = (~greedy.any(1)).nonzero().flatten()
-        if len(others):
-            generated = generate(model, tokenizer, longest, use_cache=together, **inputs_of(others))
-            answers |= zip([batch_rows[row] for row in others.tolist()], generated, strict=True)
-        advance(len(batch_rows))
+    with contiguous_head(model):
+        for batch_rows in batches:
+            batch = [prompts[row] for row in batch_rows]
+            likely, greedy, inputs_of = read(model, batch, options, tokenizer.pad_token_id)
+            scores[batch_rows] = likely.cpu()
+            answers |= {batch_rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
+            others = (~greedy.any(1)).nonzero().flatten()
+            if len(others):
+                generated = generate(model, tokenizer, longest, use_cache=together, **inputs_of(others))
+                answers |= zip([batch_rows[row] for row in others.tolist()], generated, strict=True)
+            advance(len(batch_rows))
 
     if share:
         own = len(answers)

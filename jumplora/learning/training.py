@@ -30,6 +30,7 @@ from .tasks import Collator, Task, encode_answer, encode_prompt
 from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
 from ..method.regularizers import Regularizer, Update
 from ..method.schedule import SparsityCallback, SparsitySchedule, ramp_steps
+from ..running.answers import contiguous_head
 from ..running.processes import fill_batches, fill_rows, gathered, largest, split_batch, world_size
 from ..running.trunk import block_of
 from ..storage.state import Checkpoint, ResumableTrainer
@@ -493,7 +494,8 @@ def train_task(
             trainer.parts["schedule"] = schedule
         for callback in callbacks:
             trainer.add_callback(callback)
-        trainer.train_or_resume()
+        with contiguous_head(model):
+            trainer.train_or_resume()
     if "_original_forward" in vars(model):  # undo accelerate's autocast, which a resumed run would lack
         model.forward = vars(model).pop("_original_forward")
         vars(model).pop("_is_accelerate_prepared", None)

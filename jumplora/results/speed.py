@@ -35,7 +35,7 @@ from ..method import adapter
 from ..method.gated_linear import naive_gated_linear, naive_gated_update
 from ..method.regularizers import ELLA, IncLoRA, Update
 from ..method.schedule import initial_threshold
-from ..running.answers import generate
+from ..running.answers import contiguous_head, generate
 from ..running.trunk import Trunk
 from ..storage.record import environment
 
@@ -188,7 +188,9 @@ def _t5_large_shape() -> nn.Module:
 def _training_step(model: nn.Module, batch: dict, penalty: Callable[[], Tensor] | None = None) -> None:
     "Forward, loss on the label tokens, penalty and backward."
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    loss = training.label_loss(model(**inputs), batch["labels"], shift=not model.config.is_encoder_decoder)
+    with contiguous_head(model):
+        outputs = model(**inputs)
+    loss = training.label_loss(outputs, batch["labels"], shift=not model.config.is_encoder_decoder)
     (loss if penalty is None else loss + penalty()).backward()
     model.zero_grad(set_to_none=True)
 

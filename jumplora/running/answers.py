@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/5_inside/answers.ipynb #7beb9af9
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,20 @@ from ..learning.tasks import is_encoder_decoder, pad
 # Run records load through this module: what needs transformers imports it when it is called.
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase
+
+# %% ../../nbs/5_inside/answers.ipynb #9466eff9
+@contextmanager
+def contiguous_head(model: nn.Module) -> Iterator[None]:
+    "Within the block the output layer takes one product for all rows of a batch."
+    head = model.get_output_embeddings()
+    hook = None
+    if head is not None:
+        hook = head.register_forward_pre_hook(lambda layer, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 # %% ../../nbs/5_inside/answers.ipynb #f3d76286
 @torch.no_grad()

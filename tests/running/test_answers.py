@@ -11,7 +11,7 @@ import jumplora.learning.evaluation as evaluation
 from jumplora.data.backbones import byte_tokenizer
 from jumplora.learning.evaluation import answer
 from jumplora.learning.tasks import Question, encode_answer, encode_prompt
-from jumplora.running.answers import reads_together
+from jumplora.running.answers import contiguous_head, reads_together
 
 QUESTION = Question("q", "What is it? Choose one from the option and think. ", ("good", "rather bad", "no"))
 TEXTS = ["x", "hello there you " * 6, "two teams met and one won"]
@@ -178,3 +178,16 @@ def test_frequencies_that_depend_on_the_longest_text_so_far_are_refused_beyond_t
     with pytest.raises(ValueError, match="'dynamic' and .* max_position_embeddings=80.*lower max_length"):
         answer(model, words(), QUESTION, ["a long text " * 20], max_length=200)
     assert len(answer(model, words(), QUESTION, TEXTS, max_length=60)[0]) == len(TEXTS)
+
+
+def test_the_output_layer_reads_a_batch_in_one_product_and_keeps_no_hook():
+    model = model_of("Llama")
+    shapes = []
+    head = model.get_output_embeddings()
+    given = dict(input_ids=torch.tensor([[5, 6, 7, 8], [9, 5, 6, 7]]), logits_to_keep=2)
+    expected = model(**given).logits
+    with contiguous_head(model):
+        watch = head.register_forward_pre_hook(lambda layer, args: shapes.append(args[0].is_contiguous()))
+        torch.testing.assert_close(model(**given).logits, expected, rtol=1e-5, atol=1e-5)
+        watch.remove()
+    assert shapes == [True] and not head._forward_pre_hooks
