@@ -441,6 +441,7 @@ def study(
     *,
     seed: Sequence[int] = tuple(range(101, 125)),  # a round of all arms each
     method: Sequence[str] = (),  # arms of these methods only
+    norm: float | None = None,  # of the late gate's updates in a pilot: IncLoRA scaled merges at it
     out: str = "runs/interference",  # the study's folder
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
@@ -450,7 +451,7 @@ def study(
     from jumplora.running.grid import run_grid
 
     chosen = {name: RATES[check_choice(name, tuple(RATES), "method")] for name in method or RATES}
-    states = run_grid(study_jobs(seed, chosen), out, workers=workers, device=device)["state"]
+    states = run_grid(study_jobs(seed, chosen, norm), out, workers=workers, device=device)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
     return int((states == "failed").any())
 

@@ -61,9 +61,11 @@ def test_a_frozen_penalty_is_neither_lost_in_the_loss_nor_all_of_it(name):
 def test_a_frozen_gate_lets_some_entries_pass_and_not_all(name):
     run = STORED["runs"][name]
     for task, layers in run["sparsity"].items():
-        assert 0.1 < sum(layers.values()) / len(layers) < 0.999
+        held = bool(METHODS[golden.RUNS[name][0]].settings)  # few entries, late: the published gate has more
+        assert 0.1 < sum(layers.values()) / len(layers) < (0.999 if held else 0.9)
         history = run["thresholds"][task]
-        assert history[-1]["interpolation"] == 1 and any(0 < point["interpolation"] < 1 for point in history)
+        ramp = [0 < point["interpolation"] < 1 for point in history]
+        assert history[-1]["interpolation"] == 1 and (any(ramp) if held else ramp[len(ramp) // 2])
         assert len({str(point["threshold"]) for point in history}) > 3  # it was learned, or chosen again
 
 

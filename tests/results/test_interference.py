@@ -124,7 +124,9 @@ def test_an_interval_without_enough_values_is_none():
 
 
 def test_the_study_has_sixteen_arms_a_seed_that_differ_in_nothing_but_what_is_named():
-    jobs = study_jobs([101, 102])
+    with pytest.raises(ValueError, match="in a pilot; give norm"):
+        study_jobs([101])
+    jobs = study_jobs([101, 102], norm=7.5)
     assert len(jobs) == 32 and len({job.key for job in jobs}) == 32
     assert all(job.sequence == f"topics-{job.seed}" and job.scoring == "labels" for job in jobs)
     first = [job for job in jobs if job.seed == 101]
@@ -133,7 +135,7 @@ def test_the_study_has_sixteen_arms_a_seed_that_differ_in_nothing_but_what_is_na
         method, config = job_method(job)
         assert config.top_layers == 4 and config.max_length == 46 and config.batch_size == 8
         assert (config.kept == 0.1 and config.hold_kept) == ("late gate" in job.method)
-    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"][0]["norm"] > 0
+    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"] == [dict(norm=7.5)]
 
 
 def test_only_seeds_with_every_arm_are_read():
