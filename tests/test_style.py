@@ -144,11 +144,15 @@ def test_notebook_starts_with_a_title_and_one_sentence(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_notebook_has_a_recap_and_something_to_try(name):
+def test_notebook_ends_with_a_recap_and_something_to_try_and_a_guide_with_what_goes_wrong(name):
     heads = re.findall(r"^## (.+)$", "\n".join(c.source for c in cells(name) if c.kind == "markdown"), re.M)
-    ends = [h for h in heads if re.match(r"(Recap|Try it)\b", h)]
-    assert ends == heads[-2:] and len(ends) == 2, (
-        f"{name} ends with {heads[-2:]}, not with 'Recap' and 'Try it'"
+    want = ["What goes wrong"] if NBS[name].parent.name == "4_guides" else ["Recap", "Try it"]
+    ends = [h for h in heads if re.match(r"(Recap|Try it|What goes wrong)\b", h)][-len(want) :]
+    assert ends == heads[-len(want) :] and len(ends) == len(want), (
+        f"{name} ends with {heads[-2:]}, not {want}"
+    )
+    assert all(e.startswith(w) for e, w in zip(ends, want, strict=True)), (
+        f"{name} ends with {ends}, not {want}"
     )
 
 
