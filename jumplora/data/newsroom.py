@@ -156,8 +156,9 @@ def newsroom20(
 def topics(
     folder: str | os.PathLike | None = None,  # where the packages are; None for the usual places
     seed: int = 0,  # which rows, and the order of the tasks
+    list_options: bool = True,  # False: prompts do not list the options
 ) -> TaskSequence:  # six tasks
-    "Six tasks of four labels, each label one word; prompts do not list them. Errors as for `newsroom`."
+    "Six tasks of four labels, each label one word. Errors as for `newsroom`."
     labels = {}  # file -> all labels that a task takes from it
     for source in TOPICS.values():
         labels[source.train] = labels.get(source.train, {}) | source.labels
@@ -171,8 +172,9 @@ def topics(
             pools[source.train] = (test, _read(source.train, whole, folder, seen))
         test, train = pools[source.train]
         task = _task(name, source, list(source.labels.values()), test, train, seed)
-        tasks.append(replace(task, list_options=False))
-    return TaskSequence(f"topics-{seed}", shuffled(tasks, f"{seed}/topics"))
+        tasks.append(replace(task, list_options=list_options))
+    name = f"topics-{seed}" if list_options else f"topics-unlisted-{seed}"
+    return TaskSequence(name, shuffled(tasks, f"{seed}/topics"))
 
 
 def tales(

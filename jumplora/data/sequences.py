@@ -31,8 +31,8 @@ def load_sequence(
 ) -> TaskSequence:  # the tasks in their order
     "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
     name = f"order{name}" if str(name) in map(str, ORDERS) else str(name)
-    if re.fullmatch(r"topics-\d{1,7}", name):
-        found = topics(folder, int(name.removeprefix("topics-")))
+    if match := re.fullmatch(r"topics-(unlisted-)?(\d{1,7})", name):
+        found = topics(folder, int(match[2]), list_options=not match[1])
     elif name in ("newsroom", "newsroom20"):
         found = newsroom(folder, seed) if name == "newsroom" else newsroom20(folder, seed)
     elif name in HUB_SEQUENCES:

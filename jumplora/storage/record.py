@@ -197,6 +197,8 @@ _METRICS = {  # name -> function, and the fields that it takes
     "just_learned": (evaluation.just_learned, ("accuracy",)),
     "backward_transfer": (evaluation.backward_transfer, ("accuracy",)),
     "forgetting": (evaluation.forgetting, ("accuracy",)),
+    "retention": (evaluation.retention, ("accuracy",)),
+    "running_average": (evaluation.running_average, ("accuracy",)),
 }
 
 

@@ -9,46 +9,18 @@ import pytest
 
 from jumplora.learning.evaluation import Score
 from jumplora.results.interference import (
+    NORM,
     bootstrap,
     common_learning,
     compare_families,
     frontier,
-    holm,
     outcome,
     retention_at,
-    sign_flip_test,
     study_jobs,
     study_table,
 )
 from jumplora.running.grid import job_method
 from jumplora.storage.record import Run
-
-
-@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, -0.5], [0.3, 0.3, 0.3, -0.3], list(np.arange(9) - 2.0)])
-def test_the_sign_flip_test_counts_all_signs(values):
-    totals = [
-        sum(s * v for s, v in zip(signs, values, strict=True))
-        for signs in itertools.product((1, -1), repeat=len(values))
-    ]
-    expected = np.mean([abs(total) >= abs(sum(values)) - 1e-12 for total in totals])
-    assert sign_flip_test(values) == pytest.approx(expected)
-
-
-def test_many_seeds_are_drawn_and_agree_with_all_signs():
-    rng = np.random.default_rng(1)
-    for shift in (0.0, 0.4, 0.8):
-        values = rng.normal(shift, 1, 16)
-        assert sign_flip_test([*values, 0.0]) == pytest.approx(sign_flip_test(values), abs=0.01)
-    false = [sign_flip_test(rng.normal(0, 1, 24), draws=2000) <= 0.05 for _ in range(400)]
-    assert 0.02 < np.mean(false) < 0.09  # about 5 % where there is nothing
-    for bad in ([], [math.nan], [[1.0]]):
-        with pytest.raises(ValueError, match="finite numbers"):
-            sign_flip_test(bad)
-
-
-def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_falls():
-    assert holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
-    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
 
 
 def test_a_bootstrap_interval_of_a_mean_is_that_of_its_standard_error():
@@ -123,19 +95,24 @@ def test_an_interval_without_enough_values_is_none():
     assert bootstrap(lambda drawn: drawn.mean() if drawn[0] else math.nan, 40)[0] > 0  # 1 in 40 has none
 
 
-def test_the_study_has_sixteen_arms_a_seed_that_differ_in_nothing_but_what_is_named():
-    with pytest.raises(ValueError, match="in a pilot; give norm"):
-        study_jobs([101])
-    jobs = study_jobs([101, 102], norm=7.5)
-    assert len(jobs) == 32 and len({job.key for job in jobs}) == 32
+def test_the_study_has_fourteen_arms_a_seed_that_differ_in_nothing_but_what_is_named():
+    jobs = study_jobs([101, 102])
+    assert len(jobs) == 28 and len({job.key for job in jobs}) == 28
     assert all(job.sequence == f"topics-{job.seed}" and job.scoring == "labels" for job in jobs)
     first = [job for job in jobs if job.seed == 101]
     assert sum(job.method == "IncLoRA" for job in first) == 5
+    with pytest.raises(ValueError, match="variant='wide' is not known"):
+        study_jobs([101], variant="wide")
+    wider, unlisted = (
+        study_jobs([7], dict(SeqLoRA=(1e-3,)), variant=name)[0] for name in ("deeper", "unlisted")
+    )
+    assert wider.train["top_layers"] == 8 and wider.sequence == "topics-7"
+    assert unlisted.sequence == "topics-unlisted-7" and unlisted.train["top_layers"] == 4
     for job in first:
         method, config = job_method(job)
-        assert config.top_layers == 4 and config.max_length == 46 and config.batch_size == 8
+        assert config.top_layers == 4 and config.max_length == 64 and config.batch_size == 8
         assert (config.kept == 0.1 and config.hold_kept) == ("late gate" in job.method)
-    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"] == [dict(norm=7.5)]
+    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"] == [dict(norm=NORM)]
 
 
 def test_only_seeds_with_every_arm_are_read():
