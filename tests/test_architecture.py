@@ -39,6 +39,7 @@ learning.methods
 results.sparsity results.run_tables storage.rollback
 results.speed storage.export
 running.grid
+running.reproduce
 results.interference
 command_line
 """
