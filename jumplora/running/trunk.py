@@ -83,11 +83,12 @@ class _Store:
         names = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
         try:
             if self.folder is not None:
-                files = sorted(self.folder.parent.rglob("*.safetensors"), key=os.path.getmtime)
-                used = sum(file.stat().st_size for file in files)
-                while files and used + needed > self.limit:
-                    used -= files[0].stat().st_size
-                    files.pop(0).unlink(missing_ok=True)
+                files = [(path.stat(), path) for path in self.folder.parent.rglob("*.safetensors")]
+                used = sum(stat.st_size for stat, _ in files)
+                for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
+                    if used + needed > self.limit:
+                        path.unlink(missing_ok=True)  # another run may have removed it
+                        used -= stat.st_size
                 write_atomic(self.folder / f"{names}.safetensors", save(self.new))
         except OSError as error:
             warnings.warn(f"hidden states are kept in memory only ({error})", stacklevel=3)
@@ -271,11 +272,11 @@ class Trunk:
         try:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
                 whole = self._stack.eval()(**inputs)[0][seen]
-                lower = self._run(inputs)
+                known = self._run(inputs)[0]  # the first row
                 if not self._compute([first])[first].equal(self._compute([*others, first])[first]):
                     return "a row's hidden states depend on its neighbours in their last bits"
                 self._stack.train()
-                if not all(torch.equal(self._run(inputs), lower) for _ in range(2)):
+                if not all(torch.equal(self._run(inputs)[0], known) for _ in range(2)):
                     return "its lower blocks draw random numbers in training"
                 self._stack.eval()
                 with self:
