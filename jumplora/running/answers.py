@@ -26,15 +26,12 @@ if TYPE_CHECKING:
 @contextmanager
 def contiguous_head(model: nn.Module) -> Iterator[None]:
     "Within the block the output layer takes one product for all rows of a batch."
-    head = model.get_output_embeddings()
-    hook = None
-    if head is not None:
-        hook = head.register_forward_pre_hook(lambda layer, args: (args[0].contiguous(), *args[1:]))
+    head = model.get_output_embeddings() or nn.Identity()
+    hook = head.register_forward_pre_hook(lambda layer, args: (args[0].contiguous(), *args[1:]))
     try:
         yield
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
 
 # %% ../../nbs/5_inside/answers.ipynb #f3d76286
 @torch.no_grad()

@@ -105,7 +105,7 @@ def plan(
             jobs[method, name, repr(seed)] = Job(method, name, seed, strength=strength, **shared)
     return list(jobs.values())
 
-# %% ../../nbs/5_inside/grid.ipynb #6e2c02c5
+# %% ../../nbs/5_inside/grid.ipynb #be946572
 def job_method(job: Job) -> tuple[Method, TrainConfig]:
     "Method and settings of a job. Raises ValueError for what does not exist or is out of range."
     method = METHODS[check_choice(job.method, tuple(METHODS), "method")]
@@ -126,10 +126,9 @@ def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
 
 
 def _rows_fingerprint(tasks: TaskSequence) -> str:
-    "Changes when any row, question or option changes."
     return digest([[task.name, task.fingerprint()] for task in tasks])[:16]
 
-# %% ../../nbs/5_inside/grid.ipynb #e3b0f1a4
+# %% ../../nbs/5_inside/grid.ipynb #6e2c02c5
 def _read_json(path: Path) -> dict:
     "A JSON object, or {} for anything else."
     with suppress(OSError, ValueError, RecursionError):
@@ -188,10 +187,9 @@ def status(
     for key, job in jobs.items():
         strength = "" if job.strength is None else str(job.strength)
         settings = " ".join(f"{name}={value}" for name, value in job.train.items())
-        asked = [key, job.method, job.sequence, job.seed, strength, settings]
-        rows.append([*asked, *_job_state(Path(out), key)])
-    columns = ["key", "method", "sequence", "seed", "strength", "settings", "state", "note"]
-    return pd.DataFrame(rows, columns=columns).set_index("key")
+        rows.append([job.method, job.sequence, job.seed, strength, settings, *_job_state(Path(out), key)])
+    columns = ["method", "sequence", "seed", "strength", "settings", "state", "note"]
+    return pd.DataFrame(rows, pd.Index(jobs, name="key"), columns)
 
 # %% ../../nbs/5_inside/grid.ipynb #a0fb4cae
 def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: int) -> list[Job]:
@@ -249,10 +247,8 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
-        run = new_run(
-            model, tasks, method, config, seed=job.seed, backbone=job.backbone, split=job.split,
-            scoring=job.scoring,
-        )  # fmt: skip
+        asked = dict(seed=job.seed, backbone=job.backbone, split=job.split, scoring=job.scoring)
+        run = new_run(model, tasks, method, config, **asked)
         exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounded: another fingerprint
         now = _rows_fingerprint(tasks) + run.configuration["weights"] * exact
         if not job.fingerprint.startswith(now):
@@ -260,9 +256,9 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         note["run"] = run.name
         _write_note(out, key, note)
         learn_sequence(
-            model, tokenizer, tasks, method, config, seed=job.seed, out=out, backbone=job.backbone,
-            split=job.split, zero_shot=False, progress=False, archive=job.archive, scoring=job.scoring,
-            neutral=tales() if job.neutral else (), hidden_states=Path(out) / "hidden-states",
+            model, tokenizer, tasks, method, config, **asked, out=out, zero_shot=False, progress=False,
+            archive=job.archive, neutral=tales() if job.neutral else (),
+            hidden_states=Path(out) / "hidden-states",
         )  # fmt: skip
     except Exception as error:
         note["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"

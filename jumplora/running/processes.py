@@ -61,7 +61,7 @@ def join_processes(
     for state in (AcceleratorState._shared_state, PartialState._shared_state):  # set by the caller's program
         kind = state.get("distributed_type", DistributedType.NO)
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            refused.append(str(kind.value))
+            refused.append(kind.value)
     if refused:
         raise ValueError(
             f"{refused[0]} is not supported: penalties and gates need whole matrices. Use plain data "

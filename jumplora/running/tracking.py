@@ -51,7 +51,7 @@ def find_trackers(report_to: str | Sequence[str]) -> list[TrainerCallback]:
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"report_to={report_to!r}: {error}") from None
 
-# %% ../../nbs/5_inside/tracking.ipynb #8c608329
+# %% ../../nbs/5_inside/tracking.ipynb #18531dfb
 class Tracking(TrainerCallback):
     "Passes what Trainers log on to trackers, with steps counted over all tasks."
 
@@ -66,7 +66,7 @@ class Tracking(TrainerCallback):
         self.args = args
         self.folder = folder
         self.every = every
-        self.before = 0  # k₀, steps of the tasks before the current one
+        self.before = 0  # steps of the tasks before the current one
         self._opened = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..conventions import write_atomic
-from ..learning.tasks import is_encoder_decoder
+from ..learning.tasks import is_encoder_decoder, pad
 from .answers import reads_together
 from ..storage.record import digest, tensors_checksum
 
@@ -37,8 +37,67 @@ def block_of(model: nn.Module, layer: str) -> tuple[str, int]:
     return "", -1
 
 # %% ../../nbs/5_inside/trunk.ipynb #562f5bf8
+class _Store:
+    "Hidden states of rows, in memory and in a folder; a key is the dtype of autocast and the row's tokens."
+
+    def __init__(self, folder: Path | None, limit: int):
+        self.folder = folder
+        self.limit = limit  # bytes in memory, and as many in the folders of all models
+        self.memory: dict[tuple[str, tuple], Tensor] = {}
+        self.bytes = 0  # in memory
+        self.files = {}  # name of a row -> the open file that holds it
+        self.new: dict[str, Tensor] = {}  # rows that are in no file yet
+        for path in sorted(folder.glob("*.safetensors")) if folder else ():
+            try:
+                file = safe_open(path, "pt")
+                self.files |= dict.fromkeys(file.keys(), file)
+                os.utime(path)  # used now: other files go first
+            except (SafetensorError, OSError):
+                with suppress(OSError):
+                    path.unlink()
+
+    @staticmethod
+    def name(key) -> str:
+        return digest([key[0], list(key[1])])[:32]
+
+    def find(self, key) -> Tensor | None:
+        if key not in self.memory and (name := self.name(key)) in self.files:
+            return self.remember(key, self.files[name].get_tensor(name))
+        return self.memory.get(key)
+
+    def add(self, key, states: Tensor) -> Tensor:
+        self.new[self.name(key)] = states
+        return self.remember(key, states)
+
+    def remember(self, key, states: Tensor) -> Tensor:
+        if self.bytes + states.nbytes <= self.limit:
+            self.bytes += states.nbytes
+            self.memory[key] = states
+        return states
+
+    def save(self, above: int = 0) -> None:  # bytes of new rows; fewer are not written yet
+        "Write new rows to the folder. A warning where that fails: they stay in memory."
+        needed = sum(states.nbytes for states in self.new.values())
+        if needed <= above:
+            return
+        names = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
+        try:
+            if self.folder is not None:
+                files = [(path.stat(), path) for path in self.folder.parent.rglob("*.safetensors")]
+                used = sum(stat.st_size for stat, _ in files)
+                for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
+                    if used + needed > self.limit:
+                        path.unlink(missing_ok=True)  # another run may have removed it
+                        used -= stat.st_size
+                write_atomic(self.folder / f"{names}.safetensors", save(self.new))
+        except OSError as error:
+            warnings.warn(f"hidden states are kept in memory only ({error})", stacklevel=3)
+            self.folder = None
+        self.new.clear()
+
+# %% ../../nbs/5_inside/trunk.ipynb #8479c418
 class _Reached(Exception):
-    "Leaves the forward pass at the first adapted block, and carries that block's input."
+    "Leaves the forward pass below the first adapted block, and carries the output of the last block."
 
 
 class Trunk:
@@ -53,96 +112,87 @@ class Trunk:
     ):
         self.reason = ""  # why nothing is replayed; "" where it is
         self.computed = 0  # rows that ran through the lower blocks
-        self._limit = limit
-        self._rows: dict[tuple, Tensor] = {}  # (dtype of autocast, token ids) -> (tokens, width)
-        self._bytes = 0  # held in `_rows`
-        self._stored = {}  # name of a row -> the open file that holds it
-        self._new: dict[str, Tensor] = {}  # rows that are in no file yet
-        self._folder = None
+        self._store = _Store(None, limit)
         self._plain = False  # True: the stack runs as usual
         self._batch: Tensor | None = None  # hidden states of the batch that is replayed
         self._beside: int | None = None  # further outputs of a block; None: it returns a bare tensor
         self._undo = []
+        self._pads_left = not is_encoder_decoder(model)
         places = [block_of(model, name) for name in layers]
-        if is_encoder_decoder(model):
-            places = [(stack, number) for stack, number in places if "decoder" not in stack]
-        stacks = sorted({stack for stack, _ in places})
-        if len(stacks) != 1 or not stacks[0]:
+        places = [place for place in places if self._pads_left or "decoder" not in place[0]]
+        stacks = {stack for stack, _ in places}
+        if len(stacks) != 1 or stacks == {""}:
             self.reason = f"its adapted layers are in {len(stacks)} stacks of blocks that could be replayed"
             return
-        blocks = model.get_submodule(stacks[0])
-        self._stack = model.get_submodule(stacks[0].rpartition(".")[0])
-        first = min(number for stack, number in places if stack == stacks[0])
-        self._blocks = list(blocks[:first])
-        self._first = blocks[first]
-        self._left = not is_encoder_decoder(model)  # the side of padding
+        stack, first = min(places)  # the first adapted block
+        blocks = model.get_submodule(stack)
+        self._lower = list(blocks[:first])
+        self._stack = model.get_submodule(stack.rpartition(".")[0])
+        self._device = next(self._stack.parameters()).device
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.reason = self._find_reason(model)
         if folder is not None and not self.reason:
             around = [child for child in self._stack.children() if child is not blocks]
-            weights = tensors_checksum(nn.ModuleList([*around, *self._blocks]).state_dict())
+            weights = tensors_checksum(nn.ModuleList([*around, *self._lower]).state_dict())
             settings = {key: str(value) for key, value in model.config.to_dict().items() if "path" not in key}
-            device = self._parameter.device
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            machine = [name, torch.get_num_threads()]
-            machine += [torch.backends.cpu.get_cpu_capability(), torch.__version__, transformers.__version__]
-            self._folder = Path(folder) / digest([weights, first, settings, machine])[:32]
-
-    @property
-    def _parameter(self) -> Tensor:
-        return next(self._stack.parameters())
+            kind = self._device.type
+            machine = [
+                torch.cuda.get_device_name(self._device) if kind == "cuda" else kind, torch.get_num_threads(),
+                torch.backends.cpu.get_cpu_capability(), torch.__version__, transformers.__version__,
+            ]  # fmt: skip
+            folder = Path(folder) / digest([weights, first, settings, machine])[:32]
+        self.computed = 0  # without the rows of the trial
+        self._store = _Store(None if self.reason else folder, limit)
 
     def __enter__(self) -> "Trunk":
-        if self.reason:
-            return self
-        self._open_files()
-        self._undo.append(self._stack.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        for i, block in enumerate(self._blocks):
-            block.forward = self._replay(block.forward, last=i == len(self._blocks) - 1)
-            self._undo.append(lambda block=block: vars(block).pop("forward"))
+        if not self.reason:
+            hook = self._stack.register_forward_pre_hook(self._find_batch, with_kwargs=True)
+            self._undo.append(hook.remove)
+            for block in self._lower:
+                block.forward = self._replaced(block.forward, last=block is self._lower[-1])
+                self._undo.append(lambda block=block: vars(block).pop("forward"))
         return self
 
     def __exit__(self, *error) -> None:
         while self._undo:
             self._undo.pop()()
-        self.save()
+        self._batch = None
+        self._store.save()
 
-    def _replay(self, forward, last):
-        def replayed(*args, **kwargs):
+    def _replaced(self, forward, last: bool):
+        def replay(*args, **kwargs):
             if self._batch is None:
                 return forward(*args, **kwargs)
             hidden = self._batch if last else (args[0] if args else kwargs["hidden_states"])
-            return (hidden, *[None] * self._beside) if self._beside is not None else hidden
+            return hidden if self._beside is None else (hidden, *[None] * self._beside)
 
-        return replayed
+        return replay
 
-    def _before(self, stack, args, kwargs):
+    def _find_batch(self, stack, args, kwargs):
+        "Before the stack runs: the hidden states of its rows, if the lower blocks have to give no more."
         self._batch = None
-        if self._plain or args:
-            return None
         given = {name: value for name, value in kwargs.items() if value is not None}
         ids = given.pop("input_ids", None)
-        mask = given.pop("attention_mask", torch.ones_like(ids) if ids is not None else None)
+        if self._plain or args or ids is None:
+            return None
+        mask = given.pop("attention_mask", torch.ones_like(ids))
         positions = given.pop("position_ids", None)
-        harmless = dict(use_cache=False, output_hidden_states=False, return_dict=True)
-        harmless["output_attentions"] = False
         given.pop("num_items_in_batch", None)
-        if ids is None or mask.dim() != 2 or any(harmless.get(key) is not given[key] for key in given):
+        usual = dict(use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True)
+        if mask.dim() != 2 or any(usual.get(key) is not given[key] for key in given):
             return None
         mask = mask.bool()
         counted = (mask.cumsum(-1) - 1).clamp(min=0)
-        padded = not mask.all()
-        if positions is not None and not torch.equal(positions.expand_as(counted)[mask], counted[mask]):
-            return None
-        if padded and positions is None and "position_ids" in self._takes and not mask[:, 0].all():
-            return None  # padding on the left would shift positions
-        if (mask.diff(dim=-1).sum(-1) > 1).any():  # a difference of bools is their exclusive or
-            return None  # padding inside a row
+        if positions is None:  # padding on the left would shift positions
+            shifted = "position_ids" in self._takes and not mask[:, 0].all()
+        else:
+            shifted = not torch.equal(positions.expand_as(counted)[mask], counted[mask])
+        if shifted or (mask.diff(dim=-1).sum(-1) > 1).any():  # a difference of bools is their exclusive or
+            return None  # or padding inside a row
         hidden = self.hidden([tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)])
-        batch = torch.zeros(*ids.shape, hidden[0].shape[-1], dtype=hidden[0].dtype, device=ids.device)
-        for place, kept, row in zip(batch, mask, hidden, strict=True):
-            place[kept] = row.to(ids.device)
-        self._batch = batch
+        self._batch = torch.zeros(*ids.shape, hidden[0].shape[-1], dtype=hidden[0].dtype, device=ids.device)
+        for place, kept, states in zip(self._batch, mask, hidden, strict=True):
+            place[kept] = states.to(ids.device)
         return args, kwargs | dict(use_cache=False) if "use_cache" in self._takes else kwargs
 
     @torch.no_grad()
@@ -151,150 +201,90 @@ class Trunk:
         rows: list[tuple[int, ...]],  # token ids of each row, without padding
     ) -> list[Tensor]:  # (tokens, width) each, what the first adapted block reads
         "Hidden states of rows: from memory, from the folder, or computed."
-        kind = self._parameter.device.type
+        kind = self._device.type
         dtype = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
-        found = {}
-        missing = []
-        for row in dict.fromkeys(rows):
-            if (dtype, row) in self._rows:
-                found[row] = self._rows[dtype, row]
-            elif (name := digest([dtype, list(row)])[:32]) in self._stored:
-                found[row] = self._stored[name].get_tensor(name)
-            else:
-                missing.append(row)
-        for row, computed in zip(missing, self._compute(missing), strict=True):
-            found[row] = computed.cpu()
-            self.computed += 1
-            self._new[digest([dtype, list(row)])[:32]] = found[row]
-        for row, states in found.items():
-            if (dtype, row) not in self._rows and self._bytes + states.nbytes <= self._limit:
-                self._bytes += states.nbytes
-                self._rows[dtype, row] = states
-        if sum(states.nbytes for states in self._new.values()) > 2**25:
-            self.save()
+        found = {row: self._store.find((dtype, row)) for row in rows}
+        missing = [row for row, states in found.items() if states is None]
+        for row, states in self._compute(missing).items():
+            found[row] = self._store.add((dtype, row), states.cpu())
+        self.computed += len(missing)
+        self._store.save(above=2**25)
         return [found[row] for row in rows]
 
-    def _compute(self, rows: list[tuple]) -> list[Tensor]:
+    def _compute(self, rows: list[tuple]) -> dict[tuple, Tensor]:
         "Eight rows at a time, padded to a multiple of 16: a row has the same bits beside any others."
         found = {}
-        widths = [16 * math.ceil(len(row) / 16) for row in rows]
-        for width in sorted(set(widths)):
-            same = [row for row, own in zip(rows, widths, strict=True) if own == width]
+        widths = {row: 16 * math.ceil(len(row) / 16) for row in rows}
+        for width in sorted(set(widths.values())):
+            same = [row for row in rows if widths[row] == width]
             for start in range(0, len(same), 8):
                 batch = (same[start : start + 8] + 8 * [same[0]])[:8]
-                for row, states, mask in zip(batch, *self._run(self._inputs(batch, width)), strict=True):
-                    found[row] = states[mask.bool()].clone()
-        return [found[row] for row in rows]
+                inputs = self._inputs(batch, width)
+                masks = inputs["attention_mask"].bool()
+                for row, states, mask in zip(batch, self._run(inputs), masks, strict=True):
+                    found[row] = states[mask].clone()
+        return found
 
     def _inputs(self, rows: list[tuple], width: int) -> dict[str, Tensor]:
         "Rows of token ids as the inputs of the stack, padded on the side on which the model is padded."
-        fill = [[0] * (width - len(row)) for row in rows]
-        pairs = [(f, list(row)) if self._left else (list(row), f) for f, row in zip(fill, rows, strict=True)]
-        ones = [([0] * (width - len(row)), [1] * len(row)) for row in rows]
-        mask = torch.tensor([f + o if self._left else o + f for f, o in ones], device=self._parameter.device)
-        ids = torch.tensor([a + b for a, b in pairs], device=mask.device)
+        filler = [0] * width  # sets the width, and is cut off
+        ids = pad([*map(list, rows), filler], 0, left=self._pads_left)[:-1].to(self._device)
+        ones = [[1] * len(row) for row in rows]
+        mask = pad([*ones, filler], 0, left=self._pads_left)[:-1].to(self._device)
         inputs = dict(input_ids=ids, attention_mask=mask)
         if "position_ids" in self._takes:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return inputs
 
-    def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        "What the first adapted block is given, from a pass through the blocks below it; and the mask."
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        "A pass through the lower blocks alone; the output of the last."
 
-        def reached(block, args, kwargs):
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+        def leave(block, args, output):
+            raise _Reached(output)
 
-        batch, self._batch = self._batch, None
-        plain, self._plain = self._plain, True
-        watch = self._first.register_forward_pre_hook(reached, with_kwargs=True, prepend=True)
+        self._plain = True
+        watch = self._lower[-1].register_forward_hook(leave)
         try:
             self._stack(**inputs, **({"use_cache": False} if "use_cache" in self._takes else {}))
-        except _Reached as found:
-            return found.args[0].detach(), inputs["attention_mask"]
+        except _Reached as reached:
+            output = reached.args[0]
+            self._beside = None if isinstance(output, Tensor) else len(output) - 1
+            return (output if self._beside is None else output[0]).detach()
         finally:
             watch.remove()
-            self._batch, self._plain = batch, plain
+            self._plain = False
         raise RuntimeError("the first adapted block was not reached")
 
     @torch.no_grad()
     def _find_reason(self, model: nn.Module) -> str:
-        "Why this model is not replayed; an empty text if it can be."
-        if not self._blocks:
+        "Why this model is not replayed, from a trial; an empty text if it can be."
+        if not self._lower:
             return "the first block is adapted"
         if not reads_together(model, 1):
             return f"type {model.config.model_type!r} is not known to read a row alone as in a batch"
-        if "input_ids" not in self._takes or any("forward" in vars(block) for block in self._blocks):
+        if "input_ids" not in self._takes or any("forward" in vars(block) for block in self._lower):
             return "its stack of blocks takes no token ids, or its blocks were altered"
         training = self._stack.training
-        device = self._parameter.device
-        words = [number % self._vocabulary() for number in range(3, 23)]
-        first = tuple(words[:6])
-        inputs = self._inputs([first, tuple(words[6:10])], 6)
-        mask = inputs["attention_mask"]
-        kinds = []
-        watch = self._blocks[-1].register_forward_hook(lambda block, args, output: kinds.append(output))
+        first, second = tuple(range(3, 9)), tuple(range(9, 13))  # token ids
+        others = [tuple(range(i, i + 9)) for i in range(3, 10)]
+        inputs = self._inputs([first, second], 6)
+        seen = inputs["attention_mask"].bool()
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                plain = self._stack.eval()(**inputs)[0]
-                output = kinds[0]
-                self._beside = None if isinstance(output, Tensor) else len(output) - 1
-                known, _ = self._run(inputs)
-                others = [tuple(words[i : i + 9]) for i in range(7)]
-                if not self._compute([first])[0].equal(self._compute([*others, first])[-1]):
+            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+                whole = self._stack.eval()(**inputs)[0][seen]
+                known = self._run(inputs)[0]  # the first row
+                if not self._compute([first])[first].equal(self._compute([*others, first])[first]):
                     return "a row's hidden states depend on its neighbours in their last bits"
                 self._stack.train()
                 if not all(torch.equal(self._run(inputs)[0], known) for _ in range(2)):
                     return "its lower blocks draw random numbers in training"
                 self._stack.eval()
                 with self:
-                    replayed = self._stack(**inputs)[0]
-            wrong = (plain - replayed)[mask.bool()].abs().max()
-            if not wrong <= 1e-4 * plain[mask.bool()].abs().max():
+                    replayed = self._stack(**inputs)[0][seen]
+            if not (whole - replayed).abs().max() <= 1e-4 * whole.abs().max():
                 return "its rows depend on padding, or on more than hidden states"
         except Exception as error:
             return f"its stack of blocks cannot run by itself ({type(error).__name__}: {error})"
         finally:
-            watch.remove()
             self._stack.train(training)
-        self._rows.clear()
-        self._new.clear()
-        self._bytes = self.computed = 0
         return ""
-
-    def _vocabulary(self) -> int:
-        return min(m.num_embeddings for m in self._stack.modules() if isinstance(m, nn.Embedding))
-
-    def _open_files(self) -> None:
-        "Find the rows that the folder holds; what cannot be read is removed."
-        for path in sorted(self._folder.glob("*.safetensors")) if self._folder else ():
-            try:
-                file = safe_open(path, "pt")
-                self._stored |= dict.fromkeys(file.keys(), file)
-                os.utime(path)  # used now: other files go first
-            except (SafetensorError, OSError):
-                with suppress(OSError):
-                    path.unlink()
-
-    def save(self) -> None:
-        "Write new rows to the folder. A warning where that fails: they stay in memory."
-        if self._folder is None or not self._new:
-            self._new.clear()
-            return
-        names = "".join(sorted(self._new))
-        path = self._folder / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
-        try:
-            self._make_room(sum(tensor.nbytes for tensor in self._new.values()))
-            write_atomic(path, save(self._new))
-        except OSError as error:
-            warnings.warn(f"hidden states are kept in memory only ({error})", stacklevel=2)
-            self._folder = None
-        self._new.clear()
-
-    def _make_room(self, needed: int) -> None:
-        files = [(path.stat(), path) for path in self._folder.parent.rglob("*.safetensors")]
-        used = sum(stat.st_size for stat, _ in files)
-        for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
-            if used + needed <= self._limit:
-                return
-            path.unlink(missing_ok=True)
-            used -= stat.st_size

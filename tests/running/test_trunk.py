@@ -216,7 +216,7 @@ def test_a_full_disk_is_a_warning_and_the_rows_stay_in_memory(tmp_path, monkeypa
     model, trunk = tiny_trunk(tmp_path)
     with pytest.warns(UserWarning, match="memory only .*No space left"), trunk:
         read(model, ROWS)
-        trunk.save()
+    with trunk:
         read(model, ROWS)
     assert trunk.computed == len(ROWS)
 
