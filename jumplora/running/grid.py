@@ -7,6 +7,7 @@ __all__ = ['PROTOCOLS', 'Job', 'plan', 'status', 'run_grid']
 
 # %% ../../nbs/5_inside/grid.ipynb #e02759f3
 import json
+import math
 import os
 import re
 import signal
@@ -283,8 +284,11 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
 
 
-def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict) -> None:
-    "Do jobs on this machine, some at a time, and print how each has ended."
+def _run_here(
+    out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict, minutes: float
+) -> None:
+    "Do jobs on this machine, some at a time, and print how each has ended; after the minutes, save and stop."
+    end = time.monotonic() + 60 * minutes
     waiting = keys[::-1]
     running = {}  # number of a worker -> the key of its job, and its process
     stopping = False
@@ -296,14 +300,14 @@ def _run_here(out: Path, keys: list[str], work: partial, workers: int, places: l
     with graceful_shutdown() as stop:
         try:
             while waiting or running:
-                if stop.number is not None and not stopping:
+                if (stop.number is not None or time.monotonic() > end) and not stopping:
                     stopping = True
                     waiting.clear()
                     stop_workers()
                 for worker in range(workers):
                     if worker in running and running[worker][1].done():
                         key, _ = running.pop(worker)
-                        if _job_state(out, key)[0] == "waiting" and stop.number is None:
+                        if _job_state(out, key)[0] == "waiting" and not stopping:
                             killed = dict(error="its process was killed; a second call resumes")
                             _write_note(out, key, _read_json(out / "jobs" / key / "run.json") | killed)
                         print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
@@ -341,6 +345,7 @@ def run_grid(
     folder: str | None = None,  # the benchmark's rows
     device: str = "auto",  # as in `load_backbone`; "auto" and "cuda": a GPU of its own for every worker
     processes: int = 1,  # that share one run, each with a GPU of its own if there are any
+    minutes: float = math.inf,  # then the runs of this machine save and stop; a second call resumes
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
 ) -> pd.DataFrame:  # the status of these jobs
     "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
@@ -370,5 +375,5 @@ def run_grid(
         executor.map_array(partial(work, device=device), missing)
     if engine == "local" and missing:
         threads = max(1, torch.get_num_threads() // (workers * processes))
-        _run_here(out, missing, partial(work, threads=threads), workers, places, options)
+        _run_here(out, missing, partial(work, threads=threads), workers, places, options, minutes)
     return status(out).loc[keys]

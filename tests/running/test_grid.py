@@ -300,6 +300,17 @@ def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
     assert stopped.call_count == 2 and states(tmp_path) == ["waiting"] * 3
 
 
+def test_when_its_minutes_are_over_a_grid_starts_nothing_and_stops_what_runs(here, tmp_path):
+    assert list(run_grid(seeds(1, 2), tmp_path / "none", minutes=0)["state"]) == ["waiting"] * 2
+    assert not here.submit.called
+    here.works = False
+    job = here.submit.return_value
+    job._process.terminate.side_effect = lambda: job.done.configure_mock(return_value=True)
+    job.done.return_value = False
+    table = run_grid(seeds(1, 2, 3), tmp_path / "some", workers=2, minutes=0.01)
+    assert job._process.terminate.call_count == 2 and list(table["state"]) == ["waiting"] * 3
+
+
 def grid_command(out, sequence):
     "`jumplora grid` with two jobs, in a process of its own."
     flags = f"--method IncLoRA SeqLoRA --sequence {sequence} --seed 1 --backbone tiny-llama --out {out}"
