@@ -3,7 +3,7 @@
 Names are loaded when they are first used: `import jumplora` itself imports neither torch nor transformers.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "conventions": "set_seed",
