@@ -392,11 +392,13 @@ def names_page(raws: list[Path]) -> str:
         rows, seen = [], set()
         for c in nbformat.read(raw, 4).cells:
             if c.cell_type == "code" and directives(c).keys() & {"export", "exports"}:
-                names = defined(DIRECTIVES.sub("", c.source))
+                source = DIRECTIVES.sub("", c.source)
+                names, said = defined(source), comments(source)
                 for n in (n for n in public(names) if n not in seen):
                     o = names[n]
                     seen.add(n)
-                    doc = "" if isinstance(o, (ast.Assign, ast.AnnAssign)) else ast.get_docstring(o) or ""
+                    constant = isinstance(o, (ast.Assign, ast.AnnAssign))
+                    doc = said.get(o.lineno, "") if constant else ast.get_docstring(o) or ""
                     line = doc.split("\n")[0].replace("|", r"\|")
                     link = f"[`{n}`](#{label(raw.stem, n, o)})"
                     rows.append(f"| {f'**{link}**' if n in offered else link} | {line} |")
@@ -448,7 +450,7 @@ def stage() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     SRC.mkdir(parents=True)
     nbs, raws = get_config().nbs_path, notebooks()
-    extra = sorted((ROOT / "docs").glob("*.md"))
+    extra = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
     for path in extra:
         text = path.read_text(encoding="utf-8").replace("](../nbs/", "](")
         (SRC / path.name).write_text(to_myst(text), encoding="utf-8")

@@ -82,6 +82,11 @@ def model_name(backbone: str) -> str:
     return [backbone, *parts, *cached][-1].lower()
 
 
+def sequence_of(run: Run) -> str:
+    "Name of a run's sequence: `topics-7` with seed 7 is `topics`, whose rows and order the seed draws."
+    return run.sequence.removesuffix(f"-{run.seed}")
+
+
 def labelled(words: str, runs: Iterable[Run]) -> str:
     "The words, with \"(different sample)\" where a run's rows come from the Hub."
     notes = [note for run in runs for note in run.extra.get("notes", {}).values()]
@@ -106,7 +111,9 @@ def _check_alike(runs: Sequence[Run]) -> None:
         settings |= {key: about.get(key) for key in ("dtype", "scored_split", "weights")}
         settings |= {name: train.get(name, "absent") for name in names if name != "learning_rate"}
         settings[f"learning_rate of {optimizer}"] = train.get("learning_rate", "absent")
-        settings |= {f"rows of {task}": rows for task, rows in about.get("rows", {}).items()}
+        fixed = sequence_of(run) == run.sequence
+        for task, rows in about.get("rows", {}).items():
+            settings[f"rows of {task}" if fixed else (run.sequence, f"rows of {task}")] = rows
         settings |= {(run.sequence, key): getattr(run, key) for key in ("tasks", "test_rows")}
         own = flatten({key: about.get(key, {}) for key in ("method", "train")})
         settings[run.method, "settings"] = {key: value for key, value in own.items() if value != {}}
@@ -155,7 +162,7 @@ def measured(
     if method == "single task":
         own = _assembled(own, runs)
     if measure != "forward transfer":
-        return {(run.sequence, run.seed): getattr(run, COLUMNS[measure][0]) for run in own}
+        return {(sequence_of(run), run.seed): getattr(run, COLUMNS[measure][0]) for run in own}
     transfer = {}
     for run in own:
         train = run.configuration["train"] | {"learning_rate": None}  # each optimizer has its own
@@ -166,7 +173,7 @@ def measured(
                     alone[other.tasks[0]].append(other.average_accuracy)
         known = all(alone.values())
         scores = [float(np.mean(scores)) for scores in alone.values() if known]
-        transfer[run.sequence, run.seed] = forward_transfer(run.accuracy, scores) if known else math.nan
+        transfer[sequence_of(run), run.seed] = forward_transfer(run.accuracy, scores) if known else math.nan
     return transfer
 
 # %% ../../nbs/3_results/run_tables.ipynb #270515a6
@@ -179,7 +186,8 @@ def _table_of_part(
         row = rows[method] = {}
         for measure, headings in columns.items():
             found = measured(runs, method, measure)
-            started = {run.sequence for run in runs if run.method == method} | {order for order, _ in found}
+            begun = {sequence_of(run) for run in runs if run.method == method}
+            started = begun | {order for order, _ in found}
             for heading, over in headings.items():
                 seeds = sorted({s for _, s in found if all((order, s) in found for order in over)})
                 values = [float(np.mean([found[order, seed] for order in over])) for seed in seeds]
@@ -190,7 +198,7 @@ def _table_of_part(
                     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
                     row[heading] = f"{round(float(np.mean(values)), 1) + 0.0:.1f}{spread}"  # no minus zero
         row["runs"] = str(sum(order in orders for order, _ in found))
-    heading = labelled("method", [run for run in runs if run.sequence in orders])
+    heading = labelled("method", [run for run in runs if sequence_of(run) in orders])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(heading)
 
 
@@ -302,7 +310,7 @@ def paired_table(
         p = "" if few else f"{corrected[names, measure]:.3f}"
         rows.append(cells | {"95 % interval": interval, "p": p})
     columns = ["compared", "measure", "pairs", "mean", "95 % interval", "p"]
-    heading = labelled("compared", [run for run in runs if run.sequence in _ORDERS_OF.get(part, (part,))])
+    heading = labelled("compared", [run for run in runs if sequence_of(run) in _ORDERS_OF.get(part, (part,))])
     return pd.DataFrame(rows, columns=columns).set_index("compared").rename_axis(heading)
 
 # %% ../../nbs/3_results/run_tables.ipynb #df437113
@@ -346,7 +354,8 @@ def accuracy_figure(
     groups = {name: [run for run in runs if run.method == name] for name in in_order(None, runs)}
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = math.ceil(len(groups) / columns)
-    tasks = runs[0].tasks
+    alike = all(run.tasks == runs[0].tasks for run in runs)
+    tasks = runs[0].tasks if alike else list(range(1, len(runs[0].tasks) + 1))  # or their places
     seeds = len({run.seed for run in runs})
     with figure_style():
         figure = new_figure((3.1 * columns, 3.1 * lines + 0.4))
@@ -364,7 +373,7 @@ def accuracy_figure(
         for ax in axes[len(groups) :]:
             ax.set_visible(False)
         figure.supylabel("after learning", fontsize=9)
-        about = f"{runs[0].sequence}, {runs[0].backbone}, {seeds} seed{'s' if seeds > 1 else ''}"
+        about = f"{sequence_of(runs[0])}, {runs[0].backbone}, {seeds} seed{'s' if seeds > 1 else ''}"
         title = f"A column that fades downwards is a task forgotten\n({labelled(about, runs)})"
         figure.suptitle(title, fontsize=11)
     return figure
@@ -393,13 +402,13 @@ def budget_text(runs: Sequence[Run], notes: bool = True) -> str:
 
 def tables_of(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     "By name: the tables of the benchmark's orders, and two for each other sequence; runs of one budget."
-    parts = [part for part, orders in _ORDERS_OF.items() if any(run.sequence in orders for run in runs)]
+    parts = [part for part, orders in _ORDERS_OF.items() if any(sequence_of(run) in orders for run in runs)]
     known = {order for part in parts for order in _ORDERS_OF[part]}
     known |= {run.sequence for run in runs if parts and run.method == "single task"}
-    others = [name for name in dict.fromkeys(run.sequence for run in runs) if name not in known]
+    others = [name for name in dict.fromkeys(map(sequence_of, runs)) if name not in known]
     tables = {}
     for part in (*parts, *others):
-        own = [run for run in runs if run.sequence in (known if part in parts else (part,))]
+        own = [run for run in runs if sequence_of(run) in (known if part in parts else (part,))]
         tables[f"{part}-summary"] = summary_table(own, part)
         for measure in ("overall accuracy", "backward transfer") if part in parts else ():
             tables[f"{part}-{measure.replace(' ', '-')}"] = grid_table(own, part, measure)

@@ -284,16 +284,19 @@ def test_pairs_share_order_and_seed_and_each_method_is_compared_with_what_it_is_
     assert paired_table(RUNS[:3]).empty
 
 
-def test_students_t_agrees_with_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(3)
-    for n in (2, 3, 9, 30):
-        for shift in (0, 1, 5):
-            values = rng.normal(shift, 1, n)
-            found, expected = paired_t(values), stats.ttest_1samp(values, 0)
-            assert found["p"] == pytest.approx(expected.pvalue, abs=2e-4)
-            wide = stats.t.ppf(0.975, n - 1) * stats.sem(values)
-            assert found["high"] - found["mean"] == pytest.approx(wide, rel=5e-3) and found["pairs"] == n
+@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (9, 2.306), (24, 2.069), (30, 2.045)])
+def test_students_t_is_that_of_the_printed_tables(n, t):
+    noise = np.random.default_rng(n).normal(size=n)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    found = paired_t(noise + t / n**0.5)  # t is the 97.5 % quantile
+    assert found["p"] == pytest.approx(0.05, abs=3e-4) and found["pairs"] == n
+    assert found["low"] == pytest.approx(0, abs=3e-3 * t) and found["high"] == pytest.approx(
+        2 * t / n**0.5, rel=3e-3
+    )
+    assert paired_t(-noise - t / n**0.5)["p"] == pytest.approx(found["p"]) and paired_t(noise)["p"] > 0.99
+
+
+def test_a_certain_difference_and_too_few_pairs():
     assert paired_t([2.0, 2.0])["p"] == 0 and paired_t([0.0, 0.0])["p"] == 1
     for few in ([], [1.0], [1.0, math.nan]):
         assert math.isnan(paired_t(few)["p"])
@@ -302,6 +305,25 @@ def test_students_t_agrees_with_scipys():
 def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_falls():
     assert holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_a_sequence_that_its_seed_draws_is_one_sequence_in_all_tables():
+    def run(method, seed, tasks):
+        drawn = make_order(method, "order1", seed, sequence=f"topics-{seed}", tasks=tasks)
+        drawn.configuration["rows"] = {task: f"rows of {task}, seed {seed}" for task in tasks}
+        return drawn
+
+    tasks = dict(zip((1, 2, 3), itertools.permutations("abcd"), strict=False))
+    runs = [run(method, seed, list(tasks[seed])) for method in METHODS for seed in tasks]
+    assert set(tables_of(runs)) == {"topics-summary", "topics-pairs"}
+    finals = [r.average_accuracy for r in runs if r.method == "ELLA"]
+    assert summary_table(runs, "topics").loc["ELLA", "overall accuracy"] == cell(finals)
+    assert set(paired_table(runs, "topics")["pairs"]) == {"3"}
+    panels = accuracy_figure(runs).axes
+    assert [text.get_text() for text in panels[0].get_xticklabels()] == ["1", "2", "3", "4"]
+    runs[0].configuration["rows"]["a"] = "others"
+    with pytest.raises(ValueError, match="differ in rows of a of topics-1"):
+        summary_table(runs, "topics")
 
 
 def test_bold_is_better_than_all_others_in_pairs_and_references_do_not_count():
