@@ -52,7 +52,7 @@ MUTATIONS = [
         ("the window at -τ has the wrong sign", "window -= ((wide", "window += ((wide"),
         ("the gradient of τ has the wrong sign", "return -(threshold / bandwidth) * total", "return (threshold / bandwidth) * total"),
         ("mean and sum are swapped", 'if reduction == "mean":', 'if reduction == "sum":'),
-        ("an entry equal to τ passes", "zeroed = (x.abs() if two_sided else x) <= threshold", "zeroed = (x.abs() if two_sided else x) < threshold"),
+        ("an entry equal to τ passes", "zeroed = x.abs() <= threshold  # compared", "zeroed = x.abs() < threshold  # compared"),
         ("zeroed entries receive a gradient", "return grad.masked_fill(zeroed.view_as(x), 0), grad_threshold", "return grad, grad_threshold"),
         ("exp(θ) is only its first order", "self.start * self.theta.exp()", "self.start * (1 + self.theta)"),
         ("a new threshold keeps the old θ", "        self.theta.zero_()", "        pass"),
