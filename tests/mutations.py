@@ -76,7 +76,7 @@ MUTATIONS = [
         ("the ramp begins a step late", "return (step - first) / (last - first)", "return (step - first - 1) / (last - first)"),
         ("a held density is held only once", "if self.hold or name not in self.started", "if name not in self.started", "learning/test_controls.py|exactly"),
         ("no step stays dense", "min(max(1, first), max(1, total_steps - 1))", "min(max(0, first), max(1, total_steps - 1))"),
-        ("one entry fewer passes", "i = int((above > kept).sum())", "i = int((above >= kept).sum())"),
+        ("one entry fewer passes", "rank = kept - int(at_least[last + 1])", "rank = kept - 1 - int(at_least[last + 1])"),
         ("the threshold is chosen a step late", "if step >= self.first:\n            for name", "if step > self.first:\n            for name"),
         ("a zero update gets its threshold", "if threshold > 0:  # else", "if threshold >= 0:  # else"),
         ("a resumed schedule chooses τ again", "self.started = learned if step >= self.first else []", "self.started = []"),
