@@ -57,39 +57,32 @@ def initial_threshold(
         raise ValueError(f"kept={kept} is negative; use 0 to the number of entries")
     if iter(magnitudes) is magnitudes:
         raise ValueError("magnitudes can be iterated only once; give a list of tensors")
-    uppers = _count_halves(magnitudes)[0]
-    if uppers[0x7F80:].any():  # the bits of infinity and NaN begin there
+    counts = torch.zeros(2**16, dtype=torch.int64)
+    for layer in magnitudes:
+        counts += torch.bincount(_entries_and_bins(layer)[1], minlength=2**16).cpu()
+    if counts[0x7F80:].any():  # the bits of infinity and NaN begin there
         raise ValueError("the update holds NaN or infinity, so it has no order; look at the task's loss")
-    at_least = uppers.flip(0).cumsum(0).flip(0)  # entries in each bin of upper halves or above it
+    at_least = counts.flip(0).cumsum(0).flip(0)  # entries in each bin or above it
     if kept > at_least[0]:
         raise ValueError(f"kept={kept} is more than the {at_least[0]} entries there are; use fewer")
-    first = int((at_least > kept).sum()) - 1 if at_least[0] > kept else 0  # the bin that is cut
-    bins = [first, *(uppers[first + 1 :].nonzero()[:1].flatten() + first + 1).tolist()]  # and the next above
-    lowers = _count_halves(magnitudes, bins)
-    keys = torch.cat([half.nonzero().flatten() + (up << 16) for up, half in zip(bins, lowers, strict=True)])
-    values = keys.int().view(torch.float32)  # the magnitudes in these bins, ascending, each once
-    if at_least[0] == kept:  # all pass, except zeros
-        lower, upper = 0.0, float(values[values > 0].min()) if values.any() else 0.0
-    else:
-        above = at_least[first] - lowers[lowers > 0].cumsum(0)  # entries larger than each value
-        i = int((above > kept).sum())
-        lower = float(values[i])
-        upper = float(values[i + 1]) if i + 1 < len(values) else 2 * lower  # kept = 0: nothing is larger
+    first = max(int((at_least > kept).sum()) - 1, 0)  # the bin that is cut
+    last = first + int((counts[first + 1 :] > 0).int().argmax()) + 1  # the next one that is not empty
+    near = []
+    for layer in magnitudes:
+        entries, bins = _entries_and_bins(layer)
+        near.append(entries[(bins >= first) & (bins <= last)].cpu())
+    near = torch.cat(near).sort(descending=True).values
+    rank = kept - int(at_least[last + 1])  # in `near`, of the largest entry that is zeroed
+    lower = float(near[rank]) if rank < len(near) else 0.0
+    larger = near[near > lower]
+    upper = float(larger[-1]) if len(larger) else 2 * lower  # nothing is larger: kept = 0, or a tie
     middle = torch.tensor((lower + upper) / 2, dtype=torch.float32).item()
     return middle if lower <= middle < upper else lower  # where rounding would reach the upper value
 
 
-def _count_halves(magnitudes, bins=()):
-    "How often each upper 16-bit half occurs among all entries, or each lower half in one or two bins."
-    counts = torch.zeros(2**16 * max(1, len(bins)), dtype=torch.int64)
-    for layer in magnitudes:
-        keys = layer.detach().float().flatten().view(torch.int32)
-        halves = keys >> 16
-        if bins:
-            keys = keys[(halves >= bins[0]) & (halves <= bins[-1])]
-            halves = (keys & 0xFFFF) + torch.where(keys >> 16 == bins[0], 0, 2**16)
-        counts += torch.bincount(halves, minlength=len(counts)).cpu()
-    return counts.view(-1, 2**16)
+def _entries_and_bins(layer):
+    entries = layer.detach().float().flatten()
+    return entries, entries.view(torch.int32) >> 16
 
 # %% ../../nbs/1_method/schedule.ipynb #0444d2e7
 @torch.no_grad()

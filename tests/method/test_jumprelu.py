@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from jumplora.method.jumprelu import Gate, jumprelu, threshold_gradient, two_sided_jumprelu
+from jumplora.method.jumprelu import Gate, threshold_gradient, two_sided_jumprelu
 
 SHAPES = [(), (1,), (7,), (5, 6), (2, 3, 4), (64, 33), (0,), (0, 4)]
-both_gates = pytest.mark.parametrize("gate", [jumprelu, two_sided_jumprelu])
 both_reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
 
 
@@ -19,13 +18,10 @@ def numpy64(tensor):
     return tensor.detach().to(torch.float64).numpy()
 
 
-def reference(gate, x, tau, g, epsilon, reduction="mean"):
+def reference(x, tau, g, epsilon, reduction="mean"):
     "Value, gradient in x and gradient in tau."
-    two_sided = gate is two_sided_jumprelu
-    kept = (np.abs(x) > tau) if two_sided else (x > tau)
-    signed = (np.abs(x - tau) < epsilon / 2).astype(float)
-    if two_sided:
-        signed -= np.abs(-x - tau) < epsilon / 2
+    kept = np.abs(x) > tau
+    signed = (np.abs(x - tau) < epsilon / 2) * 1.0 - (np.abs(-x - tau) < epsilon / 2)
     total = (signed * g).sum()
     if reduction == "mean":
         total = total / x.size if x.size else 0.0
@@ -42,7 +38,7 @@ def random(shape, seed, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def run(gate, x, tau, g, *settings):
+def run(x, tau, g, *settings, gate=two_sided_jumprelu):
     "Output, gradient in x and gradient in tau."
     x, tau = x.detach().requires_grad_(), torch.tensor([tau], requires_grad=True)
     y = gate(x, tau, *settings)
@@ -50,16 +46,15 @@ def run(gate, x, tau, g, *settings):
     return y.detach(), x.grad, tau.grad
 
 
-@both_gates
 @both_reductions
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tau", [0.0, 0.0712, 0.7133, 50.0])  # at 0.0712 the two windows overlap
-def test_value_and_gradients_are_the_papers_for_every_dtype_and_shape(gate, dtype, reduction, tau):
+def test_value_and_gradients_are_the_papers_for_every_dtype_and_shape(dtype, reduction, tau):
     for seed, shape in enumerate(SHAPES):
         x, g = random(shape, seed, dtype), random(shape, 100 + seed, dtype)
-        y, grad_x, grad_tau = run(gate, x, tau, g, 0.4, reduction)
+        y, grad_x, grad_tau = run(x, tau, g, 0.4, reduction)
         tau64 = float(torch.tensor(tau))
-        value, wanted_x, wanted_tau = reference(gate, numpy64(x), tau64, numpy64(g), 0.4, reduction)
+        value, wanted_x, wanted_tau = reference(numpy64(x), tau64, numpy64(g), 0.4, reduction)
         assert y.dtype == dtype and y.shape == x.shape and grad_tau.dtype == torch.float32
         np.testing.assert_array_equal(numpy64(y), value)
         np.testing.assert_array_equal(numpy64(grad_x), wanted_x)
@@ -68,18 +63,17 @@ def test_value_and_gradients_are_the_papers_for_every_dtype_and_shape(gate, dtyp
             assert 0.1 < (np.abs(np.abs(numpy64(x)) - tau) < 0.2).mean() < 0.5
 
 
-@both_gates
 @both_reductions
 @pytest.mark.parametrize("tau", [0.02, 0.1, 0.19, 0.21, 0.6, 1.5])
-def test_threshold_gradient_is_the_slope_of_the_smoothed_gate(gate, tau, reduction):
+def test_threshold_gradient_is_the_slope_of_the_smoothed_gate(tau, reduction):
     x, g = np.random.default_rng(0).standard_normal((2, 5000))
 
     def loss(t):
-        value = smoothed(x, t, 0.4) - (smoothed(-x, t, 0.4) if gate is two_sided_jumprelu else 0)
+        value = smoothed(x, t, 0.4) - smoothed(-x, t, 0.4)
         return (value * g).mean() if reduction == "mean" else (value * g).sum()
 
     threshold = torch.tensor([tau], dtype=torch.float64, requires_grad=True)
-    gate(torch.from_numpy(x), threshold, 0.4, reduction).backward(torch.from_numpy(g))
+    two_sided_jumprelu(torch.from_numpy(x), threshold, 0.4, reduction).backward(torch.from_numpy(g))
     quotient = (loss(tau + 1e-6) - loss(tau - 1e-6)) / 2e-6
     np.testing.assert_allclose(threshold.grad.item(), quotient, rtol=1e-5)
     for entry in (-0.9, 0.1, 0.45, 0.6, 0.71, 0.95):  # smoothed is the average of the gate over the window
@@ -92,26 +86,24 @@ def test_an_entry_at_the_edge_of_a_window_does_not_count_and_the_default_window_
     for x in (0.25, 0.75, -0.25, -0.75):  # τ ± ε/2, exact in binary
         assert threshold_gradient(torch.tensor([x]), torch.tensor([0.5]), torch.ones(1), 0.5) == 0
     inside, outside = torch.tensor([[0.0091 + 4e-4], [0.0091 + 6e-4]])
-    for gate in (jumprelu, two_sided_jumprelu):
-        assert run(gate, inside, 0.0091, torch.ones(1))[2].item() == pytest.approx(-9.1)
-        assert run(gate, outside, 0.0091, torch.ones(1))[2].item() == 0
+    assert run(inside, 0.0091, torch.ones(1))[2].item() == pytest.approx(-9.1)
+    assert run(outside, 0.0091, torch.ones(1))[2].item() == 0
 
 
 def test_the_gradient_of_many_entries_is_accurate_and_summed_in_fp32():
     x, g, tau = random((1024, 1024), 1) * 1e-3, random((1024, 1024), 2) * 1e-8, torch.tensor([2.1e-3])
-    *_, expected = reference(two_sided_jumprelu, numpy64(x), numpy64(tau)[0], numpy64(g), 1e-3)
+    *_, expected = reference(numpy64(x), numpy64(tau)[0], numpy64(g), 1e-3)
     np.testing.assert_allclose(threshold_gradient(x, tau, g).item(), expected, rtol=1e-5)
     half = torch.full((5000,), 0.5, dtype=torch.bfloat16)
     total = threshold_gradient(half, torch.tensor([0.5]), torch.ones_like(half), 0.4, "sum")
     assert total.dtype == torch.float32 and total.item() == pytest.approx(-0.5 / 0.4 * 5000, rel=1e-6)
 
 
-@both_gates
-def test_an_entry_at_the_threshold_is_zeroed_a_nan_passes_and_bf16_is_compared_in_fp32(gate):
+def test_an_entry_at_the_threshold_is_zeroed_a_nan_passes_and_bf16_is_compared_in_fp32():
     x = torch.tensor([0.25, -0.25, 0.2500001, -0.2500001])
-    below = gate is two_sided_jumprelu
-    assert (gate(x, 0.25) != 0).tolist() == [False, False, True, below]
-    assert torch.equal(gate(x, 0.0), x if below else x.relu())
+    gate = two_sided_jumprelu
+    assert (gate(x, 0.25) != 0).tolist() == [False, False, True, True]
+    assert torch.equal(gate(x, 0.0), x)
     y = gate(torch.tensor([math.nan, math.inf, 0.1]), 0.5)
     assert y[0].isnan() and y[1].isinf() and y[2] == 0
     entry = torch.tensor([0.0091], dtype=torch.bfloat16)
@@ -119,13 +111,12 @@ def test_an_entry_at_the_threshold_is_zeroed_a_nan_passes_and_bf16_is_compared_i
         assert gate(entry, wrap(entry.item() * 0.999)) != 0 and gate(entry, wrap(entry.item() * 1.001)) == 0
 
 
-@both_gates
-def test_strided_and_expanded_tensors_work_and_the_gate_compiles_in_one_piece(gate):
+def test_strided_and_expanded_tensors_work_and_the_gate_compiles_in_one_piece():
     x, g = random((6, 8), 16).t()[::2], torch.ones(1).expand(4, 6)
-    expected = run(gate, x.contiguous(), 0.5, g.contiguous(), 0.4)
-    torch.testing.assert_close(run(gate, x, 0.5, g, 0.4), expected)
-    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(compiled, x, 0.5, g, 0.4), expected)
+    expected = run(x.contiguous(), 0.5, g.contiguous(), 0.4)
+    torch.testing.assert_close(run(x, 0.5, g, 0.4), expected)
+    compiled = torch.compile(two_sided_jumprelu, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(x, 0.5, g, 0.4, gate=compiled), expected)
     assert expected[2].item() != 0
 
 
@@ -138,19 +129,18 @@ def test_float_and_tensor_thresholds_agree_and_a_scalar_tensor_learns():
     assert scalar.grad.shape == () and scalar.grad != 0
 
 
-@both_gates
-def test_second_derivatives_and_settings_that_no_gate_can_use_are_refused(gate):
+def test_second_derivatives_and_settings_that_no_gate_can_use_are_refused():
     x, tau = torch.randn(4, requires_grad=True), torch.tensor([0.5], requires_grad=True)
-    first = torch.autograd.grad(gate(x, tau).pow(2).sum(), tau, create_graph=True)[0]
+    first = torch.autograd.grad(two_sided_jumprelu(x, tau).pow(2).sum(), tau, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.backward()
     for given in (0, -1e-3, math.nan, math.inf):
         with pytest.raises(ValueError, match="bandwidth=.*finite number above 0"):
-            gate(x, 0.5, bandwidth=given)
+            two_sided_jumprelu(x, 0.5, bandwidth=given)
     with pytest.raises(ValueError, match="'meen' is not known; use 'mean' or 'sum'.*did you mean 'mean'"):
-        gate(x, 0.5, reduction="meen")
+        two_sided_jumprelu(x, 0.5, reduction="meen")
     with pytest.raises(ValueError, match=r"one number, got shape \(2,\)"):
-        gate(x, torch.ones(2))
+        two_sided_jumprelu(x, torch.ones(2))
 
 
 # ---------------------------------------------------------------- Gate
@@ -165,7 +155,7 @@ def test_theta_receives_the_chain_rule(form, moved):
     assert gate.threshold.shape == (1,) and gate.threshold.item() == pytest.approx(tau, rel=1e-6)
     x, g = random((30, 30), 10), random((30, 30), 11)
     two_sided_jumprelu(x, gate.threshold, 0.4).backward(g)
-    *_, grad_tau = reference(two_sided_jumprelu, numpy64(x), tau, numpy64(g), 0.4)
+    *_, grad_tau = reference(numpy64(x), tau, numpy64(g), 0.4)
     assert gate.theta.grad.item() == pytest.approx(grad_tau * (tau if form == "log" else 1), rel=1e-5)
 
 
@@ -175,7 +165,7 @@ def test_a_shared_threshold_receives_the_sum_of_the_means():
 
     def mean(*xs):
         flat = np.concatenate([numpy64(x).ravel() for x in xs])
-        return 0.5 * reference(two_sided_jumprelu, flat, 0.5, np.ones_like(flat), 0.4)[2]
+        return 0.5 * reference(flat, 0.5, np.ones_like(flat), 0.4)[2]
 
     assert shared.theta.grad.item() == pytest.approx(sum(map(mean, layers)), rel=1e-5)
     assert abs(shared.theta.grad.item() - mean(*layers)) > 1e-3

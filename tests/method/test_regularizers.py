@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from jumplora.data.backbones import load_backbone
 from jumplora.learning.training import TrainConfig, attach_adapter, named_updates, penalty_function
-from jumplora.method.regularizers import ELLA, IncLoRA, NLoRA, OLoRA, Regularizer, Update, overlap_energy
+from jumplora.method.regularizers import ELLA, IncLoRA, NLoRA, OLoRA, Regularizer, Update
 
 SHAPES = {"a.q": (5, 3), "a.v": (2, 7), "b.q": (4, 4)}
 STATEFUL = {
@@ -69,7 +69,6 @@ def test_ella_equals_its_formula_in_float64_after_several_tasks(reduction, stren
     penalty, layers = ella.penalty(current), len(SHAPES) if reduction == "mean" else 1
     energy = sum(np.sum((double(u.delta) * past[name]) ** 2) for name, u in current.items()) / layers
     np.testing.assert_allclose(penalty.item(), strength * energy, rtol=1e-5)
-    np.testing.assert_allclose(overlap_energy(current, ella.past, reduction).item(), energy, rtol=1e-5)
     penalty.backward()
     for name, u in current.items():
         gradient = 2 * strength / layers * double(u.delta) * past[name] ** 2
@@ -289,8 +288,6 @@ def test_a_strength_that_is_not_a_finite_positive_number_is_refused(make, streng
 def test_unknown_choices_are_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="did you mean 'mean'"):
         ELLA(reduction="means")
-    with pytest.raises(ValueError, match="reduction"):
-        overlap_energy({}, {}, "max")
     with pytest.raises(ValueError, match="past_dtype='float16' is not known.*bfloat16"):
         ELLA(past_dtype="float16")
 
