@@ -229,12 +229,11 @@ class Learner:
             found = f"The record names the base {self.run.backbone!r}, and no path of this machine"
             warnings.warn(f"{found}; give load_learned, rollback or export its backbone=", stacklevel=3)
         self.folder = Path(self.out) / self.run.name if self.out is not None else None
-        self.regularizer = copy.deepcopy(method.regularizer)  # remembers updates
+        self.regularizer = copy.deepcopy(self.method.regularizer)  # remembers updates
         self.weights: dict[str, Tensor] = {}  # merged weights, float32
         self.adapted: nn.Module | None = None  # the model with its adapter, while there is one
         self.stop = StopRequest()  # whether a signal has requested the end
         self.bar = tqdm(disable=True)  # progress, in rows; a training row counts three times
-        self._first = len(sequence) - 1 if method.training == "joint" else 0  # joint: all with the last
         self._rows_per_step = 3 * config.batch_size * config.gradient_accumulation
         device = next(model.parameters()).device
         arguments = training_arguments(config, device, self.seed, str(self.out or "runs"), method.optimizer)
@@ -281,12 +280,14 @@ class Learner:
             self.weights[name] = target.detach() if exact else weight.to(target.device)
 
     def remaining(self) -> range:
-        "The tasks that are not learned and scored yet."
-        return range(max(self.run.finished, self._first), len(self.sequence))
+        "The tasks that are not learned and scored yet; in joint training only the last, for all of them."
+        first = len(self.sequence) - 1 if self.method.training == "joint" else 0
+        return range(max(self.run.finished, first), len(self.sequence))
 
     def _steps(self, before: int) -> int:
         "Optimizer steps of the tasks before a position."
-        beside = {i: self.method.tasks_beside(self.sequence, i) for i in range(self._first, before)}
+        first = len(self.sequence) - 1 if self.method.training == "joint" else 0
+        beside = {i: self.method.tasks_beside(self.sequence, i) for i in range(first, before)}
         return sum(task_steps(self.sequence[i], self.config, also) for i, also in beside.items())
 
     def train(self, i: int) -> TaskLog:

@@ -184,7 +184,7 @@ def target_layers(
         if number < depth - top_layers:
             del layers[name]
     if not layers:
-        raise ValueError(f"top_layers={top_layers}: the last blocks hold no target; use more blocks")
+        raise ValueError(f"top_layers={top_layers}: the last blocks hold no layer to adapt; use more")
     owners = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -324,7 +324,8 @@ class _PenaltyTrainer(ResumableTrainer):
 
     def get_decay_parameter_names(self, model):
         names = super().get_decay_parameter_names(model)
-        return [n for n in names if ".lora_gate." not in n] if self.args.weight_decay else names
+        free = {name for name in names if ".lora_gate." in name}  # thresholds
+        return [name for name in names if name not in free] if self.args.weight_decay else names
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.group_by_length:
