@@ -12,8 +12,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def merge_adapter(
         backbone.get_submodule(name).weight.copy_(weights[name])
     return backbone
 
-# %% ../../nbs/2_learning/continual.ipynb #e61e1f7f
+# %% ../../nbs/2_learning/continual.ipynb #0b9e5fcd
 @dataclass(frozen=True)
 class Method:
     "What keeps tasks from overwriting each other in one model. `ValueError` for choices that clash."
@@ -103,17 +103,21 @@ class Method:
         check_choice(self.after_task, ("merge", "keep"), "after_task")
         check_choice(self.training, ("sequential", "joint", "isolated"), "training")
         check_choice(self.optimizer, tuple(OPTIMIZERS), "optimizer")
-        kind = type(self.regularizer).__name__
         if type(self.rehearsal) not in (int, float) or not 0 <= self.rehearsal <= 1:
             raise ValueError(f"rehearsal={self.rehearsal!r} is not a share; use a number from 0 to 1")
-        if not self.gated and type(self.regularizer).masks is not Regularizer.masks:
-            raise ValueError(f"{self.name!r}: {kind} bars entries of a gated update; use gated=True")
+        own = self.regularizer
+        bars = type(own).masks is not Regularizer.masks
+        merges = self.after_task == "merge"
+        clashes = {
+            "bars entries of a gated update; use gated=True": bars and not self.gated,
+            "remembers one adapter; use after_task='keep'": own.needs_kept_adapter and merges,
+            "remembers finished updates; use after_task='merge'": own.needs_fresh_adapter and not merges,
+        }
+        for what, clash in clashes.items():
+            if clash:
+                raise ValueError(f"{self.name!r}: {type(own).__name__} {what}")
         if self.gated and self.optimizer == "muon":
             raise ValueError(f"{self.name!r}: Muon moves matrices, and a gate has a threshold; use adamw")
-        if self.regularizer.needs_kept_adapter and self.after_task != "keep":
-            raise ValueError(f"{self.name!r}: {kind} remembers one adapter; use after_task='keep'")
-        if self.regularizer.needs_fresh_adapter and self.after_task == "keep":
-            raise ValueError(f"{self.name!r}: {kind} remembers finished updates; use after_task='merge'")
 
     def check_fits(self, sequence: TaskSequence) -> None:
         "`ValueError` where the method needs another number of tasks."
@@ -191,59 +195,39 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed={seed!r} is not a whole number from 0 to 4294966")
 
 
-@dataclass(eq=False, repr=False)
 class Learner:
-    "A model on its way through a sequence, its record and its folder; fields are those of `learn_sequence`."
+    "A model on its way through a sequence, with its record and its folder."
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    sequence: TaskSequence
-    method: Method
-    config: TrainConfig
-    _: KW_ONLY
-    seed: int = 42
-    out: str | Path | None = None
-    backbone: str | None = None
-    split: str = "test"
-    zero_shot: bool | tuple[list, list] = True
-    progress: bool = True
-    archive: bool = True
-    report_to: str | Sequence[str] = "none"
-    checkpoint_every: float = 60.0
-    callbacks: Sequence[TrainerCallback] = ()
-    scoring: str = "answers"
-    neutral: Sequence[str] = ()
-    hidden_states: str | Path | None = None
-
-    def __post_init__(self):
-        self.config = config = replace(self.config, **self.method.settings)
+    def __init__(self, model, tokenizer, sequence, method, config, **options):
+        "Check everything before anything is computed; the options are those of `learn_sequence`."
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sequence = sequence
+        self.method = method
+        self.config = config = replace(config, **method.settings)
+        vars(self).update(learn_sequence.__kwdefaults__ | options)  # self.seed, self.out, ...
         check_choice(self.scoring, ("answers", "labels"), "scoring")
-        trackers = find_trackers(self.report_to)
-        if hasattr(self.model, "peft_config"):
-            raise ValueError("the model still carries an adapter; load the backbone again")
-        check_seed(self.seed)
-        check_processes(self.model, config.batch_size, config.gradient_accumulation)
         check_choice(self.split, ("test", "dev"), "split")
+        check_seed(self.seed)
+        trackers = find_trackers(self.report_to)
+        if hasattr(model, "peft_config"):
+            raise ValueError("the model still carries an adapter; load the backbone again")
+        check_processes(model, config.batch_size, config.gradient_accumulation)
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):
                 raise ValueError(f"callback {one!r:.80} is no instance of TrainerCallback; use MyCallback()")
-        self.method.check_fits(self.sequence)
-        empty = [task.name for task in self.sequence if not getattr(task, self.split)]
+        method.check_fits(sequence)
+        empty = [task.name for task in sequence if not getattr(task, self.split)]
         if empty:
             raise ValueError(f"no {self.split} rows to score in {empty}; give some, or score another split")
-        dry_check(
-            self.model, self.tokenizer, self.sequence, config, split=self.split, out=self.out,
-            scoring=self.scoring,
-        )  # fmt: skip
-        self.run = new_run(
-            self.model, self.sequence, self.method, config,
-            seed=self.seed, backbone=self.backbone, split=self.split, callbacks=self.callbacks,
-            scoring=self.scoring,
-        )  # fmt: skip
+        scored = dict(split=self.split, scoring=self.scoring)
+        dry_check(model, tokenizer, sequence, config, out=self.out, **scored)
+        named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks)
+        self.run = new_run(model, sequence, method, config, **named, **scored)
         check_same((self.run.name, str(self.out)), "runs")
         if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:
             found = f"The record names the base {self.run.backbone!r}, and no path of this machine"
-            warnings.warn(f"{found}; give load_learned, rollback or export its backbone=", stacklevel=4)
+            warnings.warn(f"{found}; give load_learned, rollback or export its backbone=", stacklevel=3)
         self.folder = Path(self.out) / self.run.name if self.out is not None else None
         self.regularizer = copy.deepcopy(self.method.regularizer)  # remembers updates
         self.weights: dict[str, Tensor] = {}  # merged weights, float32
@@ -251,9 +235,8 @@ class Learner:
         self.stop = StopRequest()  # whether a signal has requested the end
         self.bar = tqdm(disable=True)  # progress, in rows; a training row counts three times
         self._rows_per_step = 3 * config.batch_size * config.gradient_accumulation
-        device = next(self.model.parameters()).device
-        folder = str(self.out or "runs")
-        arguments = training_arguments(config, device, self.seed, folder, self.method.optimizer)
+        device = next(model.parameters()).device
+        arguments = training_arguments(config, device, self.seed, str(self.out or "runs"), method.optimizer)
         arguments.run_name = self.run.name
         arguments.project = "jumplora"
         self.tracking = Tracking(trackers if is_main() else (), arguments, self.folder)
@@ -261,7 +244,7 @@ class Learner:
     @contextmanager
     def running(self) -> Iterator[None]:
         "Hold the run's folder alone, read its state, turn signals into a graceful shutdown, show progress."
-        with held_folder(self.folder, tasks=len(self.sequence)) as self.stop:
+        with held_folder(self.folder, tasks=len(self.sequence)) as self.stop, ExitStack() as stack:
             self._restore()
             rows = self.run.test_rows
             done = self.run.tasks_learned
@@ -270,16 +253,12 @@ class Learner:
             total += sum(rows) if self.zero_shot is True and not done else 0
             hidden = not self.progress or self.run.complete or not is_main()
             bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
-            with bar as self.bar, closing(self.tracking), self._trunk():
-                yield
-
-    def _trunk(self):
-        "A context in which the blocks below the adapted ones run once per text, where that is possible."
-        config = self.config
-        if config.top_layers is None or self.run.complete:
-            return nullcontext()
-        layers = target_layers(self.model, config.target_modules, config.top_layers)
-        return Trunk(self.model, layers, self.hidden_states)
+            self.bar = stack.enter_context(bar)
+            stack.enter_context(closing(self.tracking))
+            if self.config.top_layers is not None and not self.run.complete:  # blocks below run once per text
+                layers = target_layers(self.model, self.config.target_modules, self.config.top_layers)
+                stack.enter_context(Trunk(self.model, layers, self.hidden_states))
+            yield
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -300,13 +279,6 @@ class Learner:
             exact = target.dtype == torch.float32
             self.weights[name] = target.detach() if exact else weight.to(target.device)
 
-    def _set_masks(self) -> None:
-        "Bar the entries that the regularizer bars."
-        layers = adapter_layers(self.adapted)
-        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        for name, mask in self.regularizer.masks(shapes).items():
-            layers[name].gate_options["default"]["mask"] = mask
-
     def remaining(self) -> range:
         "The tasks that are not learned and scored yet; in joint training only the last, for all of them."
         first = len(self.sequence) - 1 if self.method.training == "joint" else 0
@@ -326,7 +298,10 @@ class Learner:
         self.bar.set_description(f"{self.method.name}, learning {task.name}", refresh=False)
         if self.adapted is None:
             self.adapted = attach_adapter(self.model, self.config, self.method.gated)
-            self._set_masks()
+            layers = adapter_layers(self.adapted)
+            shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+            for name, mask in self.regularizer.masks(shapes).items():
+                layers[name].gate_options["default"]["mask"] = mask  # entries that may change
         self.weights = self.weights or weights_of(self.adapted)
         self.tracking.before = self._steps(before=i)
         progress = Progress(lambda steps: self.bar.update(steps * self._rows_per_step))
@@ -345,7 +320,8 @@ class Learner:
         task = self.sequence[i]
         learned = named_updates(self.adapted)
         updates = self.regularizer.finish(learned)
-        broken = [name for name, update in updates.items() if not update.delta.isfinite().all()]
+        deltas = {name: update.delta for name, update in updates.items()}
+        broken = [name for name, delta in deltas.items() if not delta.isfinite().all()]
         if broken:
             what = f"the last step left an update that is not finite in {broken[0]}"
             raise Diverged(f"task {task.name!r}: {what}; lower the learning rate or the strength")
@@ -353,12 +329,11 @@ class Learner:
         run.thresholds[task.name] = log.gate
         run.extra["loss"][task.name] = log.loss
         run.extra["penalty"][task.name] = log.penalty
-        deltas = {name: update.delta for name, update in updates.items()}
-        entries = sum(delta.numel() for delta in deltas.values())
-        kept = sum(delta.count_nonzero().item() for delta in deltas.values()) / entries
+        counts = {name: delta.count_nonzero().item() for name, delta in deltas.items()}
+        kept = sum(counts.values()) / sum(delta.numel() for delta in deltas.values())
         norm = torch.stack([delta.norm().cpu() for delta in deltas.values()]).norm().item()
         run.extra.setdefault("updates", {})[task.name] = dict(kept=kept, norm=norm)
-        run.sparsity[task.name] = {n: 1 - d.count_nonzero().item() / d.numel() for n, d in deltas.items()}
+        run.sparsity[task.name] = {name: 1 - counts[name] / delta.numel() for name, delta in deltas.items()}
         if world_size() > 1:
             split = split_batch(self.config.batch_size, self.config.gradient_accumulation)
             run.extra.setdefault("processes", {})[task.name] = asdict(split)

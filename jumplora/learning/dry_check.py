@@ -24,30 +24,26 @@ def _check_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence
     "`ValueError` for a token that is missing or not embedded, and for options that are not given back."
     embedded = model.get_input_embeddings().weight.shape[0]
     encoder_decoder = is_encoder_decoder(model)
+    resize = "call model.resize_token_embeddings(len(tokenizer))"
     for name in ("pad_token", "eos_token"):
         number = getattr(tokenizer, f"{name}_id")
         if number is None:
             raise ValueError(f"the tokenizer has no {name}; set one, e.g. tokenizer.{name} = '</s>'")
         if number >= embedded:
-            fix = "call model.resize_token_embeddings(len(tokenizer)), or choose a token that the model has"
-            raise ValueError(f"{name} has the id {number}, but the model embeds {embedded} tokens; {fix}")
+            raise ValueError(f"{name} has the id {number}, but the model embeds {embedded} tokens; {resize}")
     if encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
-        fix = "set it; for T5 it is the id of the pad token"
-        raise ValueError(f"model.config.decoder_start_token_id is missing; {fix}")
+        raise ValueError("model.config.decoder_start_token_id is missing; set it, for T5 to the pad token's")
     for task in sequence:
-        known = {}  # what the tokenizer gives back -> the option
-        for option in task.options:
-            ids = encode_answer(tokenizer, option, encoder_decoder)
+        tokens = {option: encode_answer(tokenizer, option, encoder_decoder) for option in task.options}
+        for option, ids in tokens.items():
             back = normalize(tokenizer.decode(ids, skip_special_tokens=True))
             if max(ids) >= embedded:
                 what = f"the option {option!r} has the token {max(ids)}, and the model embeds {embedded}"
-                fix = "call model.resize_token_embeddings(len(tokenizer))"
-                raise ValueError(f"task {task.name!r}: {what}; {fix}")
+                raise ValueError(f"task {task.name!r}: {what}; {resize}")
             if back != normalize(option):
                 what = f"turns the option {option!r} into {back!r}, so no answer would ever be right"
                 raise ValueError(f"task {task.name!r}: the tokenizer {what}; use another word")
-            known[tuple(ids)] = option
-        if len(known) < len(task.options):
+        if len({tuple(ids) for ids in tokens.values()}) < len(task.options):
             raise ValueError(f"task {task.name!r}: two options have the same tokens: {task.options}")
 
 # %% ../../nbs/2_learning/dry_check.ipynb #d8c4f6f5
@@ -58,11 +54,11 @@ def _longest_prompt(model, tokenizer, sequence, config, split) -> tuple[Task, st
     longest = (0, sequence[0], "")
     for task in sequence:
         texts = {row.text for rows in (task.train, getattr(task, split)) for row in rows}
-        prompts = {
-            text: encode_prompt(tokenizer, task, text, config.max_length, config.truncation)
+        prompts = [
+            (encode_prompt(tokenizer, task, text, config.max_length, config.truncation), text)
             for text in heapq.nlargest(8, sorted(texts), key=len)
-        }
-        text, prompt = max(prompts.items(), key=lambda found: len(found[1]))
+        ]
+        prompt, text = max(prompts, key=lambda found: len(found[0]))
         options = max(len(encode_answer(tokenizer, option, not decoder)) for option in task.options)
         if decoder and prompt[-1] == tokenizer.eos_token_id:
             what = f"the tokenizer ends every prompt with {tokenizer.eos_token!r}, before the answer"
@@ -92,8 +88,7 @@ def dry_check(
     layers = target_layers(model, config.target_modules, config.top_layers)
     for name, layer in layers.items():
         if layer.weight.is_meta:
-            fix = "load the model without offloading"
-            raise ValueError(f"target_modules: the layer {name} has no weight in memory; {fix}")
+            raise ValueError(f"the layer {name} has no weight in memory; load the model without offloading")
     _check_tokens(model, tokenizer, sequence)
     if scoring == "labels":
         options = [option for task in sequence for option in task.options]
@@ -128,7 +123,7 @@ def dry_check(
     kinds = {re.sub(r"\d+", "0", name) for name in read}  # an expert counts as its siblings
     idle = [name for name in layers if re.sub(r"\d+", "0", name) not in kinds]
     if idle:
-        what = f"match {len(idle)} layers that read no text, such as {idle[0]}"
-        fix = "give longer names or a regular expression"
-        raise ValueError(f"target_modules {what}; {fix} that match only such as {min(read, default='none')}")
+        what = f"target_modules match {len(idle)} layers that read no text, such as {idle[0]}"
+        fix = f"give a regular expression that matches only such as {min(read, default='none')}"
+        raise ValueError(f"{what}; {fix}")
     return list(layers)

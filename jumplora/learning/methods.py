@@ -34,12 +34,10 @@ class EWC(Regularizer):
         check_strength((self.strength,))
 
     def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
-        "Move the memory to the device. `ValueError` unless it holds the same layers."
         super().before_task(shapes, device)
         check_layers(shapes, {key.rsplit(".", 1)[0]: factor for key, factor in self.anchor.items()})
 
-    def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar
-        "The penalty of one layer; 0 during the first task."
+    def layer_penalty(self, name: str, update: Update) -> Tensor:  # scalar; 0 during the first task
         total = torch.zeros((), device=update.A.device)
         for key, factor in ((f"{name}.A", update.A), (f"{name}.B", update.B)):
             if key in self.anchor:
@@ -60,7 +58,6 @@ class EWC(Regularizer):
         self.importance = {key: F / count + self.importance.get(key, 0) for key, F in total.items()}
 
     def after_task(self, updates: dict[str, Update]) -> None:  # of the finished task, with factors
-        "Store the values of the factors."
         factors = {f"{n}.{part}": getattr(update, part) for n, update in updates.items() for part in "AB"}
         self.anchor = {key: factor.detach().float().clone() for key, factor in factors.items()}
 
@@ -72,7 +69,6 @@ class Prune(Regularizer):
     kept: float = 0.1  # share of the entries of all layers together that is merged, above 0 and at most 1
 
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
-        "The updates with zeros at their small entries."
         sizes = [update.delta.abs() for update in updates.values()]
         threshold = initial_threshold(sizes, round(self.kept * sum(size.numel() for size in sizes)))
         large = {name: update.delta.abs() > threshold for name, update in updates.items()}
@@ -86,7 +82,6 @@ class Scale(Regularizer):
     norm: float = 1.0  # Frobenius norm of the updates of all layers together, above 0
 
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
-        "The updates, scaled; an update of zero stays."
         norm = torch.stack([update.delta.norm() for update in updates.values()]).norm()
         factor = self.norm / norm if norm > 0 else 1.0
         return {name: replace(update, delta=update.delta * factor) for name, update in updates.items()}
@@ -100,7 +95,6 @@ class RandomMask(Regularizer):
     seed: int = 0  # which entries
 
     def masks(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:  # name -> (out, in), bool
-        "The entries that may change."
         masks = {}
         for name, shape in shapes.items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
@@ -118,12 +112,10 @@ class DisjointMasks(Regularizer):
     used: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (out, in), bool
 
     def masks(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:  # name -> (out, in), bool
-        "The entries that no task has used."
         check_layers(shapes, self.used)
         return {name: ~used for name, used in self.used.items()}
 
     def after_task(self, updates: dict[str, Update]) -> None:  # the finished, merged updates
-        "Bar their entries."
         for name, update in updates.items():
             changed = update.delta != 0
             self.used[name] = changed | self.used[name].to(changed.device) if name in self.used else changed

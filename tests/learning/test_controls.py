@@ -11,7 +11,7 @@ from running.test_trunk import CONFIG, SEQUENCE, task, whole_words
 from jumplora.command_line import main
 from jumplora.data.backbones import load_backbone
 from jumplora.learning.continual import Method, learn_sequence, weights_of
-from jumplora.learning.evaluation import evaluate, score_labels, text_loss
+from jumplora.learning.evaluation import evaluate, text_loss
 from jumplora.learning.methods import METHODS, DisjointMasks, Prune, RandomMask, Scale, with_settings
 from jumplora.learning.tasks import Question, TaskSequence, encode_answer, encode_prompt
 from jumplora.learning.training import attach_adapter
@@ -173,12 +173,12 @@ def test_options_of_equal_probability_are_no_choice():
 )
 def test_labels_that_cannot_be_distinguished_are_refused(labels, message):
     model = load_backbone("tiny-llama", dtype="float32")[0]
-    given = (model, whole_words(), SEQUENCE[0], SEQUENCE[0].test, labels)
+    given = dict(labels=labels, max_length=40)
     if message is None:
-        assert score_labels(*given, max_length=40).rows == len(SEQUENCE[0].test)
+        assert evaluate(model, whole_words(), SEQUENCE[0], **given).rows == len(SEQUENCE[0].test)
         return
     with pytest.raises(ValueError, match=message):
-        score_labels(*given, max_length=40)
+        evaluate(model, whole_words(), SEQUENCE[0], **given)
 
 
 def test_labels_that_cannot_be_scored_are_found_before_anything_is_learned(monkeypatch):
