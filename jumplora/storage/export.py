@@ -9,7 +9,6 @@ __all__ = ['exact_updates', 'merged_model', 'save_sparse_adapter', 'load_finishe
 import copy
 import json
 import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import SupertuningConfig, set_peft_model_state_dict
@@ -109,10 +108,10 @@ def _check_repo_id(repo_id: str, what: str = "repo_id"):
     "`ValueError` unless the Hub would take the name; one to write to needs its owner, a base may have none."
     try:
         validate_repo_id(repo_id)
+        if "/" not in repo_id and what == "repo_id":
+            raise HFValidationError("it has no owner")
     except HFValidationError as error:
         raise ValueError(f"{what}={repo_id!r} is no Hub id ({error}); use OWNER/NAME") from None
-    if "/" not in repo_id and what == "repo_id":
-        raise ValueError(f"{what}={repo_id!r} has no owner; use OWNER/NAME")
 
 
 def _find_origin(backbone: str, base_model: str | None, license: str | None) -> _Origin:
@@ -147,28 +146,17 @@ class Finished:
     task: str | None = None  # the one task whose update this is; None: all that was learned
     adapter: dict[str, Tensor] = field(default_factory=dict)  # of a run that keeps its adapter
 
-    def check(self, format: str):
-        "`ValueError` where this has no such form."
-        if format == "jumplora" and not (self.adapter and self.run.configuration["method"]["gated"]):
-            what = "an adapter without a gate" if self.adapter else "no adapter"
-            raise ValueError(f"{self.run.name} has kept {what}; use format 'supertuning' or 'merged'")
-        good = "jumplora" if self.adapter else "merged"
-        owners = {}
-        for name, parameter in self.base.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-        for names in owners.values():  # as of a tied `lm_head`: a merge changes both, an adapter one
-            if len(names) > 1 and self.updates.keys() & set(names) and format != good:
-                shared = " and ".join(names)
-                raise ValueError(f"{shared} share a weight, which {format!r} cannot say; use {good!r}")
-
     def write(self, folder: Path, format: str, base_model: str | None):
-        "The files, without the card: no path of this machine in them, and the same bytes every time."
+        "The files, without a path of this machine. `ValueError` where the run has no such form."
         if format == "merged":
             merged_model(self.base, self.updates).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         elif format == "supertuning":
             kind = "SEQ_2_SEQ_LM" if is_encoder_decoder(self.base) else "CAUSAL_LM"
             save_sparse_adapter(self.updates, folder, task_type=kind, base_model_name_or_path=base_model)
+        elif not self.adapter or not self.run.configuration["method"]["gated"]:
+            what = "an adapter without a gate" if self.adapter else "no adapter"
+            raise ValueError(f"{self.run.name} has kept {what}; use format 'supertuning' or 'merged'")
         else:
             config = TrainConfig(**self.run.configuration["train"])
             model = attach_adapter(copy.deepcopy(self.base), config, gated=True)
@@ -268,23 +256,12 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
     split = run.configuration["scored_split"]
     dtype = run.configuration["dtype"]
     final = dict(zip(run.tasks, run.accuracy[run.finished - 1, : run.finished].tolist(), strict=False))
-    results = []
-    for name, score in {**final, f"all of {run.sequence}": run.average_accuracy}.items():
-        if task is None and not math.isnan(score):  # one task's update was not scored alone
-            slug = re.sub(r"[^a-z0-9]+", "-", f"jumplora {run.sequence} {name}".lower()).strip("-")
-            results.append(EvalResult(
-                task_type="text-classification", dataset_type=slug, dataset_name=name,
-                dataset_split=split, metric_type="exact_match", metric_value=round(float(score), 2),
-                metric_name="exact match at the end, percent",
-            ))  # fmt: skip
     data = ModelCardData(
         **origin.license,
         base_model=origin.id,
         base_model_relation=("finetune" if format == "merged" else "adapter") if origin.id else None,
         library_name="transformers" if format == "merged" else "peft",
         tags=["jumplora", "continual-learning", "sparse", format],
-        eval_results=results or None,
-        model_name=f"{origin.name}, {run.sequence}, {run.method}" if results else None,
     )
     rows = []
     for j, (name, end) in enumerate(final.items()):
@@ -305,9 +282,9 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
     rounded = f" The run computed with {dtype} weights; the updates are float32, so load the base in float32"
     rounded += f" as above: added to a {dtype} base they would be rounded."
     settings = {key: run.configuration[key] for key in ("method", "train", "dtype")} | {"seed": run.seed}
-    listed = [f"{key} {_cell(value)}" for key, value in flatten(settings).items()]
     versions = run.environment.get("versions", {})
-    listed += [f"{library} {version}" for library, version in versions.items() if version]
+    settings |= {library: version for library, version in versions.items() if version}
+    listed = [f"{key} {_cell(value)}" for key, value in flatten(settings).items()]
     own = ", and jumplora for the base" if origin.name in BACKBONES and format == "supertuning" else ""
     text = _CARD.format(
         name=_cell(origin.name), sequence=_cell(run.sequence), base=_cell(origin.id or origin.name),
@@ -353,7 +330,7 @@ def export_run(
     license: str | None = None,  # the base's licence, if it is not on its card
     backbone: str | Path | tuple | None = None,  # where the base is now, or (model, tokenizer)
 ) -> Path:  # full path of the export
-    "Write a finished run for others to read. `ValueError` where it cannot be, before anything is written."
+    "Write a finished run for others to read. `ValueError` where it cannot be; then nothing is written."
     check_choice(format, tuple(_NEEDS), "format")
     out = free_folder(out)
     if repo_id is not None:
@@ -363,7 +340,6 @@ def export_run(
     if named not in BACKBONES and isinstance(backbone, str | Path):
         named = str(backbone)  # the record's may be a folder that was moved
     origin = _find_origin(named, base_model, license)
-    finished.check(format)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
         fresh = Path(temporary) / "fresh"
