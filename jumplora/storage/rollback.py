@@ -67,9 +67,8 @@ def load_archives(
 def _error_bound(archives: Sequence[UpdateArchive], weights: dict[str, Tensor]) -> float:
     "How far a sum of archives can be from the sum of the merged updates: 0 where every archive is exact."
     inexact = [archive for archive in archives if not archive.exact]
-    if not inexact:
-        return 0.0
-    bound = len(archives) * 2.0**-23 * max(weight.abs().max().item() for weight in weights.values())
+    values = [weight.abs().max().item() for weight in weights.values()]
+    bound = len(archives) * 2.0**-23 * max(values) if inexact else 0.0
     for archive in inexact:  # of factors: those of gated layers are always exact
         values = [archive.update(layer).values.abs() for layer in archive.header.layers]
         largest = max((value.max().item() for value in values if len(value)), default=0.0)
@@ -81,32 +80,16 @@ def without_task(
     merged: dict[str, Tensor],  # layer's name -> weight, float32; left as they are
     archives: Sequence[UpdateArchive],  # of all finished tasks, in the order learned
     k: int,  # the task to remove, 0 for the first
-    base: dict[str, Tensor] | None = None,  # weights before the first task, if old values were not kept
+    base: dict[str, Tensor],  # layer's name -> weight before the first task
 ) -> tuple[dict[str, Tensor], float]:  # the weights without it; largest error of an entry, 0: bit for bit
     "Remove one task from merged weights. `ValueError` where weights and archives do not add up."
-    weights = {}
-    gap = 0.0
-    earlier = []
-    for layer, weight in merged.items():
-        update = archives[k].update(layer)
-        before = archives[k].overwritten(layer)
-        touched = update.indices.long()  # (n,) positions in the flattened weight
-        if before is None:
-            earlier = archives[:k]
-            before = add_archives({layer: base[layer]}, earlier)[layer].flatten()[touched]
-        left = before
-        whole = before + update.values
-        for archive in archives[k + 1 :]:
-            change = neutral_zeros(archive.update(layer).dense().flatten()[touched])
-            left = left + change
-            whole = whole + change
-        weights[layer] = weight.clone()
-        if len(touched):
-            gap = max(gap, (whole - weight.flatten()[touched]).abs().max().item())
-            weights[layer].view(-1)[touched] = left
-    if gap > _error_bound([*earlier, *archives[k:]], merged):
+    whole = add_archives(base, archives)
+    gap = max((whole[name] - weight).abs().max().item() for name, weight in merged.items())
+    if gap > _error_bound(archives, merged):
         raise ValueError(f"the archives do not add up to the merged weights: they differ by up to {gap:.1e}")
-    bound = _error_bound([*earlier, *archives[k + 1 :]], merged)
+    others = [*archives[:k], *archives[k + 1 :]]
+    weights = add_archives(base, others)
+    bound = _error_bound(others, merged)
     last = k == len(archives) - 1
     if last and not bound and record.tensors_checksum(weights) != archives[k].header.before:
         raise ValueError("without the last task the weights are not those that it began with")
@@ -133,14 +116,15 @@ def rollback_folder(folder: str | Path, task: str) -> Path:
 
 def rollback_report(found: TakenOut) -> str:
     "Markdown: what was removed, how exact the result is, and the scores before and after."
-    last = found.task == found.tasks[-1]  # nothing was learned after it
-    meant = "the model as it was before that task" if last else "base and other updates, in order"
     exact = "bit for bit" if not found.bound else f"to {found.bound:.1e} in every entry"
+    meant = "the model as it was before that task"
+    later = ""
+    if found.task != found.tasks[-1]:
+        meant = "base and other updates, in order"
+        later = "Later tasks were learned with it in place; they are kept as they were learned.\n"
     share = f"{found.changed} of {found.entries} entries ({found.changed / found.entries:.2%})"
     text = f"# {found.task} taken out of {found.run}\n\nThe weights are {meant}, {exact}.\n"
-    text += f"The task had touched {share}.\n"
-    if not last:
-        text += "Later tasks were learned with it in place; they are kept as they were learned.\n"
+    text += f"The task had touched {share}.\n{later}"
     if found.scores:
         text += "\n| task | exact match before | after | option accuracy before | after |\n"
         text += "|---|---|---|---|---|\n"
@@ -162,23 +146,6 @@ def _load_with(run: Run, weights: dict[str, Tensor], options: dict):
     for name, weight in weights.items():
         model.get_submodule(name).weight.copy_(weight)
     return model, tokenizer
-
-
-def _score(run: Run, sequence: TaskSequence, weights: dict[str, Tensor], options: dict) -> dict:
-    "Of each merged task: exact match before and after, option accuracy before and after."
-    model, tokenizer = _load_with(run, weights, options)
-    train = run.configuration["train"]
-    last = run.tasks_learned - 1
-    scores = {}
-    for j, name in enumerate(run.tasks[: last + 1]):
-        after = evaluate(
-            model, tokenizer, sequence[name], run.configuration["scored_split"],
-            max_length=train["max_length"], truncation=train["truncation"],
-            batch_size=2 * train["batch_size"],
-        )  # fmt: skip
-        before = [matrix[last, j].item() for matrix in (run.accuracy, run.option_accuracy)]
-        scores[name] = [before[0], after.exact_match, before[1], after.option_accuracy]
-    return scores
 
 
 def _write(place: Path, found: TakenOut, weights: dict[str, Tensor]) -> None:
@@ -219,12 +186,22 @@ def rollback(
             raise ValueError(f"the rows of {name!r} are not those of {run.name}, which had {counts}")
     archives = load_archives(folder, run)
     merged = load_state(folder, len(names), run.extra.get("state_sha256", ""))["weight"]
-    base = None
-    if options.get("backbone") or any(archives[k].overwritten(layer) is None for layer in merged):
-        model, _ = load_start(run, **options | dict(device="cpu", dtype="auto"))
-        base = {layer: model.get_submodule(layer).weight for layer in merged}
+    backbone, _ = load_start(run, **options | dict(device="cpu", dtype="auto"))
+    base = {layer: backbone.get_submodule(layer).weight for layer in merged}
     weights, bound = without_task(merged, archives, k, base)
-    scores = None if sequence is None else _score(run, sequence, weights, options)
+    scores = None
+    if sequence is not None:
+        model, tokenizer = _load_with(run, weights, options)
+        train = run.configuration["train"]
+        scores = {}
+        for j, name in enumerate(names):
+            after = evaluate(
+                model, tokenizer, sequence[name], run.configuration["scored_split"],
+                max_length=train["max_length"], truncation=train["truncation"],
+                batch_size=2 * train["batch_size"],
+            )  # fmt: skip
+            before = [matrix[len(names) - 1, j].item() for matrix in (run.accuracy, run.option_accuracy)]
+            scores[name] = [before[0], after.exact_match, before[1], after.option_accuracy]
     changed = sum(len(archives[k].update(layer).indices) for layer in merged)
     entries = sum(weight.numel() for weight in merged.values())
     found = TakenOut(run.name, task, names, changed, entries, bound, scores)

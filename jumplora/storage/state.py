@@ -296,11 +296,16 @@ def _find_progress(asked, folder):
             damaged += [(folder / name, error)] if not records else []
             continue
         if found.configuration_hash != asked.configuration_hash:
-            hashed = ("configuration", "tasks", "seed", "backbone")
-            both = [record.plain({key: getattr(run, key) for key in hashed}) for run in (found, asked)]
-            there, here = map(record.flatten, both)
-            pairs = [(key, there.get(key, "absent"), here.get(key, "absent")) for key in sorted(there | here)]
-            differ = [f"{key}: {one} there, {other} here" for key, one, other in pairs if one != other]
+            fields = ("configuration", "tasks", "seed", "backbone")
+            there, here = (
+                record.flatten(record.plain({key: getattr(run, key) for key in fields}))
+                for run in (found, asked)
+            )
+            differ = [
+                f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+                for key in sorted(there | here)
+                if there.get(key, "absent") != here.get(key, "absent")
+            ]
             raise ValueError(
                 f"{folder / name} is the record of another run, {found.name} ({'; '.join(differ)}); "
                 f"move it out of {folder}, or use another results folder"
