@@ -74,8 +74,10 @@ class Damaged(ValueError):
     "A file that is cut short, changed, of another format, or not the one that belongs there."
 
 
-def set_aside(path: str | os.PathLike) -> Path:
-    "Rename record.json to record.damaged-1.json, or the next free number; returns the new path."
+def set_aside(
+    path: str | os.PathLike,  # a damaged file, such as record.json
+) -> Path:  # its new path: record.damaged-1.json, or the next free number
+    "Rename a damaged file so that it is neither used nor lost."
     path = Path(path)
     names = (path.with_name(f"{path.stem}.damaged-{n}{path.suffix}") for n in itertools.count(1))
     return path.rename(next(name for name in names if not name.exists()))
