@@ -108,7 +108,8 @@ def _check_repo_id(repo_id: str, what: str = "repo_id"):
 def _find_origin(backbone: str, base_model: str | None, license: str | None) -> _Origin:
     "What is known of the base in a record: a known name, a folder, or a Hub id."
     folder = Path(backbone) if Path(backbone).is_dir() else None
-    id = base_model or (None if folder or backbone in BACKBONES else backbone)
+    own = None if folder or backbone in BACKBONES else backbone
+    id = own if base_model is None else base_model
     if id is not None:
         _check_repo_id(id, "base_model")
     found = {"license": license} if license else {}

@@ -299,8 +299,8 @@ def _find_progress(asked, folder):
             hashed = ("configuration", "tasks", "seed", "backbone")
             both = [record.plain({key: getattr(run, key) for key in hashed}) for run in (found, asked)]
             there, here = map(record.flatten, both)
-            keys = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
-            differ = [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys]
+            pairs = [(key, there.get(key, "absent"), here.get(key, "absent")) for key in sorted(there | here)]
+            differ = [f"{key}: {one} there, {other} here" for key, one, other in pairs if one != other]
             raise ValueError(
                 f"{folder / name} is the record of another run, {found.name} ({'; '.join(differ)}); "
                 f"move it out of {folder}, or use another results folder"
