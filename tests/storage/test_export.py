@@ -78,13 +78,10 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    "A folder with three bases in it: a decoder with a card, the same with tied weights, an encoder-decoder."
+    "A folder with two bases in it: a decoder with a card, and an encoder-decoder."
     place = tmp_path_factory.mktemp("place")
-    for name, tiny in dict(**TINY, tied="tiny-llama").items():
+    for name, tiny in TINY.items():
         model, tokenizer = load_backbone(tiny, device="cpu", dtype="float32")
-        if name == "tied":
-            model.config.tie_word_embeddings = True
-            model.tie_weights()
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     (place / "base" / "README.md").write_text("---\nlicense: mit\n---\n# A base\n")
@@ -324,7 +321,7 @@ def test_an_update_with_more_entries_than_places_is_refused_and_a_dense_one_fits
     assert json.loads((tmp_path / "adapter_config.json").read_text())["sparsity"] == 0.0
 
 
-# ---- bfloat16, and weights with two owners ---------------------------------------------------------------
+# ---- bfloat16 ---------------------------------------------------------------
 
 
 def test_a_bfloat16_run_is_exported_in_float32_and_the_card_says_why(half, place, exports):
@@ -342,47 +339,15 @@ def test_a_bfloat16_run_is_exported_in_float32_and_the_card_says_why(half, place
     assert "bfloat16" not in parts_of(place / "super")[1]
 
 
-@pytest.mark.parametrize(
-    "method, target, good",
-    [
-        (GATED, "q_proj", ("merged", "supertuning")),
-        (GATED, "lm_head", ("merged",)),
-        (KEPT, "lm_head", ("jumplora",)),
-    ],
-)
-def test_tied_weights_stay_tied_or_are_refused(place, tmp_path, method, target, good, monkeypatch):
-    if target == "lm_head":  # a run of an older version: today such a run does not begin
-        monkeypatch.setattr("jumplora.learning.continual.dry_check", lambda *args, **options: None)
-        monkeypatch.setattr("jumplora.learning.training.target_layers", lambda *args: {})
-    config = replace(QUICK, target_modules=(target,))
-    folder, learned = learn(place, method, "tied", config=config, tasks=TASKS[:1], out=tmp_path / "runs")
-    folder = tmp_path / "runs" / folder.name
-    for form in ("merged", "supertuning"):
-        if form in good:
-            export_run(folder, tmp_path / form, form)
-            continue
-        with pytest.raises(ValueError, match=f"embed_tokens and lm_head share a weight.*use '{good[0]}'"):
-            export_run(folder, tmp_path / form, form)
-        assert not (tmp_path / form).exists()
-    if "merged" in good:
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")
-        assert saved.lm_head.weight is saved.model.embed_tokens.weight
-        assert same_bits(saved.state_dict(), learned.state_dict())
-
-
 # ---- the card --------------------------------------------------------------------------------------------
 
 
-def test_the_metadata_of_a_card_is_yaml_that_the_library_reads_back(place, exports, run):
-    data, record = parts_of(place / "super")[0], Run.load(run[0])
+def test_the_metadata_of_a_card_is_yaml_with_licence_and_tags(place, exports):
+    data = parts_of(place / "super")[0]
     assert data["library_name"] == "peft" and data["license"] == "mit"
     assert {"jumplora", "continual-learning", "supertuning"} <= set(data["tags"])
     assert parts_of(place / "whole")[0]["library_name"] == "transformers"
-    results = ModelCard.load(place / "super" / "README.md").data.eval_results
-    found = {result.dataset_name: result.metric_value for result in results}
-    last = dict(zip(record.tasks, record.accuracy[-1], strict=True))
-    assert found == pytest.approx(last | {"all of short": record.average_accuracy})
-    assert {(result.metric_type, result.dataset_split) for result in results} == {("exact_match", "test")}
+    assert "model-index" not in data  # the scores stand in the text
 
 
 def test_the_text_of_a_card_has_scores_settings_and_how_to_ask(place, exports, run):
@@ -408,8 +373,8 @@ def test_the_text_of_a_card_has_scores_settings_and_how_to_ask(place, exports, r
 
 
 def test_one_task_alone_has_no_scores_of_its_own(place, exports):
-    data, text, _ = parts_of(place / "weather")
-    assert "model-index" not in data and "was not scored alone" in text
+    text = parts_of(place / "weather")[1]
+    assert "was not scored alone" in text
     assert "the update of task weather alone" in text and "prompt of the task weather" in text
 
 
@@ -469,7 +434,7 @@ def test_a_licence_is_given_or_read_and_never_invented(
         (dict(task="../../weather"), "task='../../weather' is not known"),
         (dict(format="jumplora"), "has kept no adapter; use format 'supertuning'"),
         (dict(format="jumplora", task="weather"), "has kept no adapter"),
-        (dict(repo_id="no-owner"), "repo_id='no-owner' has no owner; use OWNER/NAME"),
+        (dict(repo_id="no-owner"), "repo_id='no-owner' is no Hub id .it has no owner.; use OWNER/NAME"),
         (dict(repo_id=""), "repo_id='' is no Hub id"),
         (dict(repo_id="a/b/c"), "repo_id='a/b/c' is no Hub id"),
         (dict(base_model="../x"), "base_model='../x' is no Hub id"),
@@ -551,8 +516,7 @@ def test_a_run_that_was_stopped_is_exported_as_far_as_it_got(place, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         learn(place, out=tmp_path / "runs", seed=2)
     (folder,) = (tmp_path / "runs").iterdir()
-    data, text, _ = parts_of(export_run(folder, tmp_path / "out"))
-    assert len(data["model-index"][0]["results"]) == 1 and "backward transfer" not in text
+    text = parts_of(export_run(folder, tmp_path / "out"))[1]
     assert "| weather |" not in text and "after learning topics (" in text
     with pytest.raises(ValueError, match="task='weather' is not known"):
         load_finished(folder, "weather")
