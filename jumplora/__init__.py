@@ -22,7 +22,7 @@ _MODULES = {
     "storage.rollback": "rollback",
     "storage.export": "export_run",
     "running.grid": "run_grid",
-    "results.run_tables": "comparison_table load_runs",
+    "results.run_tables": "load_runs paired_table summary_table",
 }
 _NAMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['answer', 'Score', 'evaluate', 'average_accuracy', 'micro_average', 'just_learned', 'backward_transfer', 'forgetting',
-           'retention', 'forward_transfer', 'interval', 'average_interval', 'sign_test']
+           'retention', 'running_average', 'forward_transfer', 'interval', 'average_interval', 'sign_test']
 
 # %% ../../nbs/2_learning/evaluation.ipynb #c030e9a0
 import math
@@ -240,6 +240,14 @@ def retention(
     "Mean score of every task at all later times; an early task counts more often."
     a = _measured(accuracy, "retention", lambda i, j, last: i > j, min_tasks=2)
     return float(a[np.tril_indices(len(a), -1)].mean())
+
+
+def running_average(
+    accuracy: np.ndarray | Sequence,  # (T, T) percent
+) -> float:  # percent
+    "Mean over all times of the mean score of the tasks seen so far."
+    a = _measured(accuracy, "the running average", lambda i, j, last: i >= j)
+    return float(np.mean([a[i, : i + 1].mean() for i in range(len(a))]))
 
 
 def forward_transfer(

@@ -38,6 +38,7 @@ from jumplora.learning.evaluation import (
     just_learned,
     micro_average,
     retention,
+    running_average,
     sign_test,
 )
 from jumplora.learning.tasks import Example, Question, Task, encode_answer, encode_prompt
@@ -522,9 +523,11 @@ def test_the_sign_test_is_the_two_sided_binomial_test_of_the_rows_that_differ(on
     assert sign_test(first, second) == (only_first, only_second, pytest.approx(far / 2**n))
 
 
-def test_retention_is_the_mean_over_later_times_written_out():
+def test_retention_and_the_running_average_are_means_over_later_times_written_out():
     a = [[80, np.nan, np.nan], [60, 90, np.nan], [30, 40, 70]]
     assert retention(a) == pytest.approx((60 + 30 + 40) / 3)
+    assert running_average(a) == pytest.approx((80 + (60 + 90) / 2 + (30 + 40 + 70) / 3) / 3)
+    assert running_average([[80]]) == 80
     with pytest.raises(ValueError, match=r"retention needs scores that were not measured.*\[1, 0\]"):
         retention([[80, np.nan], [np.nan, 50]])
     with pytest.raises(ValueError, match="there is 1 task"):
