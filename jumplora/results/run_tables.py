@@ -26,7 +26,7 @@ from ..conventions import METHOD_COLORS, check_choice, figure_style, method_styl
 from ..data.benchmark import DIFFERENT_SAMPLE, HUB
 from ..learning.evaluation import forward_transfer
 from ..learning.methods import base_of
-from ..storage.record import Damaged, Run, flatten
+from ..storage.record import METRICS, Damaged, Run, flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,12 +49,7 @@ def load_runs(
 # %% ../../nbs/3_results/run_tables.ipynb #2d905fd3
 # heading: a property of `Run`, and which end is good: 1 the high one, -1 the low one, 0 neither
 COLUMNS: dict[str, tuple[str, int]] = {
-    "overall accuracy": ("average_accuracy", 1),
-    "running average": ("running_average", 1),
-    "just learned": ("just_learned", 1),
-    "retention": ("retention", 1),
-    "backward transfer": ("backward_transfer", 1),
-    "forgetting": ("forgetting", -1),
+    **{heading: (name, end) for name, (_, _, heading, end) in METRICS.items() if heading},
     "sparsity %": ("mean_sparsity", 0),
     "minutes": ("minutes", 0),
 }
