@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 
 from ..conventions import check_choice
-from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_sequence, read_folder
-from .newsroom import newsroom, newsroom20, topics
+from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_task, read_folder
+from .newsroom import newsroom
 from ..learning.tasks import TaskSequence
 
-# %% ../../nbs/5_inside/sequences.ipynb #1b960b68
+# %% ../../nbs/5_inside/sequences.ipynb #a53da852
 _NAMES = ("newsroom", "newsroom20", *(f"order{n}{rows}" for rows in ("", HUB) for n in ORDERS))
 
 
@@ -32,11 +32,11 @@ def load_sequence(
     "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
     name = f"order{name}" if str(name) in map(str, ORDERS) else str(name)
     if re.fullmatch(r"topics-\d{1,7}", name):
-        found = topics(folder, int(name.removeprefix("topics-")))
+        found = newsroom("topics", folder, int(name.removeprefix("topics-")))
     elif name in ("newsroom", "newsroom20"):
-        found = newsroom(folder, seed) if name == "newsroom" else newsroom20(folder, seed)
+        found = newsroom(name, folder, seed)
     elif name in HUB_SEQUENCES:
-        found = hub_sequence(name, seed)
+        found = TaskSequence(name, [hub_task(task.removesuffix(HUB), seed) for task in HUB_SEQUENCES[name]])
     elif name in _NAMES:
         place = folder or os.environ.get("JUMPLORA_DATA")
         if not place:
