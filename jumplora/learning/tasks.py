@@ -167,11 +167,12 @@ class Task(Question):
             rows = list(getattr(self, split))
             random.Random(f"{seed}/{self.name}/{split}").shuffle(rows)
             drawn = Counter()
-            ranks = []  # labels outside the options come last
-            for i, row in enumerate(rows):
-                ranks.append((row.label not in self.options, drawn[row.label], i))
+            rounds = []  # of each row; labels outside the options come last
+            for row in rows:
+                rounds.append((row.label not in self.options, drawn[row.label]))
                 drawn[row.label] += 1
-            chosen[split] = [rows[i] for *_, i in sorted(ranks)[:count]]
+            order = sorted(range(len(rows)), key=rounds.__getitem__)
+            chosen[split] = [rows[i] for i in order[:count]]
         return replace(self, **chosen)
 
     def fingerprint(self) -> str:  # 16 hexadecimal digits
