@@ -6,12 +6,13 @@
 __all__ = ['COMMANDS', 'parser_of', 'main']
 
 # %% ../nbs/command_line.ipynb #dd2186ae
+import argparse
 import difflib
-import importlib
 import inspect
 import itertools
 import json
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -23,23 +24,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentError, ArgumentParser
 
 from .conventions import check_choice, figure_style, write_atomic
 
 # %% ../nbs/command_line.ipynb #08dc7694
-class _PlainHelp(DefaultHelpFormatter):
-    "Help for people: what a flag means and its default, no types of Python."
-
-    def _get_help_string(self, action) -> str:
-        default = action.default
-        if action.required or default == "==SUPPRESS==" or action.dest in ("config", "print_config"):
-            return action.help or ""
-        shown = shlex.join(map(str, default)) if isinstance(default, list) else str(default)
-        shown = "not set" if default in (None, []) else shown.lower() if isinstance(default, bool) else shown
-        return f"{action.help} (default: {shown})".replace("%", "%%")
-
-
 def _add_flags(parser: ArgumentParser, source: Callable) -> None:
     "Add a flag per parameter or field: its type, its default, and the comment behind it as help."
     comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(source), re.M))
@@ -49,19 +38,24 @@ def _add_flags(parser: ArgumentParser, source: Callable) -> None:
         kind = parameter.annotation
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         kinds = [one for one in kinds if one is not types.NoneType]
-        options = dict(help=comments[name], type=kinds[0] if len(kinds) == 1 else kind)
+        options = dict(type=kinds[0] if len(kinds) == 1 else kind)
         default = parameter.default
         if kinds[0] is dict or typing.get_origin(kinds[0]) is not None:  # several words
-            options |= dict(type=(*typing.get_args(kinds[0]), str)[0], nargs="+")
+            options = dict(type=(*typing.get_args(kinds[0]), str)[0], nargs="+")
             default = list(default) if isinstance(default, tuple) else [] if default is not None else None
         if default is False and not inspect.isclass(source):
-            options = dict(help=comments[name], action="store_true")
+            options = dict(action="store_true")
         by_name = parameter.kind is parameter.KEYWORD_ONLY or inspect.isclass(source)
+        text = comments[name]
         if default is not parameter.empty:
             options |= dict(default=default) if by_name else dict(default=default, nargs="?")
+            shown = shlex.join(map(str, default)) if isinstance(default, list) else str(default)
+            shown = shown.lower() if isinstance(default, bool) else shown
+            text += f" (default: {'not set' if default in (None, []) else shown})"
         elif by_name:
             options["required"] = True
-        parser.add_argument("--" + name.replace("_", "-") if by_name else name, **options)
+        flag = "--" + name.replace("_", "-") if by_name else name
+        parser.add_argument(flag, help=text.replace("%", "%%"), **options)
 
 # %% ../nbs/command_line.ipynb #0050f2e8
 def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
@@ -90,10 +84,10 @@ def swept(pairs: Sequence[str]) -> list[dict[str, object]]:
 
 def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
     "λ, or one per task, by method. `ValueError` for a method without one, and for what is no number."
-    from jumplora.learning.methods import METHODS, base_of
+    from jumplora.learning.methods import METHODS
 
-    bases = {base_of(name): method for name, method in METHODS.items()}
-    allowed = [name for name, method in bases.items() if hasattr(method.regularizer, "strength")]
+    penalized = [name for name, method in METHODS.items() if hasattr(method.regularizer, "strength")]
+    allowed = [name for name in penalized if "+" not in name]
     found = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
@@ -115,11 +109,12 @@ def chosen_methods(names: Sequence[str], strength: Sequence[str], past_dtype: st
     "The methods to compare, each once. Raises ValueError naming the nearest one for an unknown name."
     from jumplora.learning.methods import METHODS, base_of, with_settings
 
-    methods = [METHODS[check_choice(name, tuple(METHODS), "method")] for name in dict.fromkeys(names)]
     known = {"ELLA": 3e5} | _parse_strengths(strength)
-    return [
-        with_settings(one, strength=known.get(base_of(one.name)), past_dtype=past_dtype) for one in methods
-    ]
+    methods = []
+    for name in dict.fromkeys(names):
+        method = METHODS[check_choice(name, tuple(METHODS), "method")]
+        methods.append(with_settings(method, strength=known.get(base_of(name)), past_dtype=past_dtype))
+    return methods
 
 
 def _import_callbacks(names: Sequence[str]) -> list:
@@ -128,9 +123,8 @@ def _import_callbacks(names: Sequence[str]) -> list:
         sys.path.insert(0, os.getcwd())
     callbacks = []
     for name in names:
-        module, _, kind = name.rpartition(".")
         try:
-            callbacks.append(getattr(importlib.import_module(module), kind)())
+            callbacks.append(pkgutil.resolve_name(name)())
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"callback {name!r}: {error}; give MODULE.CLASS, without arguments") from None
     return callbacks
@@ -166,10 +160,8 @@ def compare(
     "Learn a sequence with several methods and print the table; finished runs are not repeated."
     from tqdm import tqdm
 
-    from jumplora.data.backbones import load_backbone
-    from jumplora.data.sequences import load_sequence
+    from jumplora import TrainConfig, load_backbone, load_sequence
     from jumplora.learning.continual import BAR_INTERVAL, learn_sequence
-    from jumplora.learning.training import TrainConfig
     from jumplora.running.processes import on_main
     from jumplora.running.tracking import find_trackers
 
@@ -229,8 +221,8 @@ def show(
     "Print one run: accuracy matrix, metrics, notes."
     import pandas as pd
 
+    from jumplora import Run
     from jumplora.results.run_tables import COLUMNS
-    from jumplora.storage.record import Run
 
     found = Run.load(_folder(run))
     print(found.name)
@@ -244,7 +236,7 @@ def show(
     for task, note in found.extra.get("notes", {}).items():
         print(f"{task}: {note}")
 
-
+# %% ../nbs/command_line.ipynb #59e62f32
 def table(
     folder: str = "runs/laptop",  # folder of runs
     *,
@@ -266,7 +258,7 @@ def table(
     for path in write_tables(tables, out) if out else ():
         print(path)
 
-
+# %% ../nbs/command_line.ipynb #eca5e6eb
 def predict(
     run: str,  # a run's folder, with its state
     *,
@@ -291,24 +283,22 @@ def predict(
     prompts = found.extra["prompts"]
     instruction, options, *hidden = prompts[check_choice(task, tuple(prompts), "task")]
     question = Question(task, instruction, tuple(options), list_options=not hidden)
-    train = found.configuration["train"]
-    answers, scores = answer(
-        model, tokenizer, question, texts, max_length=train["max_length"], truncation=train["truncation"]
-    )
+    lengths = {name: found.configuration["train"][name] for name in ("max_length", "truncation")}
+    answers, scores = answer(model, tokenizer, question, texts, **lengths)
     for asked, words, likely in zip(texts, answers, scores.softmax(1), strict=True):
         best = likely.argmax().item()
         line = [" ".join(words.split()), options[best], f"{likely[best]:.2f}", " ".join(asked.split())[:60]]
         print("\t".join(line))
 
-# %% ../nbs/command_line.ipynb #59e62f32
+# %% ../nbs/command_line.ipynb #94ec765b
 def sparsity(
     run: str,  # a run's folder, or its record.json
     *,
     out: str | None = None,  # folder for the report and two figures
 ) -> None:
     "Print which entries the tasks of a run touched, and how far they overlap."
+    from jumplora import Run
     from jumplora.results.sparsity import density_figure, overlap_figure, overlap_report, recorded_overlap
-    from jumplora.storage.record import Run
 
     found = Run.load(_folder(run))
     overlap = recorded_overlap(found)
@@ -333,8 +323,8 @@ def rollback(
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
     "Take one task out of the weights that a run ended with; the run itself stays as it is."
+    from jumplora import Run
     from jumplora.storage import rollback as archives
-    from jumplora.storage.record import Run
 
     place = _folder(run)
     rows = archives.load_rows(Run.load(place), sequence, folder) if evaluate else None
@@ -342,7 +332,7 @@ def rollback(
     print(archives.rollback_report(found))
     print(f"weights and report are in {archives.rollback_folder(place, found.task)}; the run is as it was")
 
-
+# %% ../nbs/command_line.ipynb #e324f7b2
 def export(
     run: str,  # a run's folder, with its state
     *,
@@ -372,21 +362,7 @@ def export(
     if push and not dry_run:
         print(push_to_hub(place, push, private or None))
 
-# %% ../nbs/command_line.ipynb #eca5e6eb
-def data(
-    action: str,  # check
-    folder: str,  # a public copy of O-LoRA's benchmark, or rows already split
-) -> int:
-    "Compare a folder with the rows of the paper's benchmark."
-    from jumplora.data.benchmark import check_folder
-
-    check_choice(action, ("check",), "action")
-    table = check_folder(folder)
-    good = table["verdict"].isin(["ok", "cut from the copy"])
-    print(f"{table.to_string()}\n\n{good.sum()} of {len(table)} lines are the paper's rows")
-    return 0 if good.all() else 1
-
-
+# %% ../nbs/command_line.ipynb #9e4372b4
 def grid(
     *,
     method: Sequence[str] = _LAPTOP[1:],  # e.g. "ELLA + JumpLoRA" ELLA
@@ -436,7 +412,7 @@ def grid(
         print(f"{failed - own} failed in an earlier command, with other flags; give that one again to retry")
     return int(own > 0)
 
-
+# %% ../nbs/command_line.ipynb #d0a90fe8
 def study(
     *,
     seed: Sequence[int] = tuple(range(101, 125)),  # a round of all arms each
@@ -477,10 +453,23 @@ def speed(
     found = load_parts(out, torch.device(place).type, str(kind).removeprefix("torch."))
     print("\n" + speed_table(found).to_string())
 
-# %% ../nbs/command_line.ipynb #94ec765b
+
+def data(
+    action: str,  # check
+    folder: str,  # a public copy of O-LoRA's benchmark, or rows already split
+) -> int:
+    "Compare a folder with the rows of the paper's benchmark."
+    from jumplora.data.benchmark import check_folder
+
+    check_choice(action, ("check",), "action")
+    table = check_folder(folder)
+    good = table["verdict"].isin(["ok", "cut from the copy"])
+    print(f"{table.to_string()}\n\n{good.sum()} of {len(table)} lines are the paper's rows")
+    return 0 if good.all() else 1
+
+# %% ../nbs/command_line.ipynb #eb480902
 _ALL = (compare, show, table, predict, sparsity, rollback, export, data, grid, study, speed)
 COMMANDS: dict[str, Callable] = {one.__name__: one for one in _ALL}
-_RENAMED = {"--score": "--split", "--methods": "--method", "--orders": "--sequence", "--seeds": "--seed"}
 
 
 def parser_of(
@@ -488,24 +477,24 @@ def parser_of(
 ) -> ArgumentParser:  # its flags
     "The parser of a subcommand."
     command = COMMANDS[name]
-    parser = ArgumentParser(prog=f"jumplora {name}", description=command.__doc__, formatter_class=_PlainHelp)
+    options = dict(description=command.__doc__, formatter_class=argparse.HelpFormatter)
+    parser = ArgumentParser(prog=f"jumplora {name}", **options)
     if command is compare:
         parser.add_argument("--config", action="config", help="read flags from a YAML file")
     _add_flags(parser, command)
     if command is compare:
-        from jumplora.learning.training import TrainConfig
+        from jumplora import TrainConfig
 
         _add_flags(parser.add_argument_group("how each task is learned"), TrainConfig)
     return parser
 
 # %% ../nbs/command_line.ipynb #5a1d3d02
-def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
-    "`ValueError` for a flag that does not exist, and for one of several values that comes twice."
+def _parse(name: str, words: Sequence[str]) -> dict[str, object]:
+    "The arguments of a subcommand. `ValueError` for flags that the parser would accept, or a wrong file."
+    parser = parser_of(name)
     given = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     for flag in given:
-        if flag in _RENAMED and flag not in known:
-            raise ValueError(f"{flag} is called {_RENAMED[flag]} in every command")
         if flag not in known:
             begun = [name for name in known if name.startswith(flag)]
             near = begun or difflib.get_close_matches(flag, known, 1)
@@ -513,14 +502,8 @@ def _check_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
             raise ValueError(f"{flag} is not a flag of `{parser.prog}`; {hint}")
         if known[flag].nargs == "+" and given.count(flag) > 1:
             raise ValueError(f"{flag} comes twice; give it once, with all its values: {flag} A B")
-
-
-def _check_config(words: Sequence[str]) -> None:
-    "`ValueError` that names a file of flags, for what cannot be read from it."
-    parser = parser_of("compare")
     parser.exit_on_error = False
-    words = [part for word in words for part in re.split("(?<=^--config)=", word)]
-    for file in [after for word, after in itertools.pairwise(words) if word == "--config"]:
+    for file in re.findall(r"^--config[=\n](.*)$", "\n".join(words), re.M):
         try:
             flags = vars(parser.parse_args(["--config", file]))
             for action in parser._actions:
@@ -529,35 +512,13 @@ def _check_config(words: Sequence[str]) -> None:
         except (ArgumentError, ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
             form = "one flag a line, such as `rank: 4` or `method: [ELLA]`, as --print_config prints them"
             raise ValueError(f"--config {file}: {str(error).strip()}; give a YAML file of {form}") from None
+    parser.exit_on_error = True
+    flags = dict(vars(parser.parse_args(words)))
+    flags.pop("config", None)
+    values = {name: flags.pop(name) for name in inspect.signature(COMMANDS[name]).parameters if name in flags}
+    return values | (dict(train=flags) if flags else {})  # what is left are fields of TrainConfig
 
 # %% ../nbs/command_line.ipynb #5a1d3d04
-def _call(argv: Sequence[str]) -> int:
-    "Check the flags of a subcommand and call it."
-    command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
-    parser = parser_of(argv[0])
-    _check_flags(parser, argv[1:])
-    if command is compare:
-        _check_config(argv[1:])
-    flags = vars(parser.parse_args(argv[1:]))
-    names = inspect.signature(command).parameters
-    values = {name: flags[name] for name in names if name != "train"}
-    if command is compare:
-        values["train"] = {name: flags[name] for name in flags if name not in (*names, "config")}
-    speaks = nullcontext()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
-        from jumplora.running.processes import join_processes, only_main_speaks
-
-        if command is not compare:
-            what = "start this command by itself (`jumplora grid` has --processes)"
-            raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
-        join_processes(values["device"])
-        speaks = only_main_speaks()
-    with speaks:
-        code = command(**values) or 0
-        sys.stdout.flush()
-        return code
-
-
 def main(
     argv: Sequence[str] | None = None,  # words after `jumplora`; None: those of the process
 ) -> int:  # exit code: 0 fine, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal
@@ -574,9 +535,21 @@ def main(
             print(f"Sparse low-rank continual learning of language models.\n\ncommands:\n{listed}\n")
             print("`jumplora COMMAND --help` lists a command's flags.", flush=True)
             return 0 if argv else 2
-        if argv[0] == "benchmark":
-            raise ValueError("`jumplora benchmark` is called `jumplora speed`")
-        return _call(argv)
+        command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
+        values = _parse(argv[0], argv[1:])
+        speaks = nullcontext()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
+            from jumplora.running.processes import join_processes, only_main_speaks
+
+            if command is not compare:
+                what = "start this command by itself (`jumplora grid` has --processes)"
+                raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
+            join_processes(values["device"])
+            speaks = only_main_speaks()
+        with speaks:
+            code = command(**values) or 0
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:  # whoever reads the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

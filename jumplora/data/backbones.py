@@ -12,29 +12,20 @@ import json
 import os
 import tempfile
 import time
-from functools import cache
+import timeit
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    T5Config,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from ..conventions import check_choice, write_atomic
 from .benchmark import BENCHMARK
-from .newsroom import NEWSROOM, demo_file, file_sha256
+from .newsroom import NEWSROOMS, demo_file, file_sha256
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..running.processes import own_device
 
@@ -58,12 +49,8 @@ def _cpu_is_faster_in_bfloat16() -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         left = torch.ones(256, 576, dtype=dtype)
         right = torch.ones(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(6):  # the first one warms up
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])
+        product = partial(torch.matmul, left, right)
+        seconds[dtype] = min(timeit.repeat(product, number=1, repeat=6, timer=time.perf_counter))
     return 1.5 * seconds[torch.bfloat16] < seconds[torch.float32]
 
 
@@ -104,11 +91,13 @@ def load_backbone(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(place, **common)
-        tokenizer = AutoTokenizer.from_pretrained(place, **common)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        config = transformers.AutoConfig.from_pretrained(place, **common)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **common)
+        seq2seq = config.is_encoder_decoder
+        auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        common |= dict(config=config, dtype=dtype, use_safetensors=True)
         common |= dict(device_map="meta") if device.type == "meta" else {}
-        model = auto.from_pretrained(place, config=config, dtype=dtype, use_safetensors=True, **common)
+        model = auto.from_pretrained(place, **common)
     except OSError as error:
         allowed = f"use {', '.join(BACKBONES)}, or a folder or Hub id with safetensors"
         raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {error}") from error
@@ -125,16 +114,15 @@ def load_backbone(
 # %% ../../nbs/5_inside/backbones.ipynb #6fe0f01c
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     "Of at most 1024 tokens, learned from the prompts of the known tasks; `special` tokens come first."
+    known = [(task.instruction, task.options) for task in BENCHMARK.values()]
+    known += [(source.instruction, source.labels.values()) for source in NEWSROOMS["newsroom"].values()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    known = [(task.instruction, task.options) for task in BENCHMARK.values()]
-    known += [(source.instruction, tuple(source.labels.values())) for source in NEWSROOM.values()]
-    first = list(dict.fromkeys(special.values()))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=first, initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=1024, special_tokens=list(dict.fromkeys(special.values())),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+    )  # fmt: skip
     texts = [prompt(instruction, options, " ".join(options)) for instruction, options in known]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -145,28 +133,26 @@ def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 def _tiny(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     "Two layers of width 64; the same weights at every call, and the caller's random numbers are not touched."
     if name == "tiny-llama":
-        tokenizer = byte_tokenizer(
-            unk_token="<|?|>", bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
-        )
+        special = dict(unk_token="<|?|>", bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>")
+        tokenizer = byte_tokenizer(**special)
         tokenizer.padding_side = "left"
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
         )  # fmt: skip
+        auto = transformers.AutoModelForCausalLM
     else:
         tokenizer = byte_tokenizer(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
         )
-        start = tokenizer.pad_token_id
-        config = T5Config(
-            d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=start
-        )
+        config = transformers.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = tokenizer.pad_token_id
+        auto = transformers.AutoModelForSeq2SeqLM
     config.vocab_size = len(tokenizer)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):  # GPUs are left alone
         torch.default_generator.manual_seed(0)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto.from_config(config), tokenizer
 
 # %% ../../nbs/5_inside/backbones.ipynb #f41e1ec3
@@ -175,18 +161,19 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    "De-quantise to float32 and save as an ordinary model; tied weights are saved once."
-    home = gguf.parent
-    auto = AutoModelForCausalLM
-    model = auto.from_pretrained(home, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    del config["quantization_config"]
-    type(model.config).from_dict(config).save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != tied}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=gguf.name, local_files_only=True)
+    "De-quantise to float32 and save as an ordinary model, with a tokenizer that splits numbers into digits."
+    options = dict(gguf_file=gguf.name, local_files_only=True)
+    auto = transformers.AutoModelForCausalLM
+    found = auto.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    config = found.config.to_dict()
+    del config["quantization_config"]  # with it a model cannot be saved
+    with torch.device("meta"):
+        model = auto.from_config(type(found.config).from_dict(config), dtype=torch.float32)
+    model.load_state_dict(found.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = found.generation_config
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
     digits = pre_tokenizers.Digits(individual_digits=True)
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])

@@ -9,14 +9,15 @@ __all__ = ['load_sequence']
 #| code-fold: true
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ..conventions import check_choice
-from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_sequence, read_folder
-from .newsroom import newsroom, newsroom20, topics
+from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_task, read_folder
+from .newsroom import newsroom
 from ..learning.tasks import TaskSequence
 
-# %% ../../nbs/5_inside/sequences.ipynb #1b960b68
+# %% ../../nbs/5_inside/sequences.ipynb #a53da852
 _NAMES = ("newsroom", "newsroom20", *(f"order{n}{rows}" for rows in ("", HUB) for n in ORDERS))
 
 
@@ -32,11 +33,12 @@ def load_sequence(
     "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
     name = f"order{name}" if str(name) in map(str, ORDERS) else str(name)
     if match := re.fullmatch(r"topics-(unlisted-)?(\d{1,7})", name):
-        found = topics(folder, int(match[2]), list_options=not match[1])
+        drawn = newsroom("topics", folder, int(match[2]))
+        found = TaskSequence(name, [replace(task, list_options=not match[1]) for task in drawn])
     elif name in ("newsroom", "newsroom20"):
-        found = newsroom(folder, seed) if name == "newsroom" else newsroom20(folder, seed)
+        found = newsroom(name, folder, seed)
     elif name in HUB_SEQUENCES:
-        found = hub_sequence(name, seed)
+        found = TaskSequence(name, [hub_task(task.removesuffix(HUB), seed) for task in HUB_SEQUENCES[name]])
     elif name in _NAMES:
         place = folder or os.environ.get("JUMPLORA_DATA")
         if not place:

@@ -15,6 +15,7 @@ import random
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -104,8 +105,8 @@ class Task(Question):
                 if row.label not in self.options:
                     near = difflib.get_close_matches(row.label, self.options, n=1)
                     hint = f" (did you mean {near[0]!r}?)" if near else ""
-                    listed = ", ".join(self.options)
-                    raise ValueError(f"{where} row {i}: label {row.label!r:.80} is not in {listed}{hint}")
+                    what = f"label {row.label!r:.80} is not in {', '.join(self.options)}{hint}"
+                    raise ValueError(f"{where} row {i}: {what}")
             object.__setattr__(self, split, rows)
         outside = sum(row.label not in self.options for row in self.test)
         object.__setattr__(self, "outside_options", outside)
@@ -132,10 +133,8 @@ class Task(Question):
             options = names if options is None else options
         if options is None:
             options = sorted({label for _, label in rows["train"]}) or ["-"]  # no rows: refused below
-            try:
+            with suppress(ValueError):  # words
                 options.sort(key=float)  # 2 before 10, whatever the kind of file
-            except ValueError:
-                pass  # words
         if instruction is None:
             instruction = "What fits the following text? Choose one from the option.\n"
             notes.append("with a general instruction")
@@ -147,8 +146,7 @@ class Task(Question):
         "How many rows of each label every split has; the options come first."
         counts = {}
         for split in SPLITS:
-            found = Counter(row.label for row in getattr(self, split))
-            counts[split] = {label: found[label] for label in dict.fromkeys([*self.options, *found])}
+            counts[split] = dict.fromkeys(self.options, 0) | Counter(x.label for x in getattr(self, split))
         return counts
 
     def limit(
@@ -160,7 +158,7 @@ class Task(Question):
     ) -> "Task":
         "Fewer rows, balanced over the labels. `ValueError` for what is no number of rows."
         chosen = {}
-        for split, count, least in zip(SPLITS, (train, dev, test), (1, 0, 1), strict=True):
+        for split, count, least in (("train", train, 1), ("dev", dev, 0), ("test", test, 1)):
             if count is None:
                 continue
             if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
@@ -240,12 +238,12 @@ class TaskSequence(Sequence):
         "Options, rows per split, test rows outside the options, and the task's note."
         import pandas as pd
 
-        rows = []
-        for task in self:
-            sizes = {split: len(getattr(task, split)) for split in SPLITS}
-            rows.append({"task": task.name, "options": len(task.options), **sizes})
-            rows[-1] |= {"outside options": task.outside_options, "note": task.note}
-        return pd.DataFrame(rows).set_index("task")
+        table = pd.DataFrame({"options": [len(task.options) for task in self]}, self.names)
+        for split in SPLITS:
+            table[split] = [len(getattr(task, split)) for task in self]
+        table["outside options"] = [task.outside_options for task in self]
+        table["note"] = [task.note for task in self]
+        return table.rename_axis("task")
 
 # %% ../../nbs/2_learning/tasks.ipynb #e3529c40
 def fingerprint(parts: Iterable) -> str:

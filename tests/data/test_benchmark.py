@@ -27,7 +27,6 @@ from jumplora.data.benchmark import (
     ORDERS,
     as_in_the_paper,
     check_folder,
-    hub_sequence,
     hub_task,
     paper_split,
     read_folder,
@@ -506,7 +505,6 @@ def test_orders_are_opened_by_name_in_the_papers_order(hub, monkeypatch):
     assert set(HUB_SEQUENCES) == {f"order{n}-hub" for n in ORDERS} | {f"{name}-hub" for name in BENCHMARK}
     for call, match in (
         (lambda: hub_task("agnew"), "task='agnew' is not known; .*did you mean 'agnews'"),
-        (lambda: hub_sequence("order7-hub"), "did you mean 'order.-hub'"),
         (
             lambda: load_sequence("order9-hub"),
             "sequence='order9-hub' is not known; .*did you mean 'order.-hub'",
