@@ -1,5 +1,5 @@
 # Two commands on a fresh machine with Python 3.11 or newer, make and a package index:
-#   make run     set up, then learn real tasks one after another with and without JumpLoRA
+#   make run     set up, then learn six real tasks one after another with and without a gate
 #   make test    set up, then lint, execute the notebooks, build the site, run the tests
 # `make help` lists the others. Another Python: make run PYTHON=python3.12
 PYTHON ?= python3
@@ -27,8 +27,8 @@ help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
 
 run: env demo  ## set up and run the main job (more flags: make run ARGS="--seed 7")
-	$(call say,jumplora compare --preset laptop $(ARGS))
-	@jumplora compare --preset laptop $(ARGS)
+	$(call say,jumplora study --quick --workers 2 $(ARGS))
+	@jumplora study --quick --workers 2 $(ARGS)
 
 test: env demo lint test-nbs docs test-py  ## set up and test everything
 

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import itertools
 import json
+import math
 import os
 import pkgutil
 import re
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .conventions import check_choice, figure_style, write_atomic
+from .conventions import check_choice, write_atomic
 
 # %% ../nbs/command_line.ipynb #08dc7694
 def _add_flags(parser: ArgumentParser, source: Callable) -> None:
@@ -130,18 +131,17 @@ def _import_callbacks(names: Sequence[str]) -> list:
     return callbacks
 
 # %% ../nbs/command_line.ipynb #e1ff2eea
-_LAPTOP = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA")
+_METHODS = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA")
 
 
 def compare(
     *,
-    preset: str = "laptop",  # where the defaults come from: laptop
-    method: Sequence[str] = _LAPTOP,  # e.g. "ELLA + JumpLoRA" ELLA
+    method: Sequence[str] = _METHODS,  # e.g. "ELLA + JumpLoRA" ELLA
     sequence: str = "newsroom",  # newsroom, newsroom20, order1 to order6, order1-hub (the Hub), or a folder
     folder: str | None = None,  # folder with the benchmark's rows, for order1 to order6
     backbone: str = "smollm2-135m",  # smollm2-135m, a Hub id, or a folder with a model
     seed: Sequence[int] = (42,),  # one run per method and seed
-    out: str = "runs/laptop",  # folder of records, table and figures
+    out: str = "runs/compare",  # folder of records, tables and figures
     train_rows: int = 120,  # training rows of each task
     dev_rows: int = 40,  # dev rows of each task
     test_rows: int = 50,  # test rows of each task
@@ -165,7 +165,6 @@ def compare(
     from jumplora.running.processes import on_main
     from jumplora.running.tracking import find_trackers
 
-    check_choice(preset, ("laptop",), "preset")
     check_choice(split, ("test", "dev"), "split")
     find_trackers(report_to)
     _import_callbacks(callbacks)
@@ -193,16 +192,17 @@ def compare(
 
 
 def _report(runs: Sequence, out: Path) -> None:
-    "Print the table, write it beside the records, and draw the two figures."
+    "Print the tables, write them beside the records, and draw two figures."
     from jumplora.results import run_tables
 
-    table = run_tables.comparison_table(runs)
-    print(f"\n{table.to_string()}\n\n{run_tables.budget_text(runs)}\n")
-    write_atomic(out / "table.md", run_tables.markdown_table(table) + "\n")
-    with figure_style():
-        run_tables.accuracy_figure(runs).savefig(out / "accuracy.png", dpi=150)
-        run_tables.first_task_figure(runs).savefig(out / "first_task.png", dpi=150)
-    print(f"one folder per run, table.md, accuracy.png and first_task.png are in {out}")
+    tables = run_tables.tables_of(runs)
+    for name, table in tables.items():
+        print(f"\n{name}\n{table.to_string()}")
+    print(f"\n{run_tables.budget_text(runs)}\n")
+    run_tables.write_tables(tables, out / "tables")
+    run_tables.accuracy_figure(runs).savefig(out / "accuracy.png", dpi=150)
+    run_tables.learned_figure(runs).savefig(out / "learned.png", dpi=150)
+    print(f"one folder per run, tables, accuracy.png and learned.png are in {out}")
 
 # %% ../nbs/command_line.ipynb #7703a43d
 def _folder(run: str) -> Path:
@@ -238,7 +238,7 @@ def show(
 
 # %% ../nbs/command_line.ipynb #59e62f32
 def table(
-    folder: str = "runs/laptop",  # folder of runs
+    folder: str = "runs/compare",  # folder of runs
     *,
     format: str = "text",  # text, markdown, csv or html
     out: str | None = None,  # folder for all tables in three formats
@@ -365,7 +365,7 @@ def export(
 # %% ../nbs/command_line.ipynb #9e4372b4
 def grid(
     *,
-    method: Sequence[str] = _LAPTOP[1:],  # e.g. "ELLA + JumpLoRA" ELLA
+    method: Sequence[str] = _METHODS[1:],  # e.g. "ELLA + JumpLoRA" ELLA
     sequence: Sequence[str] = ("order1", "order2", "order3"),  # order1-hub, newsroom, a folder, as in compare
     seed: Sequence[int] = (42, 43, 44),  # one run per method, sequence and seed
     protocol: str = "reduced",  # the budget: reduced, or paper for all rows
@@ -415,20 +415,65 @@ def grid(
 # %% ../nbs/command_line.ipynb #d0a90fe8
 def study(
     *,
-    seed: Sequence[int] = tuple(range(101, 125)),  # a round of all arms each
+    seed: Sequence[int] = (),  # a round of all arms each; by default 101 to 112, with --quick 1 to 3
     method: Sequence[str] = (),  # arms of these methods only
-    norm: float | None = None,  # of the late gate's updates in a pilot: IncLoRA scaled merges at it
-    out: str = "runs/interference",  # the study's folder
+    variant: str = "main",  # what else differs: main, longer, deeper, unlisted
+    quick: bool = False,  # the main job: five methods, one rate, fewer rows, and its tables
+    out: str | None = None,  # folder of the runs; by default runs/study or runs/quick
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
 ) -> int:
-    "Does the gate help? Make the runs of the study of interference; those that are done are not repeated."
-    from jumplora.results.interference import RATES, study_jobs
+    "Does the gate help? Learn six tasks with every arm of the study; finished runs are not repeated."
+    from jumplora.results.interference import QUICK, QUICK_ROWS, RATES, ROWS, study_jobs
+    from jumplora.results.run_tables import load_runs
     from jumplora.running.grid import run_grid
 
-    chosen = {name: RATES[check_choice(name, tuple(RATES), "method")] for name in method or RATES}
-    states = run_grid(study_jobs(seed, chosen, norm), out, workers=workers, device=device)["state"]
+    arms, seeds, rows = (QUICK, range(1, 4), QUICK_ROWS) if quick else (RATES, range(101, 113), ROWS)
+    chosen = {name: arms[check_choice(name, tuple(arms), "method")] for name in method or arms}
+    jobs = study_jobs(seed or seeds, chosen, rows, variant)
+    if quick:
+        jobs.sort(key=lambda job: list(arms).index(job.method))  # two workers, two seeds
+    place = Path(out or ("runs/quick" if quick else "runs/study"))
+    states = run_grid(jobs, place, workers=workers, device=device)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
+    if quick and (states == "done").all():
+        _report([run for run in load_runs(place) if run.method in chosen], place)
+    return int((states == "failed").any())
+
+
+def reproduce(
+    *,
+    folder: str | None = None,  # folder with the benchmark's rows
+    sequence: Sequence[str] = tuple(f"order{n}" for n in range(1, 7)),  # order1-hub: rows from the Hub
+    method: Sequence[str] = _METHODS,  # a row each
+    seed: Sequence[int] = (42, 43, 44),  # one run per method, sequence and seed
+    backbone: str = "google-t5/t5-large",  # a Hub id, a folder with a model, or smollm2-135m
+    out: str = "runs/reproduce",  # folder of the runs and their tables
+    smoke: bool = False,  # only measure a few steps, and project hours, memory and disk
+    minutes: float = math.inf,  # stop after so many, with the runs saved
+    workers: int | None = None,  # runs at a time; by default one, or as many as the GPUs' memory holds
+    device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
+) -> int:
+    "The paper's comparison under its protocol, short orders first; finished runs are not repeated."
+    from jumplora.data.backbones import pick_device
+    from jumplora.results.run_tables import load_runs, tables_of, write_tables
+    from jumplora.running.grid import run_grid
+    from jumplora.running.reproduce import paper_jobs, project, runs_at_a_time
+
+    jobs = paper_jobs(method, sequence, seed, backbone)
+    if smoke or (workers is None and pick_device(device).type == "cuda"):
+        pace = project(jobs, folder, device)
+        fit = runs_at_a_time(pace["peak memory, GB"].max(), device)
+        print(pace.round(2).to_string())
+        print(f"{pace['hours'].sum():.1f} hours for {len(jobs)} runs one by one; {fit} fit side by side")
+        workers = workers or fit
+    if smoke:
+        return 0
+    options = dict(workers=workers or 1, folder=folder, device=device, minutes=minutes)
+    states = run_grid(jobs, out, **options)["state"]
+    print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
+    for path in write_tables(tables_of(load_runs(out, "test")), Path(out) / "tables"):
+        print(path)
     return int((states == "failed").any())
 
 
@@ -468,7 +513,7 @@ def data(
     return 0 if good.all() else 1
 
 # %% ../nbs/command_line.ipynb #eb480902
-_ALL = (compare, show, table, predict, sparsity, rollback, export, data, grid, study, speed)
+_ALL = (compare, show, table, predict, sparsity, rollback, export, data, grid, study, reproduce, speed)
 COMMANDS: dict[str, Callable] = {one.__name__: one for one in _ALL}
 
 

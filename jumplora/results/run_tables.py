@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'load_runs', 'measured', 'grid_table', 'summary_table', 'markdown_table', 'paired_t', 'holm',
-           'paired_differences', 'paired_table', 'clear_best', 'new_figure', 'accuracy_figure']
+           'paired_differences', 'paired_table', 'clear_best', 'new_figure', 'accuracy_figure', 'learned_figure']
 
 # %% ../../nbs/3_results/run_tables.ipynb #b7c74308
 #| code-fold: true
@@ -332,8 +332,10 @@ def clear_best(
     return best
 
 # %% ../../nbs/3_results/run_tables.ipynb #c3ae578a
-def new_figure(size: tuple[float, float]) -> "Figure":
-    "A figure that is shown once, where it is returned; call it inside `figure_style`. Size: inches."
+def new_figure(
+    size: tuple[float, float],  # width and height, inches
+) -> "Figure":  # shown once, where it is returned
+    "A figure; call it inside `figure_style`."
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=size)
@@ -371,6 +373,26 @@ def accuracy_figure(
         about = f"{sequence_of(runs[0])}, {runs[0].backbone}, {seeds} seed{'s' if seeds > 1 else ''}"
         title = f"A column that fades downwards is a task forgotten\n({labelled(about, runs)})"
         figure.suptitle(title, fontsize=11)
+    return figure
+
+# %% ../../nbs/3_results/run_tables.ipynb #learnedfig
+def learned_figure(
+    runs: Sequence[Run],  # of one sequence and one backbone
+) -> "Figure":  # a small dot per run, a large one per method
+    "What each method learns and what it keeps: retention over just learned; up and right is better."
+    _check_alike(runs)
+    with figure_style():
+        figure = new_figure((7, 3.8))
+        axis = figure.subplots()
+        for method in in_order(None, runs):
+            own = [run for run in runs if run.method == method and run.complete]
+            learned, kept = [run.just_learned for run in own], [run.retention for run in own]
+            style = method_style(method) | {"linestyle": ""}
+            axis.plot(learned, kept, **style | {"markersize": 3, "alpha": 0.6})
+            axis.plot(np.mean(learned), np.mean(kept), label=method, **style | {"markersize": 9})
+        axis.set(xlabel="just learned, percent", ylabel="retention, percent")
+        axis.set_title(labelled(f"{sequence_of(runs[0])} with {runs[0].backbone}", runs))
+        axis.legend(fontsize=8)
     return figure
 
 # %% ../../nbs/3_results/run_tables.ipynb #46197993
