@@ -68,14 +68,12 @@ class Overlap:
         return z
 
     def table(self) -> pd.DataFrame:  # one row per pair of tasks
-        "What each pair shares beside chance; Jaccard divides by the entries that either touched."
+        "What each pair shares, beside chance and as a share of the smaller of the two."
         totals, (expected, spread) = self.counts.sum(0), self.by_chance()
-        either = totals[:, None] + totals - self.shared
         smaller = np.minimum.outer(totals, totals)  # the most that two tasks can share
         columns = {"shared": self.shared, "by chance": expected.round(1), "spread": spread.round(1)}
         columns |= {"z": self.z().round(1)}
-        for name, whole in {"Jaccard": either, "of the smaller": smaller}.items():
-            columns[name] = (self.shared / np.where(whole > 0, whole, np.nan)).round(4)
+        columns["of the smaller"] = (self.shared / np.where(smaller > 0, smaller, np.nan)).round(4)
         first, second = np.triu_indices(len(self.tasks), 1)
         names = [f"{self.tasks[i]}, {self.tasks[j]}" for i, j in zip(first, second, strict=True)]
         pairs = {name: values[first, second] for name, values in columns.items()}
@@ -118,49 +116,7 @@ def tasks_that_fit(
     tasks = math.log(free / (1 - filled)) / math.log1p(-density)
     return 1 + math.floor(tasks + 1e-9)  # a whole number stays one in spite of rounding
 
-# %% ../../nbs/3_results/sparsity.ipynb #fc39628d
-def overlap_figure(overlap: Overlap) -> "Figure":
-    "Three heat maps, tasks by tasks: what they share, what chance would give, and how far apart the two are."
-    import matplotlib.pyplot as plt
-
-    totals = overlap.counts.sum(0).astype(float)
-    smaller = np.minimum.outer(totals, totals)
-    np.fill_diagonal(smaller, np.nan)
-    smaller[smaller == 0] = np.nan
-    shared, chance = overlap.shared / smaller, overlap.by_chance()[0] / smaller
-    found = np.concatenate([values[~np.isnan(values)] for values in (chance, shared)])
-    z, scale = overlap.z(), (found.min(initial=1), found.max(initial=0), None)
-    limit = np.nanmax(np.abs(z), initial=3)  # below 3 nothing is dark
-    panels = {"shared, of the smaller": (shared, scale), "the same by chance": (chance, scale)}
-    panels["z, above or below chance"] = (z, (-limit, limit, "RdBu_r"))
-    with figure_style():
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-        for ax, (title, (values, (low, high, colors))) in zip(axes, panels.items(), strict=True):
-            figure.colorbar(ax.imshow(values, vmin=low, vmax=high, cmap=colors), ax=ax)
-            ax.set_xticks(range(len(totals)), overlap.tasks, rotation=90)
-            ax.set_yticks(range(len(totals)), overlap.tasks)
-            ax.set_title(title)
-            ax.grid(False)
-    plt.close(figure)
-    return figure
-
-
-def density_figure(run: Run) -> "Figure":
-    "The share of entries that each task kept in each layer: layers by tasks."
-    import matplotlib.pyplot as plt
-
-    kept = 100 * (1 - pd.DataFrame(run.sparsity))
-    with figure_style():
-        figure, ax = plt.subplots(figsize=(2.6 + 0.7 * kept.shape[1], 1.2 + 0.16 * len(kept)))
-        figure.colorbar(ax.imshow(kept, aspect="auto", vmin=0), ax=ax, label="entries kept, percent")
-        ax.set_title("Which layers a task touches")
-        ax.set_xticks(range(kept.shape[1]), kept.columns, rotation=90)
-        ax.set_yticks(range(len(kept)), kept.index, fontsize=6)
-        ax.grid(False)
-    plt.close(figure)
-    return figure
-
-# %% ../../nbs/3_results/sparsity.ipynb #a4350e6a
+# %% ../../nbs/3_results/sparsity.ipynb #2c905e62
 def overlap_report(run: Run, overlap: Overlap) -> str:
     "Where the updates of a run lie, in words and tables: Markdown."
     def markdown(table: pd.DataFrame) -> str:
@@ -169,19 +125,48 @@ def overlap_report(run: Run, overlap: Overlap) -> str:
         return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
     density, filled = overlap.density.mean(), overlap.filled[-1]
-    at_random = 1 - np.cumprod(1 - overlap.density)
     more = tasks_that_fit(density, filled)
-    room = "every further task finds" if more == math.inf else f"{more} further tasks find"
+    some = {0: "no further task finds", 1: "1 further task finds", math.inf: "every further task finds"}
+    room = some.get(more, f"{more} further tasks find")
     text = f"{filled:.1%} of {overlap.entries.sum()} entries are touched. At {density:.2%} per task, and if "
     text += f"tasks pick at random, {room} at least half of their entries untouched."
     columns = {"entries": overlap.counts.sum(0), "percent": 100 * overlap.density}
-    columns |= {"touched so far, percent": 100 * overlap.filled, "the same at random": 100 * at_random}
+    columns["touched so far, percent"] = 100 * overlap.filled
+    columns["the same at random"] = 100 * (1 - np.cumprod(1 - overlap.density))
     tasks = pd.DataFrame(columns, index=pd.Index(overlap.tasks, name="task")).round(2)
     parts = [f"# Where the updates of {run.name} lie", text, markdown(tasks)]
     if len(overlap.tasks) > 1:
-        chance = "Chance is computed for every layer by itself."
-        parts += ["## Shared entries", chance, markdown(overlap.table())]
+        parts += ["## Shared entries", "Chance is taken in every layer by itself.", markdown(overlap.table())]
     kept = 100 * (1 - pd.DataFrame(run.sparsity).rename_axis("layer"))
     kept = kept.loc[kept.mean(axis=1).sort_values(ascending=False, kind="stable").index].round(2)
-    some = f"The {min(len(kept), 10)} densest of {len(kept)}, percent of entries kept."
-    return "\n\n".join([*parts, "## Layers", some, markdown(kept.head(10))]) + "\n"
+    parts += ["## Layers", f"The {min(len(kept), 10)} densest of {len(kept)}, percent of entries kept."]
+    return "\n\n".join([*parts, markdown(kept.head(10))]) + "\n"
+
+
+def _heat_map(values: pd.DataFrame, title: str, **colors) -> "Figure":
+    import matplotlib.pyplot as plt
+
+    with figure_style():
+        figure, ax = plt.subplots(figsize=(2.6 + 0.5 * values.shape[1], 1.6 + 0.16 * len(values)))
+        figure.colorbar(ax.imshow(values, aspect="auto", **colors), ax=ax)
+        ax.set_title(title)
+        ax.set_xticks(range(values.shape[1]), values.columns, rotation=90)
+        ax.set_yticks(range(len(values)), values.index, fontsize=6)
+        ax.grid(False)
+    plt.close(figure)
+    return figure
+
+
+def overlap_figure(overlap: Overlap) -> "Figure":
+    "What each pair of tasks shares, over chance: tasks by tasks, white at 1."
+    chance = overlap.by_chance()[0]
+    ratio = overlap.shared / np.where(chance > 0, chance, np.nan)
+    np.fill_diagonal(ratio, np.nan)
+    limit = np.nanmax(np.abs(ratio - 1), initial=0.1)  # below ten percent nothing is dark
+    values = pd.DataFrame(ratio, overlap.tasks, overlap.tasks)
+    return _heat_map(values, "Shared entries, over chance", vmin=1 - limit, vmax=1 + limit, cmap="RdBu_r")
+
+
+def density_figure(run: Run) -> "Figure":
+    "The share of entries that each task kept in each layer: layers by tasks."
+    return _heat_map(100 * (1 - pd.DataFrame(run.sparsity)), "Entries kept, percent", vmin=0)

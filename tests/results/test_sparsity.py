@@ -58,12 +58,12 @@ def test_shares_and_ratios_are_those_of_boolean_masks(seed, density):
         assert found.density[i] == touched[i].mean()
         assert found.filled[i] == pytest.approx(np.any(touched[: i + 1], axis=0).mean())
         for j in range(i + 1, 3):
-            both, either = (touched[i] & touched[j]).sum(), (touched[i] | touched[j]).sum()
+            both = (touched[i] & touched[j]).sum()
             smaller = min(touched[i].sum(), touched[j].sum())
             row = found.table().loc[f"task {i}, task {j}"]
-            ratios = [both / whole if whole else math.nan for whole in (either, smaller)]
+            ratio = both / smaller if smaller else math.nan
             assert found.shared[i, j] == found.shared[j, i] == row["shared"] == both
-            assert list(row[["Jaccard", "of the smaller"]]) == pytest.approx(ratios, abs=1e-4, nan_ok=True)
+            assert row["of the smaller"] == pytest.approx(ratio, abs=1e-4, nan_ok=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -99,8 +99,8 @@ def test_blind_tasks_have_a_small_z_equal_ones_a_large_one_and_full_or_empty_one
     full, empty = ({name: np.full(shape, on) for name, shape in SHAPES.items()} for on in (True, False))
     found = overlap_of([full, full, empty])
     assert np.isnan(found.z()).all()
-    table = found.table()
-    assert np.isnan(table["of the smaller"]["task 0, task 2"]) and table["Jaccard"]["task 0, task 1"] == 1
+    ratio = found.table()["of the smaller"]
+    assert np.isnan(ratio["task 0, task 2"]) and ratio["task 0, task 1"] == 1
     assert "| task 0, task 1 | 143 | 143.0 | 0.0 | nan |" in overlap_report(record([full, full]), found)
 
 
@@ -163,8 +163,12 @@ def test_the_report_says_how_full_the_matrix_is_and_which_layers_are_densest():
 def test_figures_are_drawn_for_one_task_and_for_many(tasks):
     run = record(masks(5, tasks=tasks))
     found = recorded_overlap(run)
-    axes = overlap_figure(found).axes
-    assert len(axes) == 6 and axes[0].images[0].get_clim() == axes[1].images[0].get_clim()
-    assert axes[2].images[0].get_array().shape == (tasks, tasks)
+    shared = overlap_figure(found).axes[0].images[0]
+    ratio = found.shared / found.by_chance()[0]
+    ratio[np.diag_indices(tasks)] = math.nan
+    assert np.allclose(np.ma.filled(shared.get_array(), math.nan), ratio, equal_nan=True)
+    low, high = shared.get_clim()
+    assert high - 1 == pytest.approx(max([0.1, *np.abs(ratio - 1)[np.triu_indices(tasks, 1)]]))
+    assert low + high == pytest.approx(2)  # white is 1
     kept = density_figure(run).axes[0].images[0].get_array()
     assert np.allclose(kept, 100 * found.counts / found.entries[:, None])

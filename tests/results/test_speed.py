@@ -1,23 +1,26 @@
 "The clock, the memory meter, and every part of the measurements on models small enough for a test."
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from jumplora.data.backbones import load_backbone
-from jumplora.learning import evaluation, training
-from jumplora.learning.tasks import Example, Question, Task, TaskSequence
+from jumplora.learning import continual, training
+from jumplora.learning.tasks import Example, Task, TaskSequence
 from jumplora.method import adapter
 from jumplora.method.regularizers import ELLA, Update
 from jumplora.results import speed
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS, PAGE = ROOT / "results" / "speed", ROOT / "nbs" / "3_results" / "speed.ipynb"
+RECORDS = ROOT / "results" / "speed"
+sys.path.insert(0, str(ROOT / "tests"))
+
+import speed_parts  # noqa: E402
 
 
 @pytest.fixture
@@ -30,15 +33,17 @@ def small(monkeypatch):
     def few(name, **rows):
         texts = ["one row", "a longer row, " * 2, "the longest of them, " * 3, "the last"]
         tasks = []
-        for task, labels in {"tweets": ("angry", "calm"), "science": ("physics", "medicine")}.items():
+        for task, labels in {"tweets": "angry calm", "science": "physics medicine", "other": "x y"}.items():
+            labels = tuple(labels.split())
             examples = [Example(text, labels[i % 2]) for i, text in enumerate(texts)]
             tasks.append(Task(task, "Which?\n", labels, 2 * examples, examples, examples))
         return TaskSequence(name, tasks)
 
     monkeypatch.setattr(speed, "load_backbone", tiny)
     monkeypatch.setattr(speed, "load_sequence", few)
-    monkeypatch.setattr(speed, "_t5_large_shape", lambda: load_backbone("tiny-t5")[0])
+    monkeypatch.setattr(speed, "T5ForConditionalGeneration", lambda shape: load_backbone("tiny-t5")[0])
     monkeypatch.setitem(speed.PARTS, "blocks", partial(speed._blocks, top=1))
+    monkeypatch.setitem(speed.PARTS, "run", partial(speed._run, top=1))
     monkeypatch.setitem(speed.PARTS, "layer", partial(speed._layer, tokens=(8, 16), size=64))
 
 
@@ -48,18 +53,19 @@ def gated():
     return speed._random_update(training.attach_adapter(model, training.TrainConfig(), True))
 
 
-def test_variants_take_turns_and_the_first_round_is_not_timed():
+def test_variants_take_turns_the_first_round_is_not_timed_and_ratios_are_taken_within_a_round(monkeypatch):
+    now = 0.0
     order = []
-    works = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = speed._alternate(works, 3)
-    assert order == ["a", "b"] * 4 and [len(values) for values in seconds.values()] == [3, 3]
-    order.clear()
-    assert [len(values) for values in speed._alternate(works, 1).values()] == [1, 1] and order == ["a", "b"]
 
+    def work(name, durations):
+        nonlocal now
+        order.append(name)
+        now += durations.pop(0)
 
-def test_a_ratio_is_taken_within_a_round():
-    seconds = {"base": [1.0, 10.0, 2.0], "other": [2.0, 20.0, 5.0]}  # the second round was slow for both
-    base, other = speed._compare(seconds, "base")
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    times = dict(base=[9.0, 1.0, 10.0, 2.0], other=[1.0, 2.0, 20.0, 5.0])  # the third round is slow for both
+    base, other = speed._compare({name: partial(work, name, times[name]) for name in times}, 3, "base")
+    assert order == ["base", "other"] * 4
     assert base["ratio"] == 1.0
     assert other == dict(variant="other", milliseconds=5000, ratio=2.0, low=2.0, high=2.25, rounds=3)
 
@@ -81,7 +87,7 @@ def test_the_peak_counts_what_a_call_holds_at_once():
 
 def test_the_naive_way_gives_the_same_gradients_and_is_gone_after_an_error(gated):
     replaced = [(adapter, "gated_linear"), (adapter, "gated_update"), (training, "penalty_function")]
-    replaced += [(adapter.JumpLoraLinear, "fused_adapter"), (evaluation, "answer")]
+    replaced += [(adapter.JumpLoraLinear, "fused_adapter")]
     before = [getattr(owner, name) for owner, name in replaced]
     ella = ELLA(strength=1.0)
     updates = training.named_updates(gated)
@@ -109,20 +115,6 @@ def test_the_gate_of_a_random_update_passes_as_many_entries_as_lora_has_paramete
     assert sum(int(delta.count_nonzero()) for delta in deltas) == factors
 
 
-@pytest.mark.parametrize("scored", [True, False])
-def test_naive_answers_and_scores_are_those_of_the_fast_way(scored):
-    model, tokenizer = load_backbone("tiny-llama")
-    long = "money, shares and everything else that is traded anywhere"  # more tokens than answers have
-    question = Question("news", "Which topic?\n", ("sport", long))
-    texts, rows = ["a short one", "a longer one " * 5, "again " * 9], []
-    fast, fast_scores = evaluation.answer(model, tokenizer, question, texts)
-    naive, scores = speed._naive_answer(
-        model, tokenizer, question, texts, batch_size=2, advance=rows.append, scored=scored
-    )
-    assert naive == fast and rows == [2, 1]
-    torch.testing.assert_close(scores, fast_scores if scored else torch.zeros(3, 0), rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype, products", [(torch.float32, (2, 3, 5)), (torch.bfloat16, (2, 5, 5))])
 def test_a_gated_layer_multiplies_three_times_and_five_times_in_bfloat16(dtype, products):
     T, n, r = 48, 32, 8
@@ -143,29 +135,35 @@ def test_all_parts_write_a_record_each_and_a_table(small, tmp_path, capsys):
     assert set(parts["layer"]["tokens"]) == {8, 16}
     for name in ("layer", "step"):
         assert (parts[name][["gigaflop", "peak_megabytes"]] > 0).all(axis=None)
-    assert (parts["evaluation"]["differ"] == 0).all()
-    assert parts["run"]["accuracy"].map(str).nunique() == 1
     assert len(speed.speed_table(parts)) == sum(map(len, parts.values()))
     records = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert all(record["environment"]["versions"]["torch"] and record["quick"] for record in records)
 
 
-def test_the_parts_of_the_page_alone_measure_answers_equal_tasks_and_fresh_processes(small, monkeypatch):
-    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    found = vars(speed) | dict(PARTS=dict(speed.PARTS))
-    for mark in ("import psutil", "def start_of_threshold", "PARTS |= "):
-        exec(next(source for source in sources if mark in source), found)
-    tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
-    found["LlamaConfig"] = lambda **shape: LlamaConfig(**shape | tiny)
-    monkeypatch.setattr("sys.executable", "true")  # a fresh Python with torch takes seconds
-    rows = {name: found["PARTS"][name](True, "cpu", torch.float32) for name in ("batches", "startup")}
-    assert [row["variant"] for row in rows["batches"]] == ["float32", "bfloat16"]
-    assert rows["batches"][0]["differ"] == 0
-    assert [row["variant"] for row in rows["startup"]][0] == "python" and rows["startup"][0]["ratio"] == 1
-    counted = found["start_of_threshold"](True, "cpu", torch.float32, count=3, size=64)
+def test_a_run_learns_two_tasks_with_and_without_replay(small, monkeypatch):
+    runs = []
+
+    def learn(model, tokenizer, sequence, method, config, **options):
+        runs.append((method.name, [task.name for task in sequence], continual.Trunk is speed.Trunk))
+        return learn_sequence(model, tokenizer, sequence, method, config, **options)
+
+    learn_sequence = continual.learn_sequence
+    monkeypatch.setattr(continual, "learn_sequence", learn)
+    rows = speed.PARTS["run"](True, "cpu", torch.float32)
+    assert [row["variant"] for row in rows] == ["IncLoRA", "IncLoRA, replayed", "late gate, replayed"]
+    assert all(row["train"] > 0 and row["evaluate"] > 0 and row["rounds"] == 1 for row in rows)
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    tasks = ["tweets", "science"]
+    kinds = [("IncLoRA", tasks, False), ("IncLoRA", tasks, True), ("IncLoRA + late gate", tasks, True)]
+    assert runs == 2 * kinds  # a round that is not timed, and one that is
+
+
+def test_the_start_of_a_threshold_and_equal_tasks_are_measured():
+    few = speed_parts.RandomLayers(3, 64)
+    assert sum((layer > speed_parts.initial_threshold(few, 500)).sum() for layer in few) == 500
+    counted = speed_parts.start_of_threshold(True, "cpu", torch.float32, count=3, size=64)
     assert [row["variant"] for row in counted] == ["kthvalue", "counting"] * 2
-    growth = found["equal_tasks"](True, "cpu", torch.float32, tasks=2)
+    growth = speed_parts.equal_tasks(True, "cpu", torch.float32, tasks=2, width=32)
     assert [row["task"] for row in growth] == [1, 2]
     assert all(row["step_milliseconds"] == 1e3 * row["train"] / 8 for row in growth)
 
@@ -174,7 +172,7 @@ def test_the_full_step_has_rows_for_the_large_model_too(small, monkeypatch):
     def rounds_of(works, rounds, base, device, **columns):
         return [dict(variant=name, rounds=rounds) | columns for name in works]
 
-    monkeypatch.setattr(speed, "_timed", rounds_of)
+    monkeypatch.setattr(speed, "_measured", rounds_of)
     rows = pd.DataFrame(speed.PARTS["step"](False, "cpu", torch.float32))
     assert rows["model"].tolist() == ["smollm2-135m"] * 3 + ["T5-large's shape"] * 3
     assert rows["rounds"].tolist() == [30] * 3 + [5] * 3
@@ -188,11 +186,10 @@ def test_a_part_that_does_not_exist_is_refused_before_anything_is_measured(tmp_p
 
 def test_stored_records_load_as_they_were_written_and_the_table_repeats_them():
     parts = speed.load_parts(RECORDS)
-    assert parts.keys() == speed.PARTS.keys() | {"batches", "growth", "path", "start", "startup"}
+    assert parts.keys() - {"run"} == (speed.PARTS.keys() | speed_parts.PARTS.keys()) - {"run"}
     assert set(speed.load_parts(RECORDS, dtype="bfloat16")) == {"layer", "step"}
     stored = json.loads((RECORDS / "cpu-float32-layer.json").read_text())
     assert parts["layer"].to_dict("records") == stored["rows"]
     assert parts["layer"].attrs["environment"] == stored["environment"]
     table = speed.speed_table(parts)
     assert table.index.is_unique and table["ratio"]["layer, 512, JumpLoRA"] == 1.51
-    assert table["low"]["run, naive"] == 2.41 and table["differ"]["batches, bfloat16"] == 0.04
