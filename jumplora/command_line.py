@@ -479,7 +479,7 @@ def reproduce(
 
 def speed(
     *,
-    parts: Sequence[str] = (),  # layer step blocks evaluation run; else all
+    parts: Sequence[str] = (),  # layer step blocks run; else all
     quick: bool = False,  # fewer rounds and smaller sizes
     out: str = "runs/speed",  # folder of the records
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any

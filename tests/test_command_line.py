@@ -144,7 +144,9 @@ WRONG = {
     "compare --method IncLora": "method='IncLora' is not known.*did you mean 'IncLoRA'",
     "compare --sequence newsrom": "sequence='newsrom' is not known.*did you mean 'newsroom'",
     "compare --backbone tiny-lama": "backbone='tiny-lama' is.*did you mean 'tiny-llama'",
-    "compare --preset labtop": "preset='labtop' is not known; use 'laptop'",
+    "study --variant wide": "variant='wide' is not known",
+    "study --quick --method EWC": "method='EWC' is not known; use 'SeqLoRA'",
+    "reproduce --method Inclora --smoke": "method='Inclora' is not known; did you mean 'IncLoRA'",
     "compare --split tets": "split='tets' is not known.*did you mean 'test'",
     "compare --threshold-scope layers": "threshold_scope='layers'.*did you mean 'layer'",
     "compare --dtype float23": "dtype='float23' is not known.*did you mean 'float32'",
@@ -259,17 +261,17 @@ def is_figure(path):
     return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000
 
 
-def test_compare_ends_with_a_table_records_and_two_figures(compared, run_folders):
+def test_compare_ends_with_tables_records_and_two_figures(compared, run_folders):
     out, done = compared
     assert done.out.index("topics") < done.out.index("overall accuracy")
     assert re.search(r"^topics +2 +8 +2 +4", done.out, re.M)  # the tasks come first
     headings = ("overall accuracy", "just learned", "backward transfer", "sparsity", "minutes")
-    files = ("table.md", "accuracy.png", "first_task.png")
+    files = ("tables", "accuracy.png", "learned.png")
     assert all(word in done.out for word in (*headings, *files, str(out)))
-    assert is_figure(out / "accuracy.png") and is_figure(out / "first_task.png")
+    assert is_figure(out / "accuracy.png") and is_figure(out / "learned.png")
     for name in METHODS:
         assert re.search(rf"^{re.escape(name)} +\d", done.out, re.M)
-        assert f"| {name} " in (out / "table.md").read_text()
+        assert any(f"| {name} " in path.read_text() for path in (out / "tables").glob("*-summary.md"))
     runs = [Run.load(folder) for folder in run_folders]
     assert (
         sorted(run.method for run in runs) == METHODS and runs[0].zero_shot == runs[1].zero_shot is not None
@@ -411,7 +413,7 @@ def surrounded(compared, tasks, root, tmp_path_factory):
 
 def test_a_foreign_backend_of_figures_and_an_encoding_without_greek_change_nothing(surrounded):
     lines, err = surrounded
-    assert "figures" not in err and any("first_task.png" in line for line in lines)
+    assert "figures" not in err and any("learned.png" in line for line in lines)
     assert any("? of penalties" in line for line in lines)  # the help of `--strength`, which begins with a λ
 
 
