@@ -57,7 +57,7 @@ def project(
             with tempfile.TemporaryDirectory() as out:
                 run = learn_sequence(
                     model, tokenizer, TaskSequence("smoke", few), method, config, out=out,
-                    zero_shot=False, progress=False,
+                    backbone=own[0].backbone, zero_shot=False, progress=False,
                 )  # fmt: skip
                 disk = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
             scored = sum(len(task.test) for task in few)
