@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 import torch
 
@@ -22,6 +24,8 @@ from jumplora.learning import continual
 from jumplora.learning.evaluation import answer
 from jumplora.learning.tasks import Question
 from jumplora.learning.training import Diverged
+from jumplora.results.run_tables import load_runs
+from jumplora.running import grid
 from jumplora.storage.record import Run
 from jumplora.storage.state import load_learned
 
@@ -146,7 +150,7 @@ WRONG = {
     "compare --backbone tiny-lama": "backbone='tiny-lama' is.*did you mean 'tiny-llama'",
     "study --variant wide": "variant='wide' is not known",
     "study --quick --method EWC": "method='EWC' is not known; use 'SeqLoRA'",
-    "reproduce --method Inclora --smoke": "method='Inclora' is not known; did you mean 'IncLoRA'",
+    "reproduce --method Inclora --smoke": "method='Inclora' is not known.*did you mean 'IncLoRA'",
     "compare --split tets": "split='tets' is not known.*did you mean 'test'",
     "compare --threshold-scope layers": "threshold_scope='layers'.*did you mean 'layer'",
     "compare --dtype float23": "dtype='float23' is not known.*did you mean 'float32'",
@@ -445,10 +449,9 @@ def test_every_format_of_the_table_has_every_method(form, compared, jumplora, mo
     done = jumplora("table", compared[0], "--format", form)
     assert done.code == 0 and done.err == ""
     assert all(name in done.out for name in METHODS) and "overall accuracy" in done.out
-    lines = done.out.strip().splitlines()
-    assert form != "csv" or len({line.count(",") for line in lines}) == 1
-    assert form != "markdown" or all(line.startswith("|") for line in lines)
-    assert form != "html" or (lines[0].startswith("<table") and lines[-1].endswith("</table>"))
+    begins = dict(text=" +overall accuracy", markdown=r"\| method \|", csv="method,overall", html="<table")
+    assert len(re.findall(rf"^{begins[form]}", done.out, re.M)) == (2 if form == "html" else 1)
+    assert "mine-summary" in done.out and "mine-pairs" in done.out
 
 
 def test_a_table_leaves_a_damaged_record_out_and_names_it(compared, run_folders, jumplora, tmp_path):
@@ -608,3 +611,47 @@ def test_predict_refuses_a_missing_state_and_another_task(run_folders, jumplora,
     done = jumplora("predict", run_folders[0], "--task", "topic", "--text", "text")
     assert done.code == 2 and "did you mean 'topics'" in done.err
     assert "task='topic' is not known; use 'topics' or 'weather'" in done.err
+
+
+def test_the_papers_grid_is_projected_then_run_and_ends_with_its_tables(jumplora, tasks, tmp_path):
+    words = [
+        "reproduce",
+        "--sequence",
+        tasks,
+        "--backbone",
+        "tiny-t5",
+        "--method",
+        "IncLoRA",
+        "IncLoRA + JumpLoRA",
+    ]
+    words += ["--seed", "1", "--device", "cpu", "--out", tmp_path / "out"]
+    smoke = jumplora(*words, "--smoke")
+    assert smoke.code == 0 and "hours for 2 runs one by one; 1 fit side by side" in smoke.out, smoke.err
+    assert not (tmp_path / "out").exists()
+    assert jumplora(*words, "--minutes", "0").out.startswith("2 waiting")
+    done = jumplora(*words)
+    assert done.code == 0 and "2 done" in done.out
+    (summary,) = (tmp_path / "out" / "tables").glob("*-summary.md")
+    assert all(f"| {name} |" in summary.read_text() for name in ("IncLoRA", "IncLoRA + JumpLoRA"))
+    runs = {
+        run.method: run.configuration["train"].get("lora_dropout", 0) for run in load_runs(tmp_path / "out")
+    }
+    assert runs == {"IncLoRA": 0.1, "IncLoRA + JumpLoRA": 0.0}  # as in the authors' code
+
+
+def test_the_main_job_is_the_study_with_five_methods_three_seeds_and_fewer_rows(
+    jumplora, monkeypatch, tmp_path
+):
+    asked = {}
+
+    def run_grid(jobs, out, **options):
+        asked[Path(out).name] = jobs
+        return pd.DataFrame({"state": ["waiting"] * len(jobs)})
+
+    monkeypatch.setattr(grid, "run_grid", run_grid)
+    assert jumplora("study", "--quick", "--out", tmp_path / "quick").out == "15 waiting\n"
+    assert jumplora("study", "--seed", "7", "--variant", "deeper", "--out", tmp_path / "other").code == 0
+    quick, other = asked["quick"], asked["other"]
+    assert [job.seed for job in quick] == [1, 2, 3] * 5 and len({job.method for job in quick}) == 5
+    assert quick[0].rows["train"] < other[0].rows["train"] and len(other) == 14
+    assert {job.train["top_layers"] for job in other} == {8}
