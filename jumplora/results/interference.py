@@ -35,10 +35,10 @@ VARIANTS: dict[str, dict] = {  # what else is tried -> what differs from the stu
     "unlisted": {},  # prompts do not list the options
 }
 QUICK: dict[str, tuple[float, ...]] = dict.fromkeys(  # the main job: one rate, fewer rows, seeds 1 to 3
-    ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + late gate", "ELLA + late gate"), (1e-3,)
+    ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + late gate", "ELLA + late gate"), (2e-3,)
 )
 ROWS = dict(train=320, dev=0, test=100)  # of each task
-QUICK_ROWS = dict(train=128, dev=0, test=40)
+QUICK_ROWS = dict(train=160, dev=0, test=40)
 STRENGTH = 1e4  # λ of ELLA
 NORM = 8.2  # Frobenius norm of the late gate's updates at rate 1e-3, the pilot's mean
 
