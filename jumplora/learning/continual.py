@@ -94,7 +94,7 @@ class Method:
     rehearsal: float = 0.0  # share of every older task's training rows that is learned again, 0 to 1
     training: str = "sequential"  # or "joint": all tasks at once; "isolated": one task alone
     optimizer: str = "adamw"  # or "muon"
-    settings: dict = field(default_factory=dict, hash=False)  # fields of `TrainConfig` that belong to it
+    settings: dict = field(default_factory=dict, hash=False)  # fields of `TrainConfig` that it has by default
 
     def __post_init__(self):
         for name in self.settings:
@@ -118,6 +118,12 @@ class Method:
                 raise ValueError(f"{self.name!r}: {type(own).__name__} {what}")
         if self.gated and self.optimizer == "muon":
             raise ValueError(f"{self.name!r}: Muon moves matrices, and a gate has a threshold; use adamw")
+
+    def configure(self, config: TrainConfig) -> TrainConfig:  # with the method's settings; changed ones stay
+        "Fields that are at `TrainConfig`'s default take the method's value, such as the kept share of a late gate."
+        usual = TrainConfig()
+        own = {k: v for k, v in self.settings.items() if getattr(config, k) == getattr(usual, k)}
+        return replace(config, **own)
 
     def check_fits(self, sequence: TaskSequence) -> None:
         "`ValueError` where the method needs another number of tasks."
@@ -204,7 +210,7 @@ class Learner:
         self.tokenizer = tokenizer
         self.sequence = sequence
         self.method = method
-        self.config = config = replace(config, **method.settings)
+        self.config = config = method.configure(config)
         vars(self).update(learn_sequence.__kwdefaults__ | options)  # self.seed, self.out, ...
         check_choice(self.scoring, ("answers", "labels"), "scoring")
         check_choice(self.split, ("test", "dev"), "split")

@@ -19,7 +19,7 @@ from ..running.grid import Job
 from ..storage.record import Run
 
 # %% ../../nbs/3_results/interference.ipynb #e8889526
-RATES: dict[str, tuple[float, ...]] = {  # method -> learning rates; the first three are the families compared
+RATES: dict[str, tuple[float, ...]] = {  # method -> learning rates; the first two are the families compared
     "IncLoRA": (5e-4, 7e-4, 1e-3, 1.4e-3),
     "IncLoRA + late gate": (7e-4, 1e-3, 1.4e-3),
     "IncLoRA pruned": (1e-3, 1.4e-3),

@@ -113,7 +113,7 @@ def job_method(job: Job) -> tuple[Method, TrainConfig]:
     method = with_settings(method, strength=job.strength, **job.regularizer)
     for name in job.train:
         check_choice(name, [item.name for item in fields(TrainConfig)], "setting of training")
-    return method, TrainConfig(**job.train | method.settings)
+    return method, method.configure(TrainConfig(**job.train))
 
 
 def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:

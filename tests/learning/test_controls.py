@@ -14,7 +14,8 @@ from jumplora.learning.continual import Method, learn_sequence, weights_of
 from jumplora.learning.evaluation import evaluate, text_loss
 from jumplora.learning.methods import METHODS, DisjointMasks, Prune, RandomMask, Scale, with_settings
 from jumplora.learning.tasks import Question, TaskSequence, encode_answer, encode_prompt
-from jumplora.learning.training import attach_adapter
+from jumplora.learning.training import TrainConfig, attach_adapter
+from jumplora.running.grid import Job, job_method
 from jumplora.storage.rollback import load_without, rollback
 from jumplora.storage.updates import archive_path, read_archive
 
@@ -119,6 +120,16 @@ def test_masks_need_a_gate_and_settings_of_a_method_are_those_of_training():
     with pytest.raises(ValueError, match="kept=2.0"):
         Method("mine", settings=dict(kept=2.0))
     assert with_settings(METHODS["IncLoRA scaled"], norm=3.0).regularizer.norm == 3.0
+
+
+def test_a_setting_that_was_changed_wins_over_that_of_the_method():
+    late = METHODS["IncLoRA + late gate"]
+    assert late.configure(TrainConfig()) == TrainConfig(**late.settings)
+    changed = late.configure(TrainConfig(kept=0.01, learning_rate=1.0))
+    assert changed == TrainConfig(**late.settings | dict(kept=0.01), learning_rate=1.0)
+    assert late.configure(changed) == changed
+    job = Job("IncLoRA + late gate", "newsroom", 1, "tiny-llama", train=dict(kept=0.01))
+    assert job_method(job)[1].kept == 0.01 and job_method(job)[1].hold_kept
     run, _ = learn(METHODS["IncLoRA + late gate"], kept=0.5)
     assert run.configuration["train"]["kept"] == 0.1 and run.configuration["scoring"] == "labels"
 
