@@ -120,7 +120,7 @@ class Method:
             raise ValueError(f"{self.name!r}: Muon moves matrices, and a gate has a threshold; use adamw")
 
     def configure(self, config: TrainConfig) -> TrainConfig:  # with the method's settings; changed ones stay
-        "Fields that are at `TrainConfig`'s default take the method's value, such as the kept share of a late gate."
+        "Fields that are at their default take the method's value, such as the kept share of a late gate."
         usual = TrainConfig()
         own = {k: v for k, v in self.settings.items() if getattr(config, k) == getattr(usual, k)}
         return replace(config, **own)

@@ -131,6 +131,8 @@ def test_a_setting_that_was_changed_wins_over_that_of_the_method():
     job = Job("IncLoRA + late gate", "newsroom", 1, "tiny-llama", train=dict(kept=0.01))
     assert job_method(job)[1].kept == 0.01 and job_method(job)[1].hold_kept
     run, _ = learn(METHODS["IncLoRA + late gate"], kept=0.5)
+    assert run.configuration["train"]["kept"] == 0.5 and run.configuration["train"]["hold_kept"]
+    run, _ = learn(METHODS["IncLoRA + late gate"])
     assert run.configuration["train"]["kept"] == 0.1 and run.configuration["scoring"] == "labels"
 
 
