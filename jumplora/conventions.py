@@ -55,8 +55,10 @@ METHOD_COLORS: dict[str, str] = {
 def method_style(
     method: str,  # a method's name, a key of `METHOD_COLORS` or any other
 ) -> dict[str, str]:  # keyword arguments for matplotlib's `plot`
-    "Colour, line and marker of a method: gated forms are solid, all others dashed; unknown names are grey."
-    color = METHOD_COLORS.get(method, "#707070")
+    "Colour, line and marker: gated forms are solid, all others dashed; a late gate has JumpLoRA's colour."
+    color = METHOD_COLORS.get(method.replace("late gate", "JumpLoRA"), "#707070")
+    if "late gate" in method:
+        return {"color": color, "linestyle": "-", "marker": "D"}
     if "JumpLoRA" in method:
         return {"color": color, "linestyle": "-", "marker": "o"}
     return {"color": color, "linestyle": "--", "marker": "s"}

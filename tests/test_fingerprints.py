@@ -30,6 +30,7 @@ SHIPPED, BENCHMARK = ("newsroom", "newsroom20"), tuple(f"order{number}" for numb
 NAMES = [*SHIPPED, *(pytest.param(name, marks=needs_rows) for name in BENCHMARK)]
 ROWS = PROTOCOLS["reduced"]["rows"]  # of every record that is kept in results/
 PATHS = sorted(ROOT.glob("results/*/*/record.json"))
+PATHS = [path for path in PATHS if path.parts[-3] not in ("quick", "interference")]  # seeds draw their rows
 RECORDS = {path.parent.relative_to(ROOT / "results").as_posix(): path for path in PATHS}
 
 
@@ -150,9 +151,9 @@ def test_a_record_holds_the_same_when_it_is_written_again(name, tmp_path):
     old = json.loads(RECORDS[name].read_text("utf-8"))
     new = json.loads(Run.load(RECORDS[name]).save(tmp_path).read_text("utf-8"))
     before, after = old.pop("metrics"), new.pop("metrics")
-    assert list(after) == list(before)
-    for key, value in after.items():  # sums, perhaps in another order
-        assert value == before[key] or math.isclose(value, before[key], rel_tol=1e-12)
+    assert before.keys() <= after.keys()  # metrics may be added
+    for key, value in before.items():  # sums, perhaps in another order
+        assert value == after[key] or math.isclose(value, after[key], rel_tol=1e-12)
     del new["checksum"], old["checksum"]  # over the metrics too
     assert list(new) == list(old) and new == old
 

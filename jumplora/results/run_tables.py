@@ -65,7 +65,7 @@ def in_order(methods: Iterable[str] | None, runs: Iterable[Run] = ()) -> list[st
     "The methods of a list and of runs, each once: those of `METHOD_COLORS` in its order, then the others."
     if isinstance(methods, str):
         raise ValueError(f"methods={methods!r} is one name; give a list of names, [{methods!r}]")
-    known = list(METHOD_COLORS)
+    known = [name for method in METHOD_COLORS for name in (method, method.replace("JumpLoRA", "late gate"))]
     names = {*(methods or ()), *(run.method for run in runs)}
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
