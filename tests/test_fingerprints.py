@@ -30,7 +30,7 @@ SHIPPED, BENCHMARK = ("newsroom", "newsroom20"), tuple(f"order{number}" for numb
 NAMES = [*SHIPPED, *(pytest.param(name, marks=needs_rows) for name in BENCHMARK)]
 ROWS = PROTOCOLS["reduced"]["rows"]  # of every record that is kept in results/
 PATHS = sorted(ROOT.glob("results/*/*/record.json"))
-PATHS = [path for path in PATHS if path.parts[-3] not in ("quick", "interference")]  # seeds draw their rows
+PATHS = [path for path in PATHS if path.parts[-3] not in ("quick", "interference", "pilot")]  # seeds draw their rows
 RECORDS = {path.parent.relative_to(ROOT / "results").as_posix(): path for path in PATHS}
 
 
