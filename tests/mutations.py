@@ -177,8 +177,18 @@ MUTATIONS = [
     ),
     *of(
         "results/interference.py", "results/test_interference.py",
-        ("Holm corrects for the tests that are done", "(len(p_values) - i) * p", "(i + 1) * p"),
         ("seeds with missing arms are read", "if size == arms]", "if size]"),
+    ),
+    *of(
+        "results/run_tables.py", "results/test_run_tables.py",
+        ("Holm corrects for the tests that are done", "(len(known) - i) * p", "(i + 1) * p"),
+        ("a t interval forgets the number of pairs", "/ math.sqrt(n)\n", "\n"),
+        ("bold needs one win", "bool(ahead) and all(ahead)", "any(ahead)"),
+        ("pairs are of any two runs", "ours[key] - theirs[key]", "ours[key] - max(theirs.values())"),
+    ),
+    *of(
+        "running/reproduce.py", "test_command_line.py|papers_grid",
+        ("gated baselines have dropout too", "{True: {}, False:", "{False: {}, True:"),
     ),
     *of(
         "storage/state.py", "storage/test_state.py",
