@@ -53,7 +53,7 @@ def python(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_modules_and_the_facts_of_the_benchmark_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "jumplora").rglob("*.py")}
-    facts = {"jumplora/data/benchmark.json"}
+    facts = {"jumplora/data/benchmark.json", "jumplora/py.typed"}
     assert {n for n in names if ".dist-info/" not in n} == modules | facts
     assert any(n.endswith("LICENSE") for n in names)
 

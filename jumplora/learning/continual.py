@@ -191,6 +191,9 @@ def learn_sequence(
             learner.score(i)
     return learner.run
 
+
+_OPTIONS = learn_sequence.__kwdefaults__  # the defaults of a `Learner` too
+
 # %% ../../nbs/2_learning/continual.ipynb #b67cbb12
 BAR_INTERVAL = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of a progress bar
 
@@ -211,7 +214,9 @@ class Learner:
         self.sequence = sequence
         self.method = method
         self.config = config = method.configure(config)
-        vars(self).update(learn_sequence.__kwdefaults__ | options)  # self.seed, self.out, ...
+        if unknown := options.keys() - _OPTIONS.keys():
+            raise TypeError(f"{sorted(unknown)} are no options of learn_sequence")
+        vars(self).update(_OPTIONS | options)  # self.seed, self.out, ...
         check_choice(self.scoring, ("answers", "labels"), "scoring")
         check_choice(self.split, ("test", "dev"), "split")
         check_seed(self.seed)

@@ -541,7 +541,7 @@ def test_a_run_carries_the_label_into_its_record_and_onto_the_screen(hub, tmp_pa
     assert main([*call.split(), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.count(DIFFERENT_SAMPLE) >= 3 and "copa-hub" in printed  # the rows, the table, the budget
-    assert DIFFERENT_SAMPLE in (tmp_path / "table.md").read_text()
+    assert DIFFERENT_SAMPLE in (tmp_path / "tables" / "copa-hub-summary.md").read_text()
     (path,) = tmp_path.glob("*/record.json")
     run = Run.load(path)
     assert path.parent.name.startswith("copa-hub_") and run.sequence == "copa-hub"

@@ -358,7 +358,7 @@ def test_the_command_names_the_way_to_resume_and_its_status_the_signal(tmp_path,
     assert main(words) in (1, 2) and "weather" in capsys.readouterr().err
     assert files(out) == kept  # the state is as it was
     gone.write_text(rows)
-    assert main(words) == 0 and "table.md" in capsys.readouterr().out
+    assert main(words) == 0 and "learned.png" in capsys.readouterr().out
 
 
 def test_every_write_may_fail_once_and_the_run_resumes(whole, tmp_path):
