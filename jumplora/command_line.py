@@ -419,7 +419,7 @@ def study(
     method: Sequence[str] = (),  # arms of these methods only
     variant: str = "main",  # what else differs: main, longer, deeper, unlisted
     quick: bool = False,  # the main job: five methods, one rate, fewer rows, and its tables
-    out: str | None = None,  # folder of the runs; by default runs/study or runs/quick
+    out: str | None = None,  # folder of the runs; by default runs/study, runs/quick, runs/study-deeper, ...
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
 ) -> int:
@@ -433,7 +433,8 @@ def study(
     jobs = study_jobs(seed or seeds, chosen, rows, variant)
     if quick:
         jobs.sort(key=lambda job: list(arms).index(job.method))  # two workers, two seeds
-    place = Path(out or ("runs/quick" if quick else "runs/study"))
+    usual = ("quick" if quick else "study") + (f"-{variant}" if variant != "main" else "")
+    place = Path(out or f"runs/{usual}")
     states = run_grid(jobs, place, workers=workers, device=device)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
     if quick and (states == "done").all():

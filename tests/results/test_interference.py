@@ -129,6 +129,8 @@ def test_only_seeds_with_every_arm_are_read():
     runs = [made(1, "IncLoRA", 1e-3), made(1, "SeqLoRA", 1e-3), made(2, "IncLoRA", 1e-3)]
     table = study_table(runs, arms=2)
     assert table["seed"].tolist() == [1, 1] and study_table([]).empty
+    with pytest.raises(ValueError, match="two runs of one arm and seed; give the runs of one variant"):
+        study_table([*runs, made(1, "SeqLoRA", 1e-3)], arms=2)
     row = table.iloc[0]
     assert row["learning"] == (25 + 100) / 2 and row["retention"] == 50 and row["kept"] == pytest.approx(10)
     assert row["norm"] == 3 and row["base loss"] == pytest.approx(0.5)
