@@ -536,7 +536,7 @@ def readme(show: bool = False) -> None:
                     alt = opt.get("fig-alt", "").translate(str.maketrans("[]", "()"))
                     out.append(f"![{alt}]({figs.relative_to(ROOT)}/figure-{n}.png)")
                 elif "text/markdown" in data:
-                    out.append(data["text/markdown"])
+                    out.append(to_github(data["text/markdown"]))
                 elif "<table" in data.get("text/html", ""):
                     out.append(bare_table(data["text/html"]))
                 else:

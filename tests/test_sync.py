@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_readme_is_what_the_index_says():
     command = [sys.executable, ROOT / "docs" / "nbtool.py", "readme", "--stdout"]
     after = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert after == (ROOT / "README.md").read_text(encoding="utf-8"), "run `make readme`"
+
+
+def test_every_link_of_the_readme_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    links = [link for link in links if "://" not in link]
+    assert len(links) > 30 and [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_version_is_the_same_everywhere():
