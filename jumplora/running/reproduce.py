@@ -44,13 +44,14 @@ def project(
 ) -> pd.DataFrame:  # a row per method: milliseconds per row, GB of memory and of disk, runs, hours
     "Measure every method of a grid for a moment, and project its time, memory and disk."
     rows = []
-    sequences: dict[str, TaskSequence] = {}
+    orders = {job.sequence: job for job in jobs}  # reading one takes seconds
+    sequences = {name: job_sequence(job, folder) for name, job in orders.items()}
     for name in dict.fromkeys(job.method for job in jobs):
         own = [job for job in jobs if job.method == name]
         method, config = job_method(own[0])
         measured = []
         for count in steps:
-            tasks = job_sequence(own[0], folder)[:2]
+            tasks = sequences[own[0].sequence][:2]
             batch = config.batch_size * config.gradient_accumulation
             few = [task.limit(train=batch * count, dev=0, test=8 * count) for task in tasks]
             model, tokenizer = load_backbone(own[0].backbone, device=device, dtype=own[0].dtype)
@@ -68,8 +69,6 @@ def project(
         score = max(evaluated, 0) / max(evaluated_rows, 1)
         seconds = 0.0
         for job in own:
-            if job.sequence not in sequences:
-                sequences[job.sequence] = job_sequence(job, folder)
             tasks = sequences[job.sequence]
             seconds += train * config.epochs * sum(len(task.train) for task in tasks)
             seconds += score * sum(len(task.test) * (len(tasks) - i) for i, task in enumerate(tasks))

@@ -9,7 +9,7 @@ import pytest
 
 from jumplora.learning.evaluation import Score
 from jumplora.results.interference import (
-    NORM,
+    VARIANTS,
     bootstrap,
     common_learning,
     compare_families,
@@ -96,23 +96,39 @@ def test_an_interval_without_enough_values_is_none():
 
 
 def test_the_study_has_fourteen_arms_a_seed_that_differ_in_nothing_but_what_is_named():
-    jobs = study_jobs([101, 102])
+    jobs = study_jobs(seeds=[101, 102])
     assert len(jobs) == 28 and len({job.key for job in jobs}) == 28
     assert all(job.sequence == f"topics-{job.seed}" and job.scoring == "labels" for job in jobs)
     first = [job for job in jobs if job.seed == 101]
     assert sum(job.method == "IncLoRA" for job in first) == 5
     with pytest.raises(ValueError, match="variant='wide' is not known"):
-        study_jobs([101], variant="wide")
-    wider, unlisted = (
-        study_jobs([7], dict(SeqLoRA=(1e-3,)), variant=name)[0] for name in ("deeper", "unlisted")
-    )
+        study_jobs("wide")
+    with pytest.raises(ValueError, match="method='ELLA' is not known; use 'IncLoRA'"):
+        study_jobs("deeper", methods=["ELLA"])
+    wider, unlisted = (study_jobs(name, [7], ["IncLoRA + late gate"])[0] for name in ("deeper", "unlisted"))
     assert wider.train["top_layers"] == 8 and wider.sequence == "topics-7"
     assert unlisted.sequence == "topics-unlisted-7" and unlisted.train["top_layers"] == 4
     for job in first:
         method, config = job_method(job)
         assert config.top_layers == 4 and config.max_length == 64 and config.batch_size == 8
         assert (config.kept == 0.1 and config.hold_kept) == ("late gate" in job.method)
-    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"] == [dict(norm=NORM)]
+    assert [job.regularizer for job in first if job.method == "IncLoRA scaled"] == [dict(norm=8.2)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_has_its_own_seeds_rates_and_rows(variant):
+    plan, jobs = VARIANTS[variant], study_jobs(variant)
+    assert {job.seed for job in jobs} == set(plan["seeds"])
+    assert len(jobs) == len(plan["seeds"]) * sum(map(len, plan["rates"].values()))
+    assert {(job.rows["train"], job.rows["test"]) for job in jobs} == {plan["rows"]}
+    assert all(job.train | plan["train"] == job.train for job in jobs)
+    assert all((job.strength == 1e3) == ("ELLA" in job.method) for job in jobs)
+
+
+def test_straight_lines_meet_every_arm():
+    rates, learned, kept = [1e-4, 1e-3, 1e-2], [40, 45, 55], [20, 10, 0]
+    curve = frontier(rates, learned, kept, straight=True)
+    assert [retention_at(curve, L) for L in (*learned, 50)] == pytest.approx([20, 10, 0, 5])
 
 
 def test_only_seeds_with_every_arm_are_read():
@@ -121,7 +137,8 @@ def test_only_seeds_with_every_arm_are_read():
         run = Run(method, "tiny", "topics-1", seed, tasks, [4, 4], dict(train=dict(learning_rate=rate)))
         for i, j in ((0, 0), (1, 0), (1, 1)):
             right = tuple(k < (1, 2, 4)[i + j] for k in range(4))
-            run.add_score(i, j, Score((), right, right, seen=right, log_loss=1.0))
+            own = tuple(k < (2, 3, 4)[i + j] for k in range(4))
+            run.add_score(i, j, Score((), right, own, seen=right, log_loss=1.0))
         run.extra["updates"] = dict(a=dict(kept=0.1, norm=2.0), b=dict(kept=0.1, norm=4.0))
         run.extra["neutral_loss"] = {"": 4.0, "a": 4.1, "b": 4.5}
         return run
@@ -133,4 +150,6 @@ def test_only_seeds_with_every_arm_are_read():
         study_table([*runs, made(1, "SeqLoRA", 1e-3)], arms=2)
     row = table.iloc[0]
     assert row["learning"] == (25 + 100) / 2 and row["retention"] == 50 and row["kept"] == pytest.approx(10)
+    own = study_table(runs, arms=2, score="option_accuracy").iloc[0]
+    assert own["learning"] == (50 + 100) / 2 and own["retention"] == 75 and own["exact"] == 50
     assert row["norm"] == 3 and row["base loss"] == pytest.approx(0.5)
