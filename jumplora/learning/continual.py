@@ -39,9 +39,7 @@ from ..storage.record import Run, peak_memory
 from ..storage.updates import archive_task, neutral_zeros
 
 # %% ../../nbs/2_learning/continual.ipynb #9ec3c8dc
-def weights_of(
-    model: nn.Module,  # model with an adapter
-) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32
+def weights_of(model: nn.Module) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32
     "The weights under an adapter: the parameters themselves where they are float32, else copies."
     layers = adapter_layers(model)
     return {name: layer.get_base_layer().weight.detach().float() for name, layer in layers.items()}

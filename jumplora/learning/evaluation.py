@@ -21,14 +21,7 @@ from torch.nn import functional as F
 from ..conventions import check_choice
 from ..data.files import check_characters
 from .tasks import Collator, Question, Task, encode_answer, encode_prompt, is_encoder_decoder
-from jumplora.running.answers import (
-    contiguous_head,
-    generate,
-    read_by_option,
-    read_decoder,
-    read_prefix,
-    reads_together,
-)
+from ..running import answers as reading
 
 # Run records load through this module: what needs transformers or accelerate imports it when it is called.
 if TYPE_CHECKING:
@@ -63,12 +56,12 @@ def answer(
     option_texts = tokenizer.batch_decode(options, skip_special_tokens=True)
     prompts = [encode_prompt(tokenizer, task, text, max_length, truncation) for text in texts]
     longest = max([max_new_tokens, *map(len, options)])
-    read = read_by_option
-    together = reads_together(model, longest + max(map(len, prompts), default=0))
+    read = reading.read_by_option
+    together = reading.reads_together(model, longest + max(map(len, prompts), default=0))
     if not together:
         batch_size = 1
     elif not encoder_decoder:
-        read = partial(read_decoder, prefix=read_prefix(model, prompts))
+        read = partial(reading.read_decoder, prefix=reading.read_prefix(model, prompts))
 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -78,7 +71,7 @@ def answer(
         batches = batches[process_index() :: world_size()]
     answers = {}
     scores = torch.zeros(len(texts), len(options))
-    with contiguous_head(model):
+    with reading.contiguous_head(model):
         for batch_rows in batches:
             batch = [prompts[row] for row in batch_rows]
             likely, greedy, inputs_of = read(model, batch, options, tokenizer.pad_token_id)
@@ -86,7 +79,8 @@ def answer(
             answers |= {batch_rows[row]: option_texts[option] for row, option in greedy.nonzero().tolist()}
             others = (~greedy.any(1)).nonzero().flatten()
             if len(others):
-                generated = generate(model, tokenizer, longest, use_cache=together, **inputs_of(others))
+                inputs = inputs_of(others)
+                generated = reading.generate(model, tokenizer, longest, use_cache=together, **inputs)
                 answers |= zip([batch_rows[row] for row in others.tolist()], generated, strict=True)
             advance(len(batch_rows))
 
@@ -140,7 +134,7 @@ def evaluate(
     was_training = model.training
     try:
         if labels is not None:
-            with contiguous_head(model):
+            with reading.contiguous_head(model):
                 return _score_labels(model.eval(), tokenizer, task, rows, labels, **settings)
         answers, scores = answer(model.eval(), tokenizer, task, [row.text for row in rows], **settings)
     finally:

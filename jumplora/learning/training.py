@@ -109,8 +109,6 @@ class TrainConfig:
             what = f"lr_scheduler_type={scheduler!r} needs scores in training"
             raise ValueError(f"training_arguments: {what}; use 'cosine' or 'linear'")
         for name, value in options.items():
-            if name in vars(self):
-                raise ValueError(f"training_arguments: {name} is a field of TrainConfig; set it there")
             kind = _PASSED_ON[check_choice(name, _PASSED_ON, "training_arguments: option")]
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"training_arguments: {name}={value!r} is not of type {kind.__name__}")
@@ -224,10 +222,7 @@ def _layer_update(layer, adapter_name="default"):
     return Update(delta, A=layer.lora_A[adapter_name].weight, B=layer.lora_B[adapter_name].weight)
 
 
-def named_updates(
-    model: nn.Module,  # model with an adapter
-    adapter_name: str = "default",  # which adapter
-) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
+def named_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, Update]:  # by layer's name
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
     return {n: _layer_update(layer, adapter_name) for n, layer in adapter_layers(model, adapter_name).items()}
 

@@ -342,11 +342,8 @@ class GateGroup:
         raise ValueError(f"kept={kept!r} is not possible for {self.name!r} with {entries} entries; {fix}")
 
 # %% ../../nbs/1_method/adapter.ipynb #11d14e71
-def gate_groups(
-    model: nn.Module,  # model with a JumpLoRA adapter
-    adapter_name: str = "default",  # which adapter
-) -> dict[str, GateGroup]:  # group's name -> its gate and layers; empty without gates
-    "The gates of a model, each with the layers that share it."
+def gate_groups(model: nn.Module, adapter_name: str = "default") -> dict[str, GateGroup]:  # by group's name
+    "The gates of a model, each with the layers that share it; empty without gates."
     groups = {}
     for name, layer in adapter_layers(model).items():
         if adapter_name in getattr(layer, "lora_gate", ()):

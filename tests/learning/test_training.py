@@ -689,7 +689,7 @@ REFUSED_OPTIONS = [
     (dict(fp16=True), "option='fp16' is not known; use 'bf16',"),
     (dict(lr_scheduler_type="reduce_lr_on_plateau"), "plateau' needs scores in training; use 'cosine'"),
     (dict(lr_scheduler_type="greedy"), "greedy' needs scores in training; use 'cosine'"),
-    (dict(bf16=True, rank=3), "rank is a field of TrainConfig; set it there"),
+    (dict(bf16=True, rank=3), "option='rank' is not known; use 'bf16'"),
     (dict(weight_decai=0.1), "option='weight_decai' is not known.*did you mean 'weight_decay'"),
     ({3: 4}, "option=3 is not known"),
     (dict(bf16="false"), "bf16='false' is not of type bool"),
