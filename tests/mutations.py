@@ -122,7 +122,7 @@ MUTATIONS = [
         "learning/training.py", "learning/test_training.py",
         ("a decoder predicts the token it reads", "logits[:, -labels.shape[1] : -1]", "logits[:, -labels.shape[1] + 1 :]", "learning/test_training.py|loss"),
         ("the penalty grows with the accumulation", "value / self.current_gradient_accumulation_steps", "value", "learning/test_training.py|penalty"),
-        ("weight decay shrinks thresholds", "[name for name in names if name not in free] if self.args.weight_decay else names", "names", "learning/test_training.py|decay"),
+        ("weight decay shrinks thresholds", '[name for name in names if ".lora_gate." not in name] if self.args.weight_decay else names', "names", "learning/test_training.py|decay"),
         ("a fixed threshold learns", "requires_grad_(config.learn_threshold and not config.hold_kept)", "requires_grad_(True)", "learning/test_training.py|threshold"),
         ("a layer's penalty adds its gradient to its value", "(flat - flat.detach()) @", "flat @", "learning/test_training.py|layer"),
         ("the steps of a task are rounded down", "math.ceil(batches / config.gradient_accumulation)", "(batches // config.gradient_accumulation)", "learning/test_training.py|steps"),
@@ -221,7 +221,7 @@ def copy_project(folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
 
 
-def run_tests(folder: Path, tests: str) -> tuple[str, str]:  # outcome; the test that failed, or the last lines
+def run_tests(folder: Path, tests: str) -> tuple[str, str]:  # outcome; failed test, or the last lines
     "Run tests in a copy: passed, failed, timeout or broken (no test ran)."
     files, _, words = tests.partition("|")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=-rfE"]

@@ -70,7 +70,7 @@ PHASES = {  # what is watched: where it is looked up, its name, and what it is c
     "training": (continual, "train_task"),
     "checkpoint": (Checkpoint, "write"),
     "merging": (continual.Learner, "finish"),
-    "state": (continual, "write_finished"),
+    "state": (continual.state, "write_finished"),
     "record": (Run, "save"),
     "scoring": (continual, "evaluate"),
     "rollback": (rollback, "rollback"),

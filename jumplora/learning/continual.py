@@ -24,44 +24,22 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..conventions import check_choice, set_seed
 from ..data.backbones import BACKBONES
+from . import training
 from .dry_check import dry_check
 from .evaluation import evaluate, text_loss
 from .tasks import Task, TaskSequence
-from jumplora.learning.training import (
-    OPTIMIZERS,
-    Diverged,
-    Progress,
-    TaskLog,
-    TrainConfig,
-    attach_adapter,
-    named_updates,
-    row_gradients,
-    target_layers,
-    task_steps,
-    train_task,
-    training_arguments,
-)
+from .training import TaskLog, TrainConfig, attach_adapter, named_updates, train_task
 from ..method.adapter import adapter_layers
 from ..method.regularizers import IncLoRA, Regularizer, Update
 from ..running.processes import check_processes, check_same, is_main, on_main, split_batch, world_size
 from ..running.tracking import Tracking, find_trackers
 from ..running.trunk import Trunk
+from ..storage import state
 from ..storage.record import Run, peak_memory
-from jumplora.storage.state import (
-    StopRequest,
-    adapter_tensors,
-    find_progress,
-    held_folder,
-    new_run,
-    step_checkpoint,
-    write_finished,
-)
 from ..storage.updates import archive_task, neutral_zeros
 
 # %% ../../nbs/2_learning/continual.ipynb #9ec3c8dc
-def weights_of(
-    model: nn.Module,  # model with an adapter
-) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32
+def weights_of(model: nn.Module) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32
     "The weights under an adapter: the parameters themselves where they are float32, else copies."
     layers = adapter_layers(model)
     return {name: layer.get_base_layer().weight.detach().float() for name, layer in layers.items()}
@@ -102,22 +80,22 @@ class Method:
         TrainConfig(**self.settings)
         check_choice(self.after_task, ("merge", "keep"), "after_task")
         check_choice(self.training, ("sequential", "joint", "isolated"), "training")
-        check_choice(self.optimizer, tuple(OPTIMIZERS), "optimizer")
+        check_choice(self.optimizer, tuple(training.OPTIMIZERS), "optimizer")
         if type(self.rehearsal) not in (int, float) or not 0 <= self.rehearsal <= 1:
             raise ValueError(f"rehearsal={self.rehearsal!r} is not a share; use a number from 0 to 1")
         own = self.regularizer
+        kind = type(own).__name__
         bars = type(own).masks is not Regularizer.masks
-        merges = self.after_task == "merge"
+        keeps = self.after_task == "keep"
         clashes = {
-            "bars entries of a gated update; use gated=True": bars and not self.gated,
-            "remembers one adapter; use after_task='keep'": own.needs_kept_adapter and merges,
-            "remembers finished updates; use after_task='merge'": own.needs_fresh_adapter and not merges,
+            f"{kind} bars entries of a gated update; use gated=True": bars and not self.gated,
+            f"{kind} remembers one adapter; use after_task='keep'": own.needs_kept_adapter and not keeps,
+            f"{kind} remembers finished updates; use after_task='merge'": own.needs_fresh_adapter and keeps,
+            "Muon moves matrices, a gate has a threshold; use adamw": self.gated and self.optimizer == "muon",
         }
         for what, clash in clashes.items():
             if clash:
-                raise ValueError(f"{self.name!r}: {type(own).__name__} {what}")
-        if self.gated and self.optimizer == "muon":
-            raise ValueError(f"{self.name!r}: Muon moves matrices, and a gate has a threshold; use adamw")
+                raise ValueError(f"{self.name!r}: {what}")
 
     def configure(self, config: TrainConfig) -> TrainConfig:  # with the method's settings; changed ones stay
         "Fields that are at their default take the method's value, such as the kept share of a late gate."
@@ -234,7 +212,7 @@ class Learner:
         scored = dict(split=self.split, scoring=self.scoring)
         dry_check(model, tokenizer, sequence, config, out=self.out, **scored)
         named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks)
-        self.run = new_run(model, sequence, method, config, **named, **scored)
+        self.run = state.new_run(model, sequence, method, config, **named, **scored)
         check_same((self.run.name, str(self.out)), "runs")
         if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:
             found = f"The record names the base {self.run.backbone!r}, and no path of this machine"
@@ -243,11 +221,12 @@ class Learner:
         self.regularizer = copy.deepcopy(self.method.regularizer)  # remembers updates
         self.weights: dict[str, Tensor] = {}  # merged weights, float32
         self.adapted: nn.Module | None = None  # the model with its adapter, while there is one
-        self.stop = StopRequest()  # whether a signal has requested the end
+        self.stop = state.StopRequest()  # whether a signal has requested the end
         self.bar = tqdm(disable=True)  # progress, in rows; a training row counts three times
         self._rows_per_step = 3 * config.batch_size * config.gradient_accumulation
         device = next(model.parameters()).device
-        arguments = training_arguments(config, device, self.seed, str(self.out or "runs"), method.optimizer)
+        place = str(self.out or "runs")
+        arguments = training.training_arguments(config, device, self.seed, place, method.optimizer)
         arguments.run_name = self.run.name
         arguments.project = "jumplora"
         self.tracking = Tracking(trackers if is_main() else (), arguments, self.folder)
@@ -255,7 +234,7 @@ class Learner:
     @contextmanager
     def running(self) -> Iterator[None]:
         "Hold the run's folder alone, read its state, turn signals into a graceful shutdown, show progress."
-        with held_folder(self.folder, tasks=len(self.sequence)) as self.stop, ExitStack() as stack:
+        with state.held_folder(self.folder, tasks=len(self.sequence)) as self.stop, ExitStack() as stack:
             self._restore()
             rows = self.run.test_rows
             done = self.run.tasks_learned
@@ -266,14 +245,15 @@ class Learner:
             bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
             self.bar = stack.enter_context(bar)
             stack.enter_context(closing(self.tracking))
-            if self.config.top_layers is not None and not self.run.complete:  # blocks below run once per text
-                layers = target_layers(self.model, self.config.target_modules, self.config.top_layers)
+            config = self.config
+            if config.top_layers is not None and not self.run.complete:  # blocks below run once per text
+                layers = training.target_layers(self.model, config.target_modules, config.top_layers)
                 stack.enter_context(Trunk(self.model, layers, self.hidden_states))
             yield
 
     @torch.no_grad()
     def _restore(self) -> None:
-        self.run, parts = find_progress(self.run, self.folder)
+        self.run, parts = state.find_progress(self.run, self.folder)
         if self.zero_shot is not True and not self.run.tasks_learned:  # scores that are given, or left out
             self.run.zero_shot, self.run.zero_shot_options = self.zero_shot or (None, None)
             self.run.right.pop("", None)  # rows of scores that an earlier call began
@@ -299,7 +279,7 @@ class Learner:
         "Optimizer steps of the tasks before a position."
         first = len(self.sequence) - 1 if self.method.training == "joint" else 0
         beside = {i: self.method.tasks_beside(self.sequence, i) for i in range(first, before)}
-        return sum(task_steps(self.sequence[i], self.config, also) for i, also in beside.items())
+        return sum(training.task_steps(self.sequence[i], self.config, also) for i, also in beside.items())
 
     def train(self, i: int) -> TaskLog:
         "Train task i on a fresh adapter, or on the one that is kept. `Diverged`, `Stopped`, `ValueError`."
@@ -315,12 +295,12 @@ class Learner:
                 layers[name].gate_options["default"]["mask"] = mask  # entries that may change
         self.weights = self.weights or weights_of(self.adapted)
         self.tracking.before = self._steps(before=i)
-        progress = Progress(lambda steps: self.bar.update(steps * self._rows_per_step))
-        checkpoint = step_checkpoint(self.folder, self.run, i, every=self.checkpoint_every, stop=self.stop)
+        progress = training.Progress(lambda steps: self.bar.update(steps * self._rows_per_step))
         return train_task(
             self.adapted, self.tokenizer, task, self.config, self.regularizer,
             also=self.method.tasks_beside(self.sequence, i), optimizer=self.method.optimizer, seed=seed,
-            callbacks=[progress, self.tracking, *self.callbacks], checkpoint=checkpoint,
+            callbacks=[progress, self.tracking, *self.callbacks],
+            checkpoint=state.step_checkpoint(self.folder, self.run, i, self.checkpoint_every, self.stop),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -335,7 +315,7 @@ class Learner:
         broken = [name for name, delta in deltas.items() if not delta.isfinite().all()]
         if broken:
             what = f"the last step left an update that is not finite in {broken[0]}"
-            raise Diverged(f"task {task.name!r}: {what}; lower the learning rate or the strength")
+            raise training.Diverged(f"task {task.name!r}: {what}; lower the learning rate or the strength")
         run.seconds["train"].append(log.seconds)
         run.thresholds[task.name] = log.gate
         run.extra["loss"][task.name] = log.loss
@@ -350,7 +330,8 @@ class Learner:
             run.extra.setdefault("processes", {})[task.name] = asdict(split)
         if self.regularizer.after_rows is not None:
             with torch.enable_grad():
-                self.regularizer.after_rows(row_gradients(self.adapted, self.tokenizer, task, self.config))
+                gradients = training.row_gradients(self.adapted, self.tokenizer, task, self.config)
+                self.regularizer.after_rows(gradients)
         self.regularizer.after_task(updates)
         weights = self.weights
         adapter = {}
@@ -362,12 +343,12 @@ class Learner:
             self.adapted = None
         elif self.folder is not None:
             weights = {name: weight + deltas[name] for name, weight in weights.items()}  # for `load_learned`
-            adapter = adapter_tensors(self.adapted)
+            adapter = state.adapter_tensors(self.adapted)
         run.seconds["merge"].append(time.perf_counter() - start)
         run.peak_memory = peak_memory(next(self.model.parameters()).device)
         if self.folder is not None:
             parts = dict(weight=weights, regularizer=self.regularizer.state_dict(), adapter=adapter)
-            write_finished(run, self.folder, i + 1, parts)
+            state.write_finished(run, self.folder, i + 1, parts)
         self.stop.obey()
 
     def score(self, i: int | None = None) -> None:

@@ -149,9 +149,7 @@ METHODS: dict[str, Method] = {
 }
 
 # %% ../../nbs/2_learning/methods.ipynb #c047898d
-def base_of(
-    name: str,  # such as "ELLA + JumpLoRA"
-) -> str:  # such as "ELLA"
+def base_of(name: str) -> str:  # such as "ELLA + JumpLoRA" -> "ELLA"
     "A method without its gate."
     return name.partition(" + ")[0]
 

@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..conventions import check_choice, set_seed
 from .tasks import Collator, Task, encode_answer, encode_prompt
-from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
+from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups, weight_owners
 from ..method.regularizers import Regularizer, Update
 from ..method.schedule import SparsityCallback, SparsitySchedule, ramp_steps
 from ..running.answers import contiguous_head
@@ -40,13 +40,6 @@ _PASSED_ON = dict(  # option of `TrainingArguments` -> type
     bf16=bool, gradient_checkpointing=bool, lr_scheduler_type=str, lr_scheduler_kwargs=dict,
     warmup_steps=float, weight_decay=float, adam_beta1=float, adam_beta2=float, adam_epsilon=float,
 )  # fmt: skip
-_REFUSED = {  # option -> why
-    "max_steps": "the schedule of the gate needs the steps of whole epochs; set epochs",
-    "save_strategy": "a checkpoint of the Trainer holds no gate and no log; checkpoint_every sets our own",
-    "fp16": "its loss scaler is in no checkpoint, so a resumed run would differ; use bf16",
-    "lr_scheduler_type='reduce_lr_on_plateau'": "it needs scores in training; use 'cosine' or 'linear'",
-    "lr_scheduler_type='greedy'": "it needs scores in training; use 'cosine' or 'linear'",
-}
 
 
 @dataclass(frozen=True)
@@ -95,16 +88,15 @@ class TrainConfig:
         named = isinstance(targets, (tuple, list)) and targets and all(isinstance(t, str) for t in targets)
         count = type(self.kept) is int and self.kept >= 1
         share = type(self.kept) is float and 0 < self.kept <= 1
-        allowed = dict(  # field -> whether its value is right, and what it may be
-            lora_dropout=(self.lora_dropout < 1, "below 1"),
-            top_layers=(self.top_layers is None or (type(self.top_layers) is int and self.top_layers >= 1),
-                        "a whole number of at least 1, or None"),
-            kept=(self.kept is None or count or share, "a whole number of at least 1, or a share in (0, 1]"),
-            target_modules=(targets is None or named or (targets and isinstance(targets, str)),
-                            "a list of names such as ('q_proj',), a regular expression, or None"),
-            training_arguments=(isinstance(self.training_arguments, dict), "a dict of names and values"),
-        )  # fmt: skip
-        for name, (right, what) in allowed.items():
+        top = self.top_layers is None or (type(self.top_layers) is int and self.top_layers >= 1)
+        given = targets is None or named or (targets and isinstance(targets, str))
+        for name, right, what in (
+            ("lora_dropout", self.lora_dropout < 1, "below 1"),
+            ("top_layers", top, "a whole number of at least 1, or None"),
+            ("kept", self.kept is None or count or share, "a whole number above 0, or a share in (0, 1]"),
+            ("target_modules", given, "a list of names such as ('q_proj',), a regular expression, or None"),
+            ("training_arguments", isinstance(self.training_arguments, dict), "a dict of names and values"),
+        ):
             if not right:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not {what}")
         try:
@@ -112,15 +104,15 @@ class TrainConfig:
         except re.error as error:
             raise ValueError(f"target_modules={targets!r} is no regular expression: {error}") from None
         options = self.training_arguments
+        scheduler = options.get("lr_scheduler_type")
+        if scheduler in ("reduce_lr_on_plateau", "greedy"):
+            what = f"lr_scheduler_type={scheduler!r} needs scores in training"
+            raise ValueError(f"training_arguments: {what}; use 'cosine' or 'linear'")
         for name, value in options.items():
-            for refused in {name, f"{name}={value!r}"} & _REFUSED.keys():
-                raise ValueError(f"training_arguments: {refused} is refused: {_REFUSED[refused]}")
-            if name in vars(self):
-                raise ValueError(f"training_arguments: {name} is a field of TrainConfig; set it there")
             kind = _PASSED_ON[check_choice(name, _PASSED_ON, "training_arguments: option")]
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"training_arguments: {name}={value!r} is not of type {kind.__name__}")
-        if options.get("warmup_steps") and options.get("lr_scheduler_type") == "constant":
+        if options.get("warmup_steps") and scheduler == "constant":
             raise ValueError("training_arguments: 'constant' ignores warmup_steps; use constant_with_warmup")
         try:
             json.dumps(options, allow_nan=False)
@@ -134,14 +126,12 @@ class TrainConfig:
 
     def describe(self) -> dict:  # JSON types
         "The settings for a record. Settings that older records do not have appear only where they are set."
-        later = ["threshold_parametrization", "learn_threshold", "hold_kept", "top_layers"]
-        later += ["training_arguments"]
+        later = "threshold_parametrization learn_threshold hold_kept top_layers training_arguments".split()
         usual = vars(TrainConfig())
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values |= {item.name: float(values[item.name]) for item in fields(self) if item.type is float}
+        values = vars(self) | {f.name: float(getattr(self, f.name)) for f in fields(self) if f.type is float}
         return {name: v for name, v in values.items() if name not in later or v != usual[name]}
 
-# %% ../../nbs/2_learning/training.ipynb #574cfc23
+# %% ../../nbs/2_learning/training.ipynb #1b3c58b7
 def check_model(model: nn.Module, batch_size: int = 1) -> None:
     "`ValueError` for DataParallel, and for batches of a model that reads padding as text."
     if isinstance(model, nn.DataParallel):
@@ -149,7 +139,6 @@ def check_model(model: nn.Module, batch_size: int = 1) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in ("prophetnet", "rwkv", "xlstm") and batch_size > 1:
         raise ValueError(f"batch_size={batch_size}: {kind!r} reads padding as text; use batch_size=1")
-
 
 
 def target_layers(
@@ -185,9 +174,7 @@ def target_layers(
             del layers[name]
     if not layers:
         raise ValueError(f"top_layers={top_layers}: the last blocks hold no layer to adapt; use more")
-    owners = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    owners = weight_owners(model)
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
         others = [owner for owner in owners.get(id(weight), ()) if owner != f"{name}.weight"]
@@ -235,10 +222,7 @@ def _layer_update(layer, adapter_name="default"):
     return Update(delta, A=layer.lora_A[adapter_name].weight, B=layer.lora_B[adapter_name].weight)
 
 
-def named_updates(
-    model: nn.Module,  # model with an adapter
-    adapter_name: str = "default",  # which adapter
-) -> dict[str, Update]:  # layer's name -> its ΔW_eff (out, in) and factors
+def named_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, Update]:  # by layer's name
     "What a regularizer receives: the update of every adapted layer, without a gradient to τ."
     return {n: _layer_update(layer, adapter_name) for n, layer in adapter_layers(model, adapter_name).items()}
 
@@ -324,8 +308,7 @@ class _PenaltyTrainer(ResumableTrainer):
 
     def get_decay_parameter_names(self, model):
         names = super().get_decay_parameter_names(model)
-        free = {name for name in names if ".lora_gate." in name}  # thresholds
-        return [name for name in names if name not in free] if self.args.weight_decay else names
+        return [name for name in names if ".lora_gate." not in name] if self.args.weight_decay else names
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.group_by_length:

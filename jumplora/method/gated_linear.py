@@ -32,7 +32,7 @@ def naive_gated_update(
     gated = two_sided_jumprelu(delta, threshold, bandwidth, reduction)
     return scaling * (gamma * gated + (1 - gamma) * delta)
 
-# %% ../../nbs/1_method/gated_linear.ipynb #7ed55c4d
+
 def naive_gated_linear(x, weight, A, B, threshold, interpolation, *, bias=None, **settings):
     "y = x Wᵀ + x ΔW_effᵀ + bias, written out: two products, and autograd stores every step."
     update = naive_gated_update(A, B, threshold, interpolation, **settings)

@@ -101,17 +101,10 @@ class Regularizer:
         return about
 
 # %% ../../nbs/1_method/regularizers.ipynb #5bc07b83
-def zero_penalty(updates: dict[str, Update]) -> Tensor:
-    "No penalty, as a scalar on the device of the updates, of which there may be none."
-    first = next(iter(updates.values()), None)
-    tensor = None if first is None else first.A if first.delta is None else first.delta
-    return torch.zeros((), device=None if tensor is None else tensor.device)
-
-# %% ../../nbs/1_method/regularizers.ipynb #cd8184b3
 class IncLoRA(Regularizer):
     "No penalty: each task's update is merged, the next task starts from the merged weights."
 
-# %% ../../nbs/1_method/regularizers.ipynb #2de7e2c6
+
 class _Overlap(torch.autograd.Function):
     "||ΔW_eff ⊙ W_past||_F² of two matrices (out, in), differentiable in ΔW_eff."
 
@@ -177,7 +170,14 @@ class ELLA(Regularizer):
         self.past = {name: total.to(self.dtype, copy=True) for name, total in deltas.items()}
         self.tasks += 1
 
-# %% ../../nbs/1_method/regularizers.ipynb #530a9cde
+# %% ../../nbs/1_method/regularizers.ipynb #cd8184b3
+def zero_penalty(updates: dict[str, Update]) -> Tensor:
+    "No penalty, as a scalar on the device of the updates, of which there may be none."
+    first = next(iter(updates.values()), None)
+    tensor = None if first is None else first.A if first.delta is None else first.delta
+    return torch.zeros((), device=None if tensor is None else tensor.device)
+
+
 def check_layers(names: Iterable[str], past: dict[str, Tensor]) -> None:
     "`ValueError` unless the updates and the memory hold the same layers, or the memory is empty."
     names = set(names)
@@ -188,6 +188,15 @@ def check_layers(names: Iterable[str], past: dict[str, Tensor]) -> None:
         raise ValueError(f"updates and memory have different layers: {what}; {fix}")
 
 
+def check_strength(strength: float | Iterable[float]) -> float | tuple[float, ...]:
+    "λ, one or one per task, a list made a tuple. `ValueError` unless each is finite and not negative."
+    values = (strength,) if isinstance(strength, int | float) else tuple(strength)
+    for value in values:
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise ValueError(f"strength={value!r} is not allowed; use finite numbers, zero or larger")
+    return strength if isinstance(strength, int | float) else values
+
+
 def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "The same in fp32, without gradients. `ValueError` for NaN or infinity."
     tensors = {name: tensor.detach().float() for name, tensor in tensors.items()}
@@ -196,15 +205,6 @@ def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         what = f"the update of {bad[0]!r} ({len(bad)} of {len(tensors)} layers) holds NaN or infinity"
         raise ValueError(f"{what} and was not remembered; look at this task's loss")
     return tensors
-
-
-def check_strength(strength: float | Iterable[float]) -> float | tuple[float, ...]:
-    "λ, one or one per task, a list made a tuple. `ValueError` unless each is finite and not negative."
-    values = (strength,) if isinstance(strength, int | float) else tuple(strength)
-    for value in values:
-        if not (isinstance(value, int | float) and 0 <= value < math.inf):
-            raise ValueError(f"strength={value!r} is not allowed; use finite numbers, zero or larger")
-    return strength if isinstance(strength, int | float) else values
 
 # %% ../../nbs/1_method/regularizers.ipynb #359b7558
 @dataclass(eq=False)

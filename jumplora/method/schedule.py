@@ -35,9 +35,7 @@ def ramp_steps(
 # %% ../../nbs/1_method/schedule.ipynb #58202d7b
 def interpolation_factor(
     step: int,  # k ≥ 0: optimizer steps done
-    total_steps: int,  # K ≥ 1: optimizer steps of the task
-    start: float = 0.2,  # share of the steps that stay dense, 0 to 1
-    stop: float = 0.8,  # share of the steps after which the update is fully gated, start to 1
+    total_steps: int, start: float = 0.2, stop: float = 0.8,  # as for `ramp_steps`
 ) -> float:  # γ after step k, 0 (dense) to 1 (gated)
     "γ(k) = clip((k - f) / (l - f), 0, 1), with γ(0) = 0 and γ(K) = 1 for every K ≥ 1; paper, section 3."
     first, last = ramp_steps(total_steps, start, stop)
@@ -102,7 +100,6 @@ class SparsitySchedule:
     stop: float = 0.8  # share of the steps after which the update is fully gated, start to 1
     kept: int | float | None = None  # P per threshold: None, its LoRA parameters; int, entries; float, share
     adapter_name: str = "default"  # the adapter that is trained
-    log_every: int = 1  # steps between two entries of `history`; an entry costs one device transfer
     hold: bool = False  # True: τ is chosen again after every step, so that exactly P entries pass at the end
 
     def __post_init__(self):
@@ -130,9 +127,8 @@ class SparsitySchedule:
                     self.groups[name].gate.set_threshold(threshold)
                     self.started += [name] if name not in self.started else []
         self.set_step(step)
-        if step % self.log_every == 0 or step in (self.first, self.last, self.total_steps):
-            thresholds = read_thresholds(self.groups)
-            self.history.append({"step": step, "interpolation": self.interpolation, "threshold": thresholds})
+        thresholds = read_thresholds(self.groups)
+        self.history.append({"step": step, "interpolation": self.interpolation, "threshold": thresholds})
 
     def resume_at(self, step: int) -> None:  # optimizer steps done
         "Resume without a saved state, once the adapter is loaded: a threshold chosen by then stays."

@@ -29,7 +29,6 @@ from jumplora.learning.evaluation import (
     answer,
     as_matrix,
     average_accuracy,
-    average_interval,
     backward_transfer,
     evaluate,
     forgetting,
@@ -468,8 +467,6 @@ MISTAKES = [
     *[(forward_transfer, (WORKED, bad), "scratch") for bad in ([80, 76], [80, NAN, 90], [80, 101, 90])],
     *[(micro_average, (WORKED, bad), "rows") for bad in ([1, 2], [1, 2, 0], [1, 2, -3])],
     *[(interval, bad, "percent|rows") for bad in ((-1, 10), (101, 10), (50, 0), (NAN, 10))],
-    (average_interval, ([], []), "0 scores and 0 counts of rows"),
-    (average_interval, ([50, 60], [10]), "2 scores and 1 counts of rows"),
     (sign_test, ([True] * 3, [True] * 2), "3 and 2 rows; both methods must be scored on the same rows"),
 ]
 
@@ -497,18 +494,6 @@ def test_wilsons_interval_covers_the_true_share_about_as_often_as_it_says():
         ends = {int(r): interval(100 * int(r) / 80, 80) for r in np.unique(right)}
         covered = np.mean([ends[int(r)][0] <= 100 * true <= ends[int(r)][1] for r in right])
         assert 0.92 < covered < 0.98
-
-
-def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says():
-    rng, shares = np.random.default_rng(1), np.array([0.3, 0.6, 0.8, 0.95])
-    scores = 100 * rng.binomial(80, shares, (3000, 4)) / 80
-    ends = [average_interval(row.tolist(), [80] * 4) for row in scores]
-    covered = np.mean([low <= 100 * shares.mean() <= high for low, high in ends])
-    assert 0.93 < covered < 0.97
-
-
-def test_the_interval_of_one_score_is_wilsons():
-    assert average_interval([62.5], [80]) == pytest.approx(interval(62.5, 80))
 
 
 @pytest.mark.parametrize(

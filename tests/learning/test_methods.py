@@ -154,8 +154,10 @@ def test_the_gradients_of_rows_are_those_of_each_row_alone_without_dropout(backb
 
 
 def test_a_strong_ewc_keeps_important_factors_where_they_were(monkeypatch):
-    real, tasks, moved = continual.row_gradients, [], {}
-    monkeypatch.setattr(continual, "row_gradients", lambda *args: tasks.append(args[2]) or real(*args))
+    real, tasks, moved = continual.training.row_gradients, [], {}
+    monkeypatch.setattr(
+        continual.training, "row_gradients", lambda *args: tasks.append(args[2]) or real(*args)
+    )
     for strength in (1e-6, 1e6):
         penalty = learn(with_settings(METHODS["EWC"], strength=strength))[0].extra["penalty"]
         assert max(penalty["topics"]) == 0 and max(penalty["weather"]) > 0

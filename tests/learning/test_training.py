@@ -684,13 +684,12 @@ def test_settings_out_of_range_are_refused_by_name_and_value(name, value):
 
 
 REFUSED_OPTIONS = [
-    (dict(max_steps=3), "max_steps is refused: the schedule of the gate.*set epochs"),
+    (dict(max_steps=3), "option='max_steps' is not known; use 'bf16',"),
     (dict(auto_find_batch_size=True), "option='auto_find_batch_size' is not known; use 'bf16',"),
-    (dict(save_strategy="steps"), "save_strategy is refused: .*checkpoint_every"),
-    (dict(fp16=True), "fp16 is refused: its loss scaler.*use bf16"),
-    (dict(lr_scheduler_type="reduce_lr_on_plateau"), "plateau' is refused: it needs scores.*'cosine'"),
-    (dict(lr_scheduler_type="greedy"), "greedy' is refused: it needs scores.*'cosine'"),
-    (dict(bf16=True, rank=3), "rank is a field of TrainConfig; set it there"),
+    (dict(fp16=True), "option='fp16' is not known; use 'bf16',"),
+    (dict(lr_scheduler_type="reduce_lr_on_plateau"), "plateau' needs scores in training; use 'cosine'"),
+    (dict(lr_scheduler_type="greedy"), "greedy' needs scores in training; use 'cosine'"),
+    (dict(bf16=True, rank=3), "option='rank' is not known; use 'bf16'"),
     (dict(weight_decai=0.1), "option='weight_decai' is not known.*did you mean 'weight_decay'"),
     ({3: 4}, "option=3 is not known"),
     (dict(bf16="false"), "bf16='false' is not of type bool"),

@@ -163,8 +163,8 @@ def unknown_code():
 @pytest.mark.parametrize("made", [unknown_type, unknown_code])
 def test_a_model_of_unknown_kind_reads_each_row_alone_and_shares_nothing(made, monkeypatch):
     expected, scores = answer(model_of("Llama"), words(), QUESTION, TEXTS)
-    monkeypatch.delattr(evaluation, "read_prefix")
-    monkeypatch.delattr(evaluation, "read_decoder")
+    monkeypatch.delattr(evaluation.reading, "read_prefix")
+    monkeypatch.delattr(evaluation.reading, "read_decoder")
     done = []
     answers, found = answer(made(), words(), QUESTION, TEXTS, advance=done.append)
     torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-5)

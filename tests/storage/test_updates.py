@@ -271,13 +271,13 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("lost", ["nothing", "archive", "counts"])
 def test_a_resumed_run_has_the_same_archives_and_counts(lost, whole, tmp_path, monkeypatch):
-    def crash(run, folder, tasks, parts, real=continual.write_finished):
+    def crash(run, folder, tasks, parts, real=continual.state.write_finished):
         if tasks == 2:  # the archive of the second task is written, its record is not
             raise Crash
         return real(run, folder, tasks, parts)
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(continual, "write_finished", crash)
+        patch.setattr(continual.state, "write_finished", crash)
         learn(tmp_path)
     (folder,) = tmp_path.iterdir()
     if lost == "archive":
