@@ -221,7 +221,6 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
     data = ModelCardData(
         **origin.license,
         base_model=origin.id,
-        base_model_relation=("finetune" if format == "merged" else "adapter") if origin.id else None,
         library_name="transformers" if format == "merged" else "peft",
         tags=["jumplora", "continual-learning", "sparse", format],
     )
@@ -241,14 +240,10 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
         question = "\n".join([f"The prompt of the task {asked}:\n", *(f"    {line}" for line in lines), "\n"])
     size = sum(math.prod(parts[0].shape) for parts in finished.updates.values())
     changed = sum(len(parts[0].values) for parts in finished.updates.values())
-    rounded = ""
-    if dtype != "float32":
-        rounded = f"The run computed with {dtype} weights; its updates are float32: load the base in float32 "
-        rounded += f"as above: added to a {dtype} base they would be rounded."
+    rounded = "" if dtype == "float32" else f"Added to a base in {dtype}, the updates would be rounded."
     settings = {key: run.configuration[key] for key in ("method", "train", "dtype")} | {"seed": run.seed}
     settings |= {name: version for name, version in run.environment.get("versions", {}).items() if version}
     listed = ", ".join(f"{key} {_cell(value)}" for key, value in flatten(settings).items())
-    own = ", and jumplora for the base" if origin.name in BACKBONES and format == "supertuning" else ""
     base = _cell(origin.id or origin.name)
     text = f"""# {_cell(origin.name)} and {_cell(run.sequence)}
 
@@ -261,7 +256,7 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
 {_loading_code(finished, format, origin, place)}
 ```
 
-This needs transformers{_NEEDS[format]}{own}.
+This needs transformers{_NEEDS[format]}.
 
 {question}## Scores
 

@@ -123,15 +123,6 @@ def load_rows(run: Run, name: str | None = None, folder: str | None = None) -> T
     return load_sequence(name or run.sequence, folder, train=train, dev=dev, test=test)
 
 
-@torch.no_grad()
-def _load_with(run: Run, weights: dict[str, Tensor], options: dict):
-    "The backbone of a run, with other weights in its adapted layers, rounded to the model's own type."
-    model, tokenizer = load_start(run, **options)
-    for name, weight in weights.items():
-        model.get_submodule(name).weight.copy_(weight)
-    return model, tokenizer
-
-
 def _write(place: Path, found: TakenOut, weights: dict[str, Tensor]) -> None:
     "Write weights, facts and report; all of the folder, or nothing. `ValueError` where one is there."
     facts = record.plain(asdict(found) | dict(format=record.FORMAT))
@@ -175,7 +166,7 @@ def rollback(
     weights, bound = without_task(merged, archives, k, base)
     scores = None
     if sequence is not None:
-        model, tokenizer = _load_with(run, weights, options)
+        model, tokenizer = load_start(run, weights, **options)
         train = run.configuration["train"]
         scores = {}
         for j, name in enumerate(names):
@@ -215,4 +206,4 @@ def load_without(
     if facts["tasks"] != (now := run.tasks[: run.tasks_learned]):
         raise ValueError(f"the run has learned {now} since {task!r} was taken out of it; {again}")
     weights = {name.removesuffix(".weight"): weight for name, weight in tensors.items()}
-    return *_load_with(run, weights, options), run
+    return *load_start(run, weights, **options), run

@@ -173,25 +173,20 @@ def archive_task(
             sums[name] = update.checksum()
             kept += len(update.indices)
             if gated:
-                parts = dict(indices=update.indices, values=update.values)
-                parts["overwritten"] = weights[name].flatten()[update.indices.long()]
+                old = weights[name].flatten()[update.indices.long()]
+                parts = dict(indices=update.indices, values=update.values, overwritten=old)
             else:
                 parts = {part: getattr(module, f"lora_{part}")["default"].weight.float() for part in "AB"}
                 parts["scaling"] = torch.tensor(module.scaling["default"], dtype=torch.float64)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         shapes = {name: list(weights[name].shape) for name in sums}
         header = ArchiveHeader(
-            task=task,
-            position=position,
-            method=run.method,
+            task=task, position=position, method=run.method,
             model=Path(run.backbone).resolve().name if Path(run.backbone).is_dir() else run.backbone,
-            base=run.configuration["weights"],
-            before=tensors_checksum(weights),
-            update=digest(sums),
-            layers=shapes,
-            sparsity=1 - kept / sum(math.prod(shape) for shape in shapes.values()),
+            base=run.configuration["weights"], before=tensors_checksum(weights), update=digest(sums),
+            layers=shapes, sparsity=1 - kept / sum(map(math.prod, shapes.values())),
             values="float32" if gated else "factors",
-        )
+        )  # fmt: skip
         written = dict(checksum=write_tensors(path, tensors, asdict(header)), bytes=path.stat().st_size)
         if not gated or (position and "counts" not in (support or {})):
             return written, None  # no gate, or not counted from the first task on
