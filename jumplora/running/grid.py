@@ -183,7 +183,7 @@ def status(
 ) -> pd.DataFrame:  # one row per job: what is asked, state, note
     "Every job of a grid and its state. Raises ValueError where there is no grid, or a damaged one."
     jobs = _read_jobs(Path(out))
-    if not jobs:
+    if not (Path(out) / "jobs.json").exists():
         raise ValueError(f"{out} holds no grid; `jumplora grid --out {out}` starts one")
     rows = []
     for key, job in jobs.items():

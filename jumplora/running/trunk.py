@@ -6,7 +6,6 @@
 __all__ = ['Trunk']
 
 # %% ../../nbs/5_inside/trunk.ipynb #3fea1790
-import hashlib
 import inspect
 import math
 import os
@@ -76,7 +75,7 @@ class _Store:
         needed = sum(states.nbytes for states in self.new.values())
         if needed <= above:
             return
-        names = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
+        names = digest(sorted(self.new))[:16]
         try:
             if self.folder is not None:
                 files = [(path.stat(), path) for path in self.folder.parent.rglob("*.safetensors")]

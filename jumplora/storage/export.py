@@ -196,20 +196,19 @@ def _loading_code(finished: Finished, format: str, origin: _Origin, place: str) 
     dtype = finished.run.configuration["dtype"]
     place = json.dumps(place)
     if format == "merged":
-        code = f"from transformers import {auto}, AutoTokenizer\n\n"
-        code += f'model = {auto}.from_pretrained({place}, dtype="float32")\n'
-        return code + f"tokenizer = AutoTokenizer.from_pretrained({place})"
-    code = "import jumplora.method.adapter  # adds the type JUMPLORA\n" if format == "jumplora" else ""
-    base = f'({json.dumps(origin.name)}, dtype="{dtype}")'
-    if origin.name in BACKBONES:
-        code += "from jumplora import load_backbone\n"
-        base = f"load_backbone{base}[0]"
-    else:
-        code += f"from transformers import {auto}\n"
-        base = f"{auto}.from_pretrained{base}"
-    base += "" if dtype == "float32" else ".float()"
-    code += f"from peft import PeftModel\n\nbase = {base}\n"
-    return code + f"model = PeftModel.from_pretrained(base, {place})"
+        return f"""from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained({place}, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained({place})"""
+    known = origin.name in BACKBONES
+    arguments = f'({json.dumps(origin.name)}, dtype="{dtype}")'
+    base = f"load_backbone{arguments}[0]" if known else f"{auto}.from_pretrained{arguments}"
+    first = "import jumplora.method.adapter  # adds the type JUMPLORA\n" if format == "jumplora" else ""
+    return f"""{first}from {"jumplora import load_backbone" if known else f"transformers import {auto}"}
+from peft import PeftModel
+
+base = {base}{"" if dtype == "float32" else ".float()"}
+model = PeftModel.from_pretrained(base, {place})"""
 
 
 def _model_card(finished: Finished, format: str, origin: _Origin, place: str) -> ModelCard:
