@@ -64,10 +64,9 @@ def read_rows(
         column = ""
         if isinstance(row, Mapping):
             column = text if text is not None else "sentence" if "sentence" in row else "text"
-            for name in (column, label):
-                if name not in row:
-                    what = f"no column {name!r} in {sorted(map(str, row))}"
-                    raise ValueError(f"{place}: {what}; rename one, or use Task.load(text=…)")
+            if absent := [name for name in (column, label) if name not in row]:
+                what = f"no column {absent[0]!r} in {sorted(map(str, row))}"
+                raise ValueError(f"{place}: {what}; rename one, or use Task.load(text=…)")
             row = (row[column], row[label])
         if not isinstance(row, tuple | list) or len(row) != 2:
             raise ValueError(f"{place}: {row!r:.80} is not a row; give a (text, label) pair")
@@ -119,19 +118,16 @@ def find_splits(data: Mapping | str | os.PathLike, where: str) -> dict:
     folder = Path(data).expanduser() if isinstance(data, str | os.PathLike) else None
     if folder:
         if not folder.is_dir():
-            what = f"the folder {folder} does not exist"
-            raise FileNotFoundError(f"{where}: {what}; give a folder, or split -> rows")
+            raise FileNotFoundError(f"{where}: the folder {folder} does not exist; give another")
         known = sum(SPLIT_NAMES.values(), ())
         data = {}
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in _KINDS and path.stem in known:
-                if path.stem in data:
-                    both = f"{data[path.stem].name} and {path.name}"
-                    raise ValueError(f"{where}: {folder} holds {both}; remove one")
+                if other := data.get(path.stem):
+                    raise ValueError(f"{where}: {folder} holds {other.name} and {path.name}; remove one")
                 data[path.stem] = path
     if not isinstance(data, Mapping):
-        kind = type(data).__name__
-        raise ValueError(f"{where}: data is a {kind}; give split -> rows, or a folder of files")
+        raise ValueError(f"{where}: data is a {type(data).__name__}; give split -> rows, or a folder")
     found = {}
     for split, names in SPLIT_NAMES.items():
         keys = [name for name in names if name in data]
@@ -162,15 +158,14 @@ def find_tasks(folder: str | os.PathLike) -> dict[str, dict]:
     listed = folder / "tasks.json"
     if listed.is_file():
         entries = _read_file(listed, "the list of tasks")
-    for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            raise ValueError(f"{listed}: every entry needs a 'name', a text: {entry!r:.80}")
     if not entries:
         raise ValueError(f"the folder {folder} holds no tasks.json and no (CATEGORY/)NAME/train.*")
     folders = {name.lower(): place for place, name in places.items()}
     count = Counter(name.lower() for name in places.values())
     found = {}
     for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError(f"{listed}: every entry needs a 'name', a text: {entry!r:.80}")
         name = entry["name"].lower()
         twice = name in found or (count[name] > 1 and "files" not in entry)
         found[name] = entry | {"folder": folders.get(name), "twice": twice}
@@ -230,5 +225,5 @@ def task_arguments(
     if question and (options is None or sorted(map(str, options)) == sorted(question[1])):
         instruction = question[0] if instruction is None else instruction
         options = entry.get("options", question[1])
-    arguments = dict(data=data, instruction=instruction, options=options, note=entry.get("note") or "")
-    return arguments | dict(text=entry.get("text"), label=entry.get("label", "label"))
+    columns = dict(text=entry.get("text"), label=entry.get("label", "label"))
+    return dict(data=data, instruction=instruction, options=options, note=entry.get("note") or "", **columns)

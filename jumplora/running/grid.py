@@ -81,8 +81,7 @@ class Job:
         words = (Path(self.sequence).name, self.method, f"seed{self.seed}")
         slugs = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in words]
         late = dict(scoring="answers", neutral=False, regularizer={}, archive=True, fingerprint="")
-        asked = asdict(self)
-        asked = {name: asked[name] for name in asked if name not in late or asked[name] != late[name]}
+        asked = {k: value for k, value in asdict(self).items() if k not in late or value != late[k]}
         return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
@@ -130,23 +129,23 @@ def _rows_fingerprint(tasks: TaskSequence) -> str:
     return digest([[task.name, task.fingerprint()] for task in tasks])[:16]
 
 # %% ../../nbs/5_inside/grid.ipynb #6e2c02c5
-def _read_json(path: Path) -> dict:
-    "A JSON object, or {} for anything else."
+def _read_note(out: Path, key: str) -> dict:
+    "The content of `run.json`; {} where it is missing or damaged."
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads((out / "jobs" / key / "run.json").read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
 
 
-def _write_note(out: str | Path, key: str, note: dict) -> None:
+def _write_note(out: Path, key: str, note: dict) -> None:
     "Replace `run.json`, which one process does for all."
     if is_main():
-        write_atomic(Path(out) / "jobs" / key / "run.json", json.dumps(note) + "\n")
+        write_atomic(out / "jobs" / key / "run.json", json.dumps(note) + "\n")
 
 
 def _job_state(out: Path, key: str) -> tuple[str, str]:
     "One of done, running, failed and waiting; and a note."
-    note = _read_json(out / "jobs" / key / "run.json")
+    note = _read_note(out, key)
     progress = ""
     if name := Path(str(note.get("run", ""))).name:  # a name is never a path
         try:
@@ -167,8 +166,10 @@ def _job_state(out: Path, key: str) -> tuple[str, str]:
 def _read_jobs(out: Path) -> dict[str, Job]:
     "The jobs by their keys. `ValueError` for another format, and for what was altered."
     path = out / "jobs.json"
-    content = _read_json(path) if path.exists() else dict(format=2, jobs={})
-    with suppress(TypeError, AttributeError, ValueError, KeyError):
+    if not path.exists():
+        return {}
+    with suppress(TypeError, AttributeError, ValueError, KeyError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
         jobs = {key: Job(**asked) for key, asked in content["jobs"].items()}
         same = all(job.key == key and isinstance(job.train, dict) for key, job in jobs.items())
         if same and content["format"] == 2:
@@ -200,8 +201,8 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
         rows = (job.sequence, method.training == "isolated", str(job.rows))
         name = (job.backbone, "float32" if job.dtype == "auto" else job.dtype)  # the same on every machine
         shared = (config.batch_size, config.gradient_accumulation, processes)
-        prompts = (config.max_length, config.truncation, job.split, job.scoring)
-        read = (rows, name, shared, prompts, str(config.target_modules), config.top_layers)
+        read = (rows, name, shared, config.max_length, config.truncation, job.split, job.scoring,
+                str(config.target_modules), config.top_layers)  # fmt: skip
         try:
             check_seed(job.seed)
             check_choice(job.split, ("test", "dev"), "split")
@@ -230,6 +231,7 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
 # %% ../../nbs/5_inside/grid.ipynb #b7f68afc
 def _run_job(out: str, key: str, *, folder, device, processes, threads=None, visible=None) -> str:
     "What submitit calls in a worker; returns the state of the job."
+    out = Path(out)
     torch.set_num_threads(threads or torch.get_num_threads())
     if visible is not None:  # submitit hides GPUs from jobs of this machine
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -239,12 +241,12 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
     if processes > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         join_processes(device)
-    state = on_main(_job_state, Path(out), key)[0]
+    state = on_main(_job_state, out, key)[0]
     if state in ("done", "running"):
         return state
     note = {}
     try:
-        job = _read_jobs(Path(out))[key]
+        job = _read_jobs(out)[key]
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
@@ -258,8 +260,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         _write_note(out, key, note)
         learn_sequence(
             model, tokenizer, tasks, method, config, **asked, out=out, zero_shot=False, progress=False,
-            archive=job.archive, neutral=tales() if job.neutral else (),
-            hidden_states=Path(out) / "hidden-states",
+            archive=job.archive, neutral=tales() if job.neutral else (), hidden_states=out / "hidden-states",
         )  # fmt: skip
     except Exception as error:
         note["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
@@ -309,7 +310,7 @@ def _run_here(
                         key, _ = running.pop(worker)
                         if _job_state(out, key)[0] == "waiting" and not stopping:
                             killed = dict(error="its process was killed; a second call resumes")
-                            _write_note(out, key, _read_json(out / "jobs" / key / "run.json") | killed)
+                            _write_note(out, key, _read_note(out, key) | killed)
                         print(f"{key}: {': '.join(_job_state(out, key))}", flush=True)
                     elif worker not in running and waiting:
                         key = waiting.pop()

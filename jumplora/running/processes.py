@@ -193,7 +193,7 @@ def check_same(value: object, what: str) -> None:
     if any(other != value for other in gathered(value)):
         raise ValueError(f"the processes have different {what}; start all of them with the same command")
 
-# %% ../../nbs/5_inside/processes.ipynb #c1ae01e5
+
 @contextmanager
 def only_main_speaks() -> Iterator[None]:
     "Silence the other processes: their output, and the errors that the main process reports anyway."
@@ -208,17 +208,17 @@ def only_main_speaks() -> Iterator[None]:
     except (ValueError, MainFailed) as error:
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
 
-# %% ../../nbs/5_inside/processes.ipynb #db1caae6
+# %% ../../nbs/5_inside/processes.ipynb #c1ae01e5
 def check_processes(model: nn.Module, batch_size: int, accumulation: int, processes: int = 0) -> None:
     "`ValueError` for quantised weights and uneven batches; with 0 processes, join those that are here first."
-    sign = "the model says so (is_quantized)" if getattr(model, "is_quantized", False) else None
+    signs = ["the model says so (is_quantized)"] if getattr(model, "is_quantized", False) else []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
         if isinstance(weight, torch.Tensor) and (weight.element_size() < 2 or hasattr(weight, "quant_state")):
-            sign = sign or f"{name} holds {str(weight.dtype).removeprefix('torch.')}"
-    if sign is not None:
+            signs.append(f"{name} holds {str(weight.dtype).removeprefix('torch.')}")
+    if signs:
         raise ValueError(
-            f"the weights are quantised ({sign}), so no update can be added to them. Learn with the "
+            f"the weights are quantised ({signs[0]}), so no update can be added to them. Learn with the "
             "full-precision checkpoint; or learn one task with `attach_adapter` and `train_task`, save that "
             "adapter (`save_pretrained`), and merge it into the full-precision checkpoint"
         )

@@ -6,7 +6,6 @@
 __all__ = ['Trunk']
 
 # %% ../../nbs/5_inside/trunk.ipynb #3fea1790
-import hashlib
 import inspect
 import math
 import os
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from ..conventions import write_atomic
 from ..learning.tasks import is_encoder_decoder, pad
 from .answers import reads_together
-from ..storage.record import digest, tensors_checksum
+from ..storage.record import digest, environment, tensors_checksum
 
 # %% ../../nbs/5_inside/trunk.ipynb #fce7fbb7
 def block_of(model: nn.Module, layer: str) -> tuple[str, int]:
@@ -56,17 +55,13 @@ class _Store:
                 with suppress(OSError):
                     path.unlink()
 
-    @staticmethod
-    def name(key) -> str:
-        return digest([key[0], list(key[1])])[:32]
-
     def find(self, key) -> Tensor | None:
-        if key not in self.memory and (name := self.name(key)) in self.files:
+        if key not in self.memory and (name := digest(key)[:32]) in self.files:
             return self.remember(key, self.files[name].get_tensor(name))
         return self.memory.get(key)
 
     def add(self, key, states: Tensor) -> Tensor:
-        self.new[self.name(key)] = states
+        self.new[digest(key)[:32]] = states
         return self.remember(key, states)
 
     def remember(self, key, states: Tensor) -> Tensor:
@@ -80,7 +75,7 @@ class _Store:
         needed = sum(states.nbytes for states in self.new.values())
         if needed <= above:
             return
-        names = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
+        names = digest(sorted(self.new))[:16]
         try:
             if self.folder is not None:
                 files = [(path.stat(), path) for path in self.folder.parent.rglob("*.safetensors")]
@@ -135,11 +130,8 @@ class Trunk:
             around = [child for child in self._stack.children() if child is not blocks]
             weights = tensors_checksum(nn.ModuleList([*around, *self._lower]).state_dict())
             settings = {key: str(value) for key, value in model.config.to_dict().items() if "path" not in key}
-            kind = self._device.type
-            machine = [
-                torch.cuda.get_device_name(self._device) if kind == "cuda" else kind, torch.get_num_threads(),
-                torch.backends.cpu.get_cpu_capability(), torch.__version__, transformers.__version__,
-            ]  # fmt: skip
+            here = environment(self._device)
+            machine = [here[key] for key in ("device", "threads", "processor", "versions")]
             folder = Path(folder) / digest([weights, first, settings, machine])[:32]
         self.computed = 0  # without the rows of the trial
         self._store = _Store(None if self.reason else folder, limit)
@@ -196,11 +188,8 @@ class Trunk:
         return args, kwargs | dict(use_cache=False) if "use_cache" in self._takes else kwargs
 
     @torch.no_grad()
-    def hidden(
-        self,
-        rows: list[tuple[int, ...]],  # token ids of each row, without padding
-    ) -> list[Tensor]:  # (tokens, width) each, what the first adapted block reads
-        "Hidden states of rows: from memory, from the folder, or computed."
+    def hidden(self, rows: list[tuple[int, ...]]) -> list[Tensor]:
+        "What the first adapted block reads, (tokens, width) for each row of token ids without padding."
         kind = self._device.type
         dtype = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
         found = {row: self._store.find((dtype, row)) for row in rows}
@@ -228,9 +217,9 @@ class Trunk:
     def _inputs(self, rows: list[tuple], width: int) -> dict[str, Tensor]:
         "Rows of token ids as the inputs of the stack, padded on the side on which the model is padded."
         filler = [0] * width  # sets the width, and is cut off
-        ids = pad([*map(list, rows), filler], 0, left=self._pads_left)[:-1].to(self._device)
         ones = [[1] * len(row) for row in rows]
-        mask = pad([*ones, filler], 0, left=self._pads_left)[:-1].to(self._device)
+        ids, mask = (pad([*map(list, part), filler], 0, left=self._pads_left)[:-1].to(self._device)
+                     for part in (rows, ones))  # fmt: skip
         inputs = dict(input_ids=ids, attention_mask=mask)
         if "position_ids" in self._takes:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

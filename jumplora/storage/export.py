@@ -60,17 +60,16 @@ def save_sparse_adapter(
 ) -> None:  # fmt: skip
     "Write updates as an adapter of stock PEFT. `ValueError` where a layer has more entries than places."
     sizes = {name: math.prod(parts[0].shape) for name, parts in updates.items()}
-    counts = {name: max(1, sum(len(part.values) for part in parts)) for name, parts in updates.items()}
-    for name, count in counts.items():
-        if count > sizes[name]:
-            raise ValueError(f"{name} needs {count} entries in {sizes[name]} places; use format 'merged'")
-    sparsity = max(0.0, 1 - max((counts[name] + 0.5) / sizes[name] for name in sizes))
+    values = {name: torch.cat([part.values for part in parts]) for name, parts in updates.items()}
+    for name, size in sizes.items():
+        if (count := len(values[name])) > size:
+            raise ValueError(f"{name} needs {count} entries in {size} places; use format 'merged'")
+    sparsity = max(0.0, 1 - max((max(1, len(values[name])) + 0.5) / size for name, size in sizes.items()))
     tensors = {}
     for name, parts in updates.items():
-        values = torch.cat([part.values for part in parts])
         positions = torch.cat([part.indices for part in parts])
-        free = int(sizes[name] * (1 - sparsity)) - len(values)
-        tensors[f"base_model.model.{name}.supertuning_values"] = F.pad(values, (0, free), value=-0.0)
+        free = int(sizes[name] * (1 - sparsity)) - len(positions)
+        tensors[f"base_model.model.{name}.supertuning_values"] = F.pad(values[name], (0, free), value=-0.0)
         tensors[f"base_model.model.{name}.supertuning_indices"] = F.pad(positions, (0, free))
     config = SupertuningConfig(inference_mode=True, sparsity=sparsity, task_type=task_type)
     config.base_model_name_or_path = base_model_name_or_path
@@ -107,24 +106,22 @@ def _check_repo_id(repo_id: str, what: str = "repo_id"):
 
 def _find_origin(backbone: str, base_model: str | None, license: str | None) -> _Origin:
     "What is known of the base in a record: a known name, a folder, or a Hub id."
+    known = backbone in BACKBONES
     folder = Path(backbone) if Path(backbone).is_dir() else None
-    own = None if folder or backbone in BACKBONES else backbone
-    id = own if base_model is None else base_model
+    id = base_model if base_model is not None else None if folder or known else backbone
     if id is not None:
         _check_repo_id(id, "base_model")
     found = {"license": license} if license else {}
-    if backbone in BACKBONES:  # its weights are not those of the Hub
-        smollm2 = backbone == "smollm2-135m"
-        id = id or ("HuggingFaceTB/SmolLM2-135M-Instruct" if smollm2 else None)
-        found = found or ({"license": "apache-2.0"} if smollm2 else {})
-        return _Origin(backbone, id, found, _SMOLLM2 if smollm2 else "")
-    if not found:
+    if backbone == "smollm2-135m":  # its weights are not those of the Hub
+        found = found or {"license": "apache-2.0"}
+        return _Origin(backbone, id or "HuggingFaceTB/SmolLM2-135M-Instruct", found, _SMOLLM2)
+    if not known and not found:
         with suppress(Exception):  # no card, no network, no YAML: in each case nothing is known
             card = ModelCard.load(folder / "README.md" if folder else backbone, ignore_metadata_errors=True)
             stated = card.data.to_dict()
             keys = ("license", "license_name", "license_link")
             found = {key: stated[key] for key in keys if isinstance(stated.get(key), str)}
-    return _Origin(id or folder.resolve().name, id, found, "")
+    return _Origin(backbone if known else id or folder.resolve().name, id, found, "")
 
 # %% ../../nbs/5_inside/export.ipynb #0bbbe02b
 @dataclass(frozen=True, eq=False)
@@ -159,7 +156,7 @@ class Finished:
             about.target_modules = sorted(about.target_modules)
             model.save_pretrained(folder, save_embedding_layers=False)
 
-# %% ../../nbs/5_inside/export.ipynb #53bb670d
+
 def load_finished(
     folder: str | Path, task: str | None = None, backbone: str | Path | tuple | None = None
 ) -> Finished:
@@ -173,8 +170,8 @@ def load_finished(
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
         base, tokenizer = load_start(run, backbone=backbone, device="cpu")
         start = base.float().get_submodule
-        merged = sorted(parts["weight"].items())
-        updates = {name: exact_updates(weight, start(name).weight) for name, weight in merged}
+        merged = parts["weight"]
+        updates = {name: exact_updates(merged[name], start(name).weight) for name in sorted(merged)}
         return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
     i = learned.index(check_choice(task, learned, "task"))
     if not (written := run.extra.get("archives", {}).get(task)):
@@ -184,36 +181,8 @@ def load_finished(
     updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
     return Finished(base.float(), tokenizer, updates, run, task)
 
-# %% ../../nbs/5_inside/export.ipynb #1ba44727
+# %% ../../nbs/5_inside/export.ipynb #53bb670d
 _NEEDS = {"merged": "", "jumplora": ", PEFT and jumplora", "supertuning": " and PEFT, 0.21 or newer"}
-_CARD = """# {name} and {sequence}
-
-{base} after learning {learned} ({method}; format {format}).
-
-## How to load it
-
-```python
-{code}
-```
-
-This needs transformers{needs}.
-
-{prompt}## Scores
-
-{alone}| task | rows | just learned, % | at the end, % | note |
-| --- | --- | --- | --- | --- |
-{scores}
-
-Exact match of {split} rows, one seed.
-{changed} of {size} weights in {layers} layers differ from the base ({share:.2%}).{rounded}
-
-## Settings
-
-{settings}.
-
-## Base and licence
-
-Base: {base}. Licence: {license}. {note}"""
 
 
 def _cell(value: object) -> str:
@@ -227,65 +196,85 @@ def _loading_code(finished: Finished, format: str, origin: _Origin, place: str) 
     dtype = finished.run.configuration["dtype"]
     place = json.dumps(place)
     if format == "merged":
-        code = f"from transformers import {auto}, AutoTokenizer\n\n"
-        code += f'model = {auto}.from_pretrained({place}, dtype="float32")\n'
-        return code + f"tokenizer = AutoTokenizer.from_pretrained({place})"
+        return f"""from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained({place}, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained({place})"""
     known = origin.name in BACKBONES
-    base = f'({json.dumps(origin.name)}, dtype="{dtype}")'
-    base = f"load_backbone{base}[0]" if known else f"{auto}.from_pretrained{base}"
-    code = "import jumplora.method.adapter  # adds the type JUMPLORA\n" if format == "jumplora" else ""
-    code += f"from {'jumplora import load_backbone' if known else f'transformers import {auto}'}\n"
-    code += f"from peft import PeftModel\n\nbase = {base}{'' if dtype == 'float32' else '.float()'}\n"
-    return code + f"model = PeftModel.from_pretrained(base, {place})"
+    arguments = f'({json.dumps(origin.name)}, dtype="{dtype}")'
+    base = f"load_backbone{arguments}[0]" if known else f"{auto}.from_pretrained{arguments}"
+    first = "import jumplora.method.adapter  # adds the type JUMPLORA\n" if format == "jumplora" else ""
+    return f"""{first}from {"jumplora import load_backbone" if known else f"transformers import {auto}"}
+from peft import PeftModel
+
+base = {base}{"" if dtype == "float32" else ".float()"}
+model = PeftModel.from_pretrained(base, {place})"""
 
 
 def _model_card(finished: Finished, format: str, origin: _Origin, place: str) -> ModelCard:
     "Metadata for the Hub; what it is, how to load it, scores, settings, base and licence."
     run = finished.run
     task = finished.task
-    split = run.configuration["scored_split"]
     dtype = run.configuration["dtype"]
     final = dict(zip(run.tasks, run.accuracy[run.finished - 1, : run.finished].tolist(), strict=False))
     data = ModelCardData(
         **origin.license,
         base_model=origin.id,
-        base_model_relation=("finetune" if format == "merged" else "adapter") if origin.id else None,
         library_name="transformers" if format == "merged" else "peft",
         tags=["jumplora", "continual-learning", "sparse", format],
     )
-    rows = []
+    scores = ""
     for j, (name, end) in enumerate(final.items()):
-        shown = ["" if math.isnan(score) else f"{score:.1f}" for score in (run.accuracy[j, j], end)]
+        first, last = ("" if math.isnan(score) else f"{score:.1f}" for score in (run.accuracy[j, j], end))
         note = _cell(run.extra.get("notes", {}).get(name, ""))
-        rows.append(f"| {name} | {run.test_rows[j]} | {shown[0]} | {shown[1]} | {note} |")
+        scores += f"| {name} | {run.test_rows[j]} | {first} | {last} | {note} |\n"
     if run.complete:
         mean = f"{run.just_learned:.1f} | {run.average_accuracy:.1f}"
-        rows.append(f"| mean of {len(final)} | {sum(run.test_rows)} | {mean} | |")
+        scores += f"| mean of {len(final)} | {sum(run.test_rows)} | {mean} | |\n"
     asked = task or run.tasks[0]
-    shown = ""
+    question = ""
     if asked in run.extra.get("prompts", {}):
         instruction, options, *hidden = run.extra["prompts"][asked]
         lines = prompt(instruction, () if hidden else options, "THE TEXT").splitlines()
-        shown = "\n".join([f"The prompt of the task {asked}:\n", *(f"    {line}" for line in lines), "\n"])
+        question = "\n".join([f"The prompt of the task {asked}:\n", *(f"    {line}" for line in lines), "\n"])
     size = sum(math.prod(parts[0].shape) for parts in finished.updates.values())
     changed = sum(len(parts[0].values) for parts in finished.updates.values())
-    rounded = f" The run computed with {dtype} weights; the updates are float32, so load the base in float32"
-    rounded += f" as above: added to a {dtype} base they would be rounded."
+    rounded = "" if dtype == "float32" else f"Added to a base in {dtype}, the updates would be rounded."
     settings = {key: run.configuration[key] for key in ("method", "train", "dtype")} | {"seed": run.seed}
-    versions = run.environment.get("versions", {})
-    settings |= {library: version for library, version in versions.items() if version}
-    listed = [f"{key} {_cell(value)}" for key, value in flatten(settings).items()]
-    own = ", and jumplora for the base" if origin.name in BACKBONES and format == "supertuning" else ""
-    text = _CARD.format(
-        name=_cell(origin.name), sequence=_cell(run.sequence), base=_cell(origin.id or origin.name),
-        learned=f"the update of task {task} alone" if task else ", then ".join(final),
-        method=_cell(run.method), format=format, code=_loading_code(finished, format, origin, place),
-        needs=_NEEDS[format] + own, prompt=shown, scores="\n".join(rows), split=split,
-        alone="The update was not scored alone: the scores are those of the whole run.\n\n" if task else "",
-        changed=changed, size=size, layers=len(finished.updates), share=changed / size,
-        rounded="" if dtype == "float32" else rounded, settings=", ".join(listed),
-        license=origin.license.get("license", "not known here: see the base"), note=origin.note,
-    )  # fmt: skip
+    settings |= {name: version for name, version in run.environment.get("versions", {}).items() if version}
+    listed = ", ".join(f"{key} {_cell(value)}" for key, value in flatten(settings).items())
+    base = _cell(origin.id or origin.name)
+    text = f"""# {_cell(origin.name)} and {_cell(run.sequence)}
+
+{base} after learning {f"the update of task {task} alone" if task else ", then ".join(final)} \
+({_cell(run.method)}; format {format}).
+
+## How to load it
+
+```python
+{_loading_code(finished, format, origin, place)}
+```
+
+This needs transformers{_NEEDS[format]}.
+
+{question}## Scores
+
+{"The update was not scored alone: the scores are those of the whole run." if task else ""}
+
+| task | rows | just learned, % | at the end, % | note |
+| --- | --- | --- | --- | --- |
+{scores}
+Exact match of {run.configuration["scored_split"]} rows, one seed.
+{changed} of {size} weights in {len(finished.updates)} layers differ from the base ({changed / size:.2%}).
+{rounded}
+
+## Settings
+
+{listed}.
+
+## Base and licence
+
+Base: {base}. Licence: {origin.license.get("license", "not known here: see the base")}. {origin.note}"""
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n")
 
 # %% ../../nbs/5_inside/export.ipynb #7433b281

@@ -84,31 +84,28 @@ def set_aside(
 
 # %% ../../nbs/5_inside/record.ipynb #fceaf978
 FORMAT = 1  # of every file of a run
-_ADVICE = (
-    "It is not used. Set it aside with set_aside(path), or delete it, and run again: "
-    "only what it held is computed again"
-)
+_ADVICE = "It is not used. Set it aside with set_aside(path), or delete it, and run again"
+
+
+def _check_content(format: object, checksum: object, found: str) -> None:
+    if format != FORMAT:
+        raise ValueError(f"format {format!r}, and this version reads format {FORMAT}")
+    if checksum != found:
+        raise ValueError("the checksum does not match its content")
 
 
 def read_record(path: str | os.PathLike) -> dict:
     "A JSON file without its checksum, which was verified; `Damaged` if it cannot be trusted. Raises OSError."
     try:
         record = json.loads(Path(path).read_text("utf-8"))
+        checksum = record.pop("checksum") if isinstance(record, dict) else None
+        _check_content(record["format"], checksum, digest(record))
         json.dumps(record, allow_nan=False)  # ValueError for NaN and Infinity, which are not JSON
-        checksum = record.pop("checksum", None) if isinstance(record, dict) else None
-        if checksum is None:
-            reason = "no checksum, so not a run record"
-        elif record.get("format") != FORMAT:
-            reason = f"format {record.get('format')!r}, and this version reads format {FORMAT}"
-        elif checksum != digest(record):
-            reason = "the checksum does not match the content: the file was changed"
-        else:
-            return record
-    except (ValueError, RecursionError) as error:
-        reason = f"not readable as JSON ({error})"
-    raise Damaged(f"{path}: {reason}. {_ADVICE}")
+        return record
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path}: not a run record ({error}). {_ADVICE}") from None
 
-# %% ../../nbs/5_inside/record.ipynb #083a0dc8
+
 def tensors_checksum(tensors: Mapping[str, Tensor], about: Mapping | None = None) -> str:
     "SHA-256 of named tensors on any device, and of the plain values that belong to them."
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -133,21 +130,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict, str]:
         with safe_open(path, "pt") as file:
             note = json.loads((file.metadata() or {}).get("jumplora", "{}"))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if note.get("format") != FORMAT:
-            reason = f"it has format {note.get('format')!r}, and this version reads format {FORMAT}"
-        elif not isinstance(note.get("about"), dict):
-            reason = "it says nothing about its tensors"
-        elif note["checksum"] != tensors_checksum(tensors, note["about"]):
-            reason = "the checksum does not match its content"
-        else:
-            return tensors, note["about"], note["checksum"]
+        about = note.get("about")
+        _check_content(note.get("format"), note.get("checksum"), tensors_checksum(tensors, about))
+        if not isinstance(about, dict):
+            raise ValueError("its header says nothing about its tensors")
+        return tensors, about, note["checksum"]
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError, OSError) as error:
-        reason = str(error)
-    raise Damaged(f"{path} is damaged ({reason})")
+    except (SafetensorError, ValueError, AttributeError, RecursionError, OSError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
 
-# %% ../../nbs/5_inside/record.ipynb #41a68d42
+# %% ../../nbs/5_inside/record.ipynb #083a0dc8
 def environment(device: str | torch.device = "cpu") -> dict:
     "Versions, device and commit: what a reader needs to repeat a run."
     libraries = ("jumplora", "torch", "transformers", "peft", "numpy")
@@ -173,19 +166,19 @@ def environment(device: str | torch.device = "cpu") -> dict:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-# %% ../../nbs/5_inside/record.ipynb #182b69b1
+
 def peak_memory(device: torch.device) -> int | None:
     "The most bytes held so far: on a GPU that is the device, else by this process; None on Windows."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-# %% ../../nbs/5_inside/record.ipynb #6c2fbc3f
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None
+
+# %% ../../nbs/5_inside/record.ipynb #41a68d42
 # name -> function, fields that it takes, heading in tables (or none), which end is good: 1 high, -1 low
 METRICS = {
     "average_accuracy": (evaluation.average_accuracy, ("accuracy",), "overall accuracy", 1),
@@ -234,8 +227,8 @@ class Run:
             return math.nan
 
     @property
-    def mean_sparsity(self) -> float:  # percent of zero entries in the merged updates
-        "Mean share of zeros over tasks and layers, in percent; nan if it was not recorded."
+    def mean_sparsity(self) -> float:  # percent
+        "Mean share of zeros in the merged updates, over tasks and layers; nan if it was not recorded."
         shares = [share for layers in self.sparsity.values() for share in layers.values()]
         return 100 * sum(shares) / len(shares) if shares else math.nan
 
@@ -293,9 +286,8 @@ class Run:
         if score.rows != self.test_rows[j]:
             raise ValueError(f"{score.rows} rows of {task!r} were scored, not {self.test_rows[j]}")
         if i is None:
-            if j != len(self.zero_shot or []):
-                known = f"{len(self.zero_shot or [])} tasks were scored before learning"
-                raise ValueError(f"j={j}, but {known}: keep order")
+            if j != (count := len(self.zero_shot or [])):
+                raise ValueError(f"j={j}, but {count} tasks were scored before learning: keep order")
             self.zero_shot = [*(self.zero_shot or []), score.exact_match]
             self.zero_shot_options = [*(self.zero_shot_options or []), score.option_accuracy]
         else:
@@ -325,8 +317,7 @@ class Run:
         if text is None:
             when = f"after learning {after!r}" if after else "before anything was learned"
             what = f"{self.name} does not hold which rows of {task!r} were right {when}"
-            why = "the task was not scored there, or the record is older than this field"
-            raise ValueError(f"{what}: {why}; run it again in a fresh results folder")
+            raise ValueError(f"{what}, or is older than this field; run it again in a fresh results folder")
         bits = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
         right = np.unpackbits(bits, count=self.test_rows[j]).astype(bool)
         if np.packbits(right).tobytes().hex() != text:
@@ -351,7 +342,8 @@ class Run:
     def load(cls, path: str | os.PathLike) -> "Run":
         "Read record.json or the folder that holds it. `Damaged`, or `FileNotFoundError` if it is not there."
         path = Path(path) / "record.json" if Path(path).is_dir() else Path(path)
-        record = {key: value for key, value in read_record(path).items() if key != "metrics"}
+        record = read_record(path)
+        record.pop("metrics", None)
         try:
             run = cls(**record)
             run.to_dict()  # its numbers can be computed
@@ -359,7 +351,7 @@ class Run:
         except (TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"{path}: it does not describe a run ({error}). {_ADVICE}") from None
 
-# %% ../../nbs/5_inside/record.ipynb #f8fe501f
+# %% ../../nbs/5_inside/record.ipynb #182b69b1
 def _check(run: Run) -> None:
     "`ValueError` that names the field which cannot be right."
     for item in fields(run):
@@ -369,10 +361,8 @@ def _check(run: Run) -> None:
     if not isinstance(run.extra.get("notes", {}), Mapping):
         raise ValueError(f"extra.notes={run.extra['notes']!r:.80} must be a dict")
     tasks = run.tasks
-    if not tasks or len(set(tasks)) < len(tasks):
+    if not tasks or len({check_name(task, "task") for task in tasks}) < len(tasks):
         raise ValueError(f"tasks={tasks} must be one or more different names")
-    for task in tasks:
-        check_name(task, "task")
     if len(run.test_rows) != len(tasks) or min(run.test_rows) < 1:
         raise ValueError(f"test_rows={run.test_rows} must hold {len(tasks)} counts above 0, one a task")
     for key in ("accuracy", "option_accuracy"):
@@ -390,7 +380,6 @@ def _check(run: Run) -> None:
                 j = tasks.index(check_choice(task, tasks, f"right[{after!r}]"))
                 share = 100 * run.rows_right(i, j, ("exact_match", "option_accuracy")[kind]).mean()
                 if not abs(share - percents[kind][j]) <= 1e-9:
-                    held = f"{share} % of the rows, and its score is {percents[kind][j]}"
-                    raise ValueError(f"right[{after!r}][{task!r}] has {held}")
+                    raise ValueError(f"right[{after!r}][{task!r}] is {share} %, scored {percents[kind][j]}")
     except (TypeError, AttributeError, IndexError) as error:  # of another shape
         raise ValueError(f"right={run.right!r:.80} does not fit the scores ({error})") from error

@@ -35,20 +35,17 @@ def add_archives(weights: dict[str, Tensor], archives: Sequence[UpdateArchive]) 
             sums[name] += neutral_zeros(archive.update(name).dense())
     return sums
 
-# %% ../../nbs/5_inside/rollback.ipynb #2af9dc29
+
 def load_archives(folder: Path, run: Run) -> list[UpdateArchive]:
     "Read and verify every archive. `ValueError` where there is none, where one changed or is of another run."
     method = run.configuration["method"]
     listed = run.extra.get("archives", {})
-    tasks = run.tasks[: run.tasks_learned]
     if method["after_task"] == "keep" or method.get("training") == "joint":
         raise ValueError(f"{run.method} learns all tasks in one update: no update is one task's own")
-    missing = [f"archive of {task!r}" for task in tasks if task not in listed]
-    if missing or not tasks:
-        what = missing[0] if missing else "learned task"
-        raise ValueError(f"{run.name} has no {what}; learn it again, with archive=True")
     archives = []
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(run.tasks[: run.tasks_learned]):
+        if task not in listed:
+            raise ValueError(f"{run.name} has no archive of {task!r}; learn it again, with archive=True")
         archives.append(read_archive(archive_path(folder, i, task), listed[task]["checksum"]))
         wanted = dict(task=task, position=i, method=run.method, base=run.configuration["weights"])
         for name, value in wanted.items():
@@ -57,14 +54,14 @@ def load_archives(folder: Path, run: Run) -> list[UpdateArchive]:
                 raise ValueError(f"the archive of {task!r} does not belong to {run.name}: {what}")
     return archives
 
-# %% ../../nbs/5_inside/rollback.ipynb #cd5c38d7
+# %% ../../nbs/5_inside/rollback.ipynb #36c61a01
 def _error_bound(archives: Sequence[UpdateArchive], weights: dict[str, Tensor]) -> float:
     "How far a sum of archives can be from the sum of the merged updates: 0 where every archive is exact."
     if all(archive.exact for archive in archives):
         return 0.0
     bound = len(archives) * 2.0**-23 * max(weight.abs().max().item() for weight in weights.values())
     for archive in archives:
-        updates = [archive.update(layer).dense() for layer in archive.header.layers]
+        updates = (archive.update(layer).dense() for layer in archive.header.layers)
         bound += 2.0**-12 * max(update.abs().max().item() for update in updates)
     return bound
 
@@ -80,8 +77,7 @@ def without_task(
     others = [*archives[:k], *archives[k + 1 :]]
     weights = add_archives(base, others)
     bound = _error_bound(others, merged)
-    last = k == len(archives) - 1
-    if last and not bound and record.tensors_checksum(weights) != archives[k].header.before:
+    if k == len(archives) - 1 and not bound and record.tensors_checksum(weights) != archives[k].header.before:
         raise ValueError("without the last task the weights are not those that it began with")
     return weights, bound
 
@@ -107,14 +103,12 @@ def rollback_folder(folder: str | Path, task: str) -> Path:
 def rollback_report(found: TakenOut) -> str:
     "Markdown: what was removed, how exact the result is, and the scores before and after."
     exact = "bit for bit" if not found.bound else f"to {found.bound:.1e} in every entry"
-    meant = "the model as it was before that task"
-    later = ""
-    if found.task != found.tasks[-1]:
-        meant = "base and other updates, in order"
-        later = "Later tasks were learned with it in place; they are kept as they were learned.\n"
+    last = found.task == found.tasks[-1]
+    meant = "the model as it was before that task" if last else "base and other updates, in order"
     share = f"{found.changed} of {found.entries} entries ({found.changed / found.entries:.2%})"
     text = f"# {found.task} taken out of {found.run}\n\nThe weights are {meant}, {exact}.\n"
-    text += f"The task had touched {share}.\n{later}"
+    text += f"The task had touched {share}.\n"
+    text += "" if last else "Later tasks were learned with it in place; they are kept as they were learned.\n"
     if found.scores:
         text += "\n| task | exact match before | after | option accuracy before | after |\n"
         text += "|---|---|---|---|---|\n"
@@ -128,24 +122,15 @@ def load_rows(run: Run, name: str | None = None, folder: str | None = None) -> T
     train, dev, test = map(max, zip(*run.configuration["counts"].values(), strict=True))
     return load_sequence(name or run.sequence, folder, train=train, dev=dev, test=test)
 
-# %% ../../nbs/5_inside/rollback.ipynb #9e00291c
-@torch.no_grad()
-def _load_with(run: Run, weights: dict[str, Tensor], options: dict):
-    "The backbone of a run, with other weights in its adapted layers, rounded to the model's own type."
-    model, tokenizer = load_start(run, **options)
-    for name, weight in weights.items():
-        model.get_submodule(name).weight.copy_(weight)
-    return model, tokenizer
-
 
 def _write(place: Path, found: TakenOut, weights: dict[str, Tensor]) -> None:
     "Write weights, facts and report; all of the folder, or nothing. `ValueError` where one is there."
     facts = record.plain(asdict(found) | dict(format=record.FORMAT))
+    named = {f"{layer}.weight": weight for layer, weight in weights.items()}
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".rollback-") as temporary:
         fresh = Path(temporary) / "fresh"
-        named = {f"{layer}.weight": weight for layer, weight in weights.items()}
-        about = dict(task=found.task)
-        facts["weights_sha256"] = record.write_tensors(fresh / "weights.safetensors", named, about)
+        path = fresh / "weights.safetensors"
+        facts["weights_sha256"] = record.write_tensors(path, named, dict(task=found.task))
         facts["checksum"] = record.digest(facts)
         write_atomic(fresh / "rollback.json", json.dumps(facts, indent=1))
         write_atomic(fresh / "report.md", rollback_report(found))
@@ -181,7 +166,7 @@ def rollback(
     weights, bound = without_task(merged, archives, k, base)
     scores = None
     if sequence is not None:
-        model, tokenizer = _load_with(run, weights, options)
+        model, tokenizer = load_start(run, weights, **options)
         train = run.configuration["train"]
         scores = {}
         for j, name in enumerate(names):
@@ -219,7 +204,6 @@ def load_without(
     if checksum != facts["weights_sha256"]:
         raise Damaged(f"{path} is not what rollback wrote; {again}")
     if facts["tasks"] != (now := run.tasks[: run.tasks_learned]):
-        grown = f"{task!r} was taken out of {facts['tasks']}, and the run has learned {now} since"
-        raise ValueError(f"{grown}; {again}")
+        raise ValueError(f"the run has learned {now} since {task!r} was taken out of it; {again}")
     weights = {name.removesuffix(".weight"): weight for name, weight in tensors.items()}
-    return *_load_with(run, weights, options), run
+    return *load_start(run, weights, **options), run

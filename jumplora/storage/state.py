@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ class Checkpoint(TrainerCallback):
     def write(self, parts: dict[str, dict[str, Tensor]], about: dict) -> None:
         "Replace the file. Raises OSError."
         start = time.monotonic()
-        on_main(record.write_tensors, self.path, _joined(parts), dict(owner=self.owner) | about)
+        on_main(_write_groups, self.path, parts, dict(owner=self.owner) | about)
         self.written = time.monotonic()
         self.cost = self.written - start
 
@@ -129,8 +130,7 @@ class Checkpoint(TrainerCallback):
         if not self.path.exists():
             return None
         try:
-            tensors, about, _ = record.read_tensors(self.path)
-            parts = _grouped(self.path, tensors, ("adapter", "optimizer", "random"))
+            parts, about, _ = _read_groups(self.path, ("adapter", "optimizer", "random"))
         except Damaged as error:
             name = record.set_aside(self.path).name
             warnings.warn(f"{error}; it is now {name}, and the training starts again", stacklevel=7)
@@ -138,20 +138,22 @@ class Checkpoint(TrainerCallback):
         return (parts, about) if about.get("owner") == record.plain(self.owner) else None
 
 
-def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    "Groups of tensors as one: group.name -> tensor."
-    return {f"{group}.{name}": tensor for group, named in parts.items() for name, tensor in named.items()}
+def _write_groups(path, parts, about):
+    "Groups of tensors in one file, as group.name; returns its checksum."
+    tensors = {f"{group}.{name}": tensor for group, named in parts.items() for name, tensor in named.items()}
+    return record.write_tensors(path, tensors, about)
 
 
-def _grouped(path: Path, tensors: dict[str, Tensor], groups: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    "What `_joined` has joined; a group without tensors is empty."
+def _read_groups(path, groups):
+    "The groups, the plain values and the checksum of such a file; a group without tensors is empty."
+    tensors, about, checksum = record.read_tensors(path)
     parts = {group: {} for group in groups}
     for key, tensor in tensors.items():
         group, _, name = key.partition(".")
         if group not in parts or not name:
             raise Damaged(f"{path} is damaged (its tensor {key!r} belongs to no group of {list(groups)})")
         parts[group][name] = tensor
-    return parts
+    return parts, about, checksum
 
 # %% ../../nbs/5_inside/state.ipynb #6c786c45
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -246,17 +248,16 @@ def _state_path(folder: Path, tasks: int) -> Path:
 def load_state(folder: Path, tasks: int, sha256: str) -> dict[str, dict[str, Tensor]]:
     "Weights, regularizer and adapter after so many tasks. `Damaged` if they are not what the record names."
     path = _state_path(folder, tasks)
-    tensors, _, found = record.read_tensors(path)
+    parts, _, found = _read_groups(path, ("weight", "regularizer", "adapter"))
     if found != sha256:
         raise Damaged(f"{path} is not the state that the record names")
-    return _grouped(path, tensors, ("weight", "regularizer", "adapter"))
+    return parts
 
 
-def _remove_states(folder: Path, keep: set[int]) -> None:
-    "Remove all states but those after so many tasks, with their copies of the record."
-    kept = {_state_path(folder, tasks).stem for tasks in keep}
+def _remove_states(folder: Path, keep: int) -> None:
+    "Remove all states but the one after so many tasks, with their copies of the record."
     for path in (folder / "state").glob("after-*.*"):
-        if path.stem not in kept and ".damaged-" not in path.name:
+        if path.stem != f"after-{keep}" and ".damaged-" not in path.name:
             path.unlink(missing_ok=True)
 
 
@@ -264,9 +265,9 @@ def write_finished(run: Run, folder: Path, tasks: int, parts: dict[str, dict[str
     "Put the state and then the record on disk, and remove what is no longer needed. Raises OSError."
 
     def write():
-        _remove_states(folder, keep={run.tasks_learned})
+        _remove_states(folder, keep=run.tasks_learned)
         path = _state_path(folder, tasks)
-        checksum = record.write_tensors(path, _joined(parts), dict(tasks=tasks))
+        checksum = _write_groups(path, parts, dict(tasks=tasks))
         saved = dict(state_tasks=tasks, state_sha256=checksum, state_bytes=path.stat().st_size)
         run.extra |= saved
         run.save(folder.parent, f"state/after-{tasks}.json")
@@ -296,15 +297,8 @@ def _find_progress(asked, folder):
             damaged += [(folder / name, error)] if not records else []
             continue
         if found.configuration_hash != asked.configuration_hash:
-            hashed = ("configuration", "tasks", "seed", "backbone")
-            both = [record.plain({key: getattr(run, key) for key in hashed}) for run in (found, asked)]
-            there, here = map(record.flatten, both)
-            pairs = [(key, there.get(key, "absent"), here.get(key, "absent")) for key in sorted(there | here)]
-            differ = [f"{key}: {one} there, {other} here" for key, one, other in pairs if one != other]
-            raise ValueError(
-                f"{folder / name} is the record of another run, {found.name} ({'; '.join(differ)}); "
-                f"move it out of {folder}, or use another results folder"
-            )
+            where = f"{folder / name} is the record of another run, {found.name}"
+            raise ValueError(f"{where}; move it out of {folder}, or use another results folder")
         if not records or found.tasks_learned < records[-1].tasks_learned:
             records.append(found)
     run = records[0] if records else asked
@@ -338,14 +332,13 @@ def step_checkpoint(
 
 def _is_complete(folder: Path, keep: int | None = None) -> bool:
     "Whether a run is complete; then, with `keep`, remove all but its state after so many tasks."
-    try:
-        complete = Run.load(folder).complete
-    except (OSError, Damaged):
-        return False
-    if complete and keep is not None:
-        (folder / "state" / "step.safetensors").unlink(missing_ok=True)
-        _remove_states(folder, keep={keep})
-    return complete
+    with suppress(OSError, Damaged):
+        if Run.load(folder).complete:
+            if keep is not None:
+                (folder / "state" / "step.safetensors").unlink(missing_ok=True)
+                _remove_states(folder, keep)
+            return True
+    return False
 
 
 @contextmanager
@@ -415,18 +408,17 @@ def new_run(
 
 # %% ../../nbs/5_inside/state.ipynb #ce6b3192
 def load_start(
-    run: Run, *, backbone: str | Path | tuple | None = None, device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto", trust_remote_code: bool = False,
+    run: Run, weights: dict[str, Tensor] | None = None, *, backbone: str | Path | tuple | None = None,
+    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # fmt: skip
-    "The backbone that a run began with, and its tokenizer. `ValueError` where its weights have changed."
+    "The backbone of a run, its layers with other weights if given; its tokenizer. `ValueError` if changed."
     begun = run.configuration["dtype"]  # the fingerprint is that of weights of this type
     given = isinstance(backbone, tuple)
     other = not given and str(dtype).removeprefix("torch.") not in ("auto", begun)
     name = str(backbone or run.backbone)
-    options = dict(trust_remote_code=trust_remote_code)
-    where = "cpu" if other else device
+    load = partial(load_backbone, name, trust_remote_code=trust_remote_code)
     try:
-        model, tokenizer = backbone if given else load_backbone(name, device=where, dtype=begun, **options)
+        model, tokenizer = backbone if given else load(device="cpu" if other else device, dtype=begun)
     except OSError as error:
         advice = "backbone= (--backbone), its folder, its Hub id or (model, tokenizer)"
         raise OSError(f"{error}; or give {advice}") from error
@@ -435,7 +427,12 @@ def load_start(
         why = f"has other weights than the backbone that {run.name} began with ({kind} here, {begun} there)"
         what = "the model given" if given else name
         raise ValueError(f"{what} {why}; give that one as backbone= (--backbone)")
-    return load_backbone(name, device=device, dtype=dtype, **options) if other else (model, tokenizer)
+    if other:
+        model, tokenizer = load(device=device, dtype=dtype)
+    with torch.no_grad():
+        for layer, weight in (weights or {}).items():
+            model.get_submodule(layer).weight.copy_(weight)
+    return model, tokenizer
 
 # %% ../../nbs/5_inside/state.ipynb #dc442ab1
 def load_learned(
@@ -445,12 +442,8 @@ def load_learned(
     "The model that a run ended with. `ValueError` where its state or its backbone is missing."
     folder = Path(folder)
     run = Run.load(folder)
-    model, tokenizer = load_start(run, **options)
     try:
         weights = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))["weight"]
     except Damaged as error:
         raise Damaged(f"{error}; delete {folder} to learn the sequence again") from None
-    with torch.no_grad():
-        for name, weight in weights.items():
-            model.get_submodule(name).weight.copy_(weight)
-    return model, tokenizer, run
+    return *load_start(run, weights, **options), run

@@ -48,7 +48,7 @@ def sparse_update(delta: Tensor) -> SparseUpdate:
     indices = flat.nonzero().flatten()
     return SparseUpdate(indices.int(), flat[indices], tuple(delta.shape))
 
-# %% ../../nbs/5_inside/updates.ipynb #5a55e367
+
 def neutral_zeros(delta: Tensor) -> Tensor:
     "An update, or some of its entries, with every zero negative: x + (-0.0) is x, also for x = -0.0."
     return torch.where(delta == 0, -0.0, delta)
@@ -100,7 +100,7 @@ class UpdateArchive:
         rows, columns = self.header.layers[layer]
         if self.header.values == "factors":
             A, B, scaling = parts = [self.tensors[f"{layer}.{part}"] for part in ("A", "B", "scaling")]
-            good = (A.shape, B.shape) == ((B.shape[1], columns), (rows, A.shape[0])) and scaling.numel() == 1
+            good = A.shape == (B.shape[1], columns) and B.shape[0] == rows and scaling.numel() == 1
         else:
             indices = self.tensors[f"{layer}.indices"]
             parts = [self.tensors[f"{layer}.values"], self.tensors.get(f"{layer}.overwritten", indices)]
@@ -141,11 +141,9 @@ def grow_support(support: dict | None, archives: Sequence[UpdateArchive]) -> dic
     counts = {}
     shared = [0] * len(archives)
     touched = 0
-    for layer, shape in shapes.items():
-        updates = [archive.update(layer).indices.long().cpu() for archive in archives]
-        last = torch.zeros(math.prod(shape), dtype=torch.bool)
-        last[updates[-1]] = True
-        shared = [count + int(last[indices].sum()) for count, indices in zip(shared, updates, strict=True)]
+    for layer in shapes:
+        updates = [archive.update(layer).indices.cpu() for archive in archives]
+        shared = [n + int(torch.isin(updates[-1], one).sum()) for n, one in zip(shared, updates, strict=True)]
         touched += len(torch.cat(updates).unique())
         counts[layer] = support["counts"][layer][:before] + [len(updates[-1])]
     return dict(
@@ -175,25 +173,20 @@ def archive_task(
             sums[name] = update.checksum()
             kept += len(update.indices)
             if gated:
-                parts = dict(indices=update.indices, values=update.values)
-                parts["overwritten"] = weights[name].flatten()[update.indices.long()]
+                old = weights[name].flatten()[update.indices.long()]
+                parts = dict(indices=update.indices, values=update.values, overwritten=old)
             else:
                 parts = {part: getattr(module, f"lora_{part}")["default"].weight.float() for part in "AB"}
                 parts["scaling"] = torch.tensor(module.scaling["default"], dtype=torch.float64)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         shapes = {name: list(weights[name].shape) for name in sums}
         header = ArchiveHeader(
-            task=task,
-            position=position,
-            method=run.method,
+            task=task, position=position, method=run.method,
             model=Path(run.backbone).resolve().name if Path(run.backbone).is_dir() else run.backbone,
-            base=run.configuration["weights"],
-            before=tensors_checksum(weights),
-            update=digest(sums),
-            layers=shapes,
-            sparsity=1 - kept / sum(math.prod(shape) for shape in shapes.values()),
+            base=run.configuration["weights"], before=tensors_checksum(weights), update=digest(sums),
+            layers=shapes, sparsity=1 - kept / sum(map(math.prod, shapes.values())),
             values="float32" if gated else "factors",
-        )
+        )  # fmt: skip
         written = dict(checksum=write_tensors(path, tensors, asdict(header)), bytes=path.stat().st_size)
         if not gated or (position and "counts" not in (support or {})):
             return written, None  # no gate, or not counted from the first task on

@@ -152,7 +152,7 @@ def test_nan_is_not_json_even_where_the_checksum_fits(tmp_path):
     path = finished().save(tmp_path)
     sign(path, extra={"note": math.nan})
     assert "NaN" in path.read_text()
-    with pytest.raises(Damaged, match="not readable as JSON"):
+    with pytest.raises(Damaged, match="not a run record"):
         Run.load(path)
 
 

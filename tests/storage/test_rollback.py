@@ -272,13 +272,11 @@ def test_what_cannot_be_done_rightly_is_refused_and_changes_nothing(gated, task,
     [
         (dict(after_task="keep"), "JumpLoRA .*no update is one task's own"),
         (dict(training="joint"), "JumpLoRA .*no update is one task's own"),
-        (dict(), f"no learned task; {AGAIN}"),
     ],
 )
 def test_a_run_without_updates_of_single_tasks_says_so(gated, changes, message):
     run = Run.load(gated.folder)
     run.configuration["method"] |= changes
-    run.extra["state_tasks"] = 0 if not changes else 3
     with pytest.raises(ValueError, match=message):
         load_archives(gated.folder, run)
 
@@ -323,7 +321,7 @@ def test_a_damaged_or_outdated_result_is_not_loaded(gated):
     rollback(gated.folder, "topics")
     place = gated.place("topics")
     edit(lambda run: run.extra.update(state_tasks=2))(gated)
-    with pytest.raises(ValueError, match="the run has learned .* since; delete .* and call rollback again"):
+    with pytest.raises(ValueError, match="the run has learned .* since .*; delete .* call rollback again"):
         load_without(gated.folder, "topics")
     flip_last_byte(place / "weights.safetensors")
     with pytest.raises(ValueError, match=r"weights\.safetensors is damaged .*; delete .*rollback-topics"):
