@@ -36,7 +36,8 @@ def _add_flags(parser: ArgumentParser, source: Callable) -> None:
     parameters = dict(inspect.signature(source).parameters)
     parameters.pop("train", None)  # the fields of TrainConfig have flags of their own
     for name, parameter in parameters.items():
-        kind, default, text = parameter.annotation, parameter.default, comments[name]
+        kind = parameter.annotation
+        default = parameter.default
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         kinds = [one for one in kinds if one is not types.NoneType]
         options = dict(type=kinds[0] if len(kinds) == 1 else kind)
@@ -46,6 +47,7 @@ def _add_flags(parser: ArgumentParser, source: Callable) -> None:
         if default is False and not inspect.isclass(source):
             options = dict(action="store_true")
         by_name = parameter.kind is parameter.KEYWORD_ONLY or inspect.isclass(source)
+        text = comments[name]
         if default is not parameter.empty:
             options |= dict(default=default) if by_name else dict(default=default, nargs="?")
             shown = shlex.join(map(str, default)) if isinstance(default, list) else str(default)

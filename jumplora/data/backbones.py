@@ -47,7 +47,8 @@ def _cpu_is_faster_in_bfloat16() -> bool:
     "Whether products in the shapes of a small model's layer are 1.5 times as fast as in float32."
 
     def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        left = torch.ones(256, 576, dtype=dtype)
+        right = torch.ones(576, 1536, dtype=dtype)
         return min(timeit.repeat(lambda: left @ right, number=1, repeat=6, timer=time.perf_counter))
 
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
