@@ -27,20 +27,20 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .conventions import check_choice, write_atomic
+from .conventions import check_choice
 
 # %% ../nbs/command_line.ipynb #08dc7694
 def _add_flags(parser: ArgumentParser, source: Callable) -> None:
     "Add a flag per parameter or field: its type, its default, and the comment behind it as help."
     comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(source), re.M))
-    for name, parameter in inspect.signature(source).parameters.items():
-        if name == "train":  # the fields of TrainConfig have flags of their own
-            continue
+    parameters = dict(inspect.signature(source).parameters)
+    parameters.pop("train", None)  # the fields of TrainConfig have flags of their own
+    for name, parameter in parameters.items():
         kind = parameter.annotation
+        default = parameter.default
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         kinds = [one for one in kinds if one is not types.NoneType]
         options = dict(type=kinds[0] if len(kinds) == 1 else kind)
-        default = parameter.default
         if kinds[0] is dict or typing.get_origin(kinds[0]) is not None:  # several words
             options = dict(type=(*typing.get_args(kinds[0]), str)[0], nargs="+")
             default = list(default) if isinstance(default, tuple) else [] if default is not None else None
@@ -88,7 +88,6 @@ def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
     from jumplora.learning.methods import METHODS
 
     penalized = [name for name, method in METHODS.items() if hasattr(method.regularizer, "strength")]
-    allowed = [name for name in penalized if "+" not in name]
     found = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
@@ -97,7 +96,7 @@ def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
         except ValueError:  # also where there is no equals sign: the text is empty
             form = "NAME=NUMBER, such as ELLA=3e5 or ELLA=0,3e4,3e4,3e4"
             raise ValueError(f"strength {pair!r} is not {form}") from None
-        check_choice(name, allowed, "method with a strength")
+        check_choice(name, [one for one in penalized if "+" not in one], "method with a strength")
         if len(values) > 1 and name != "ELLA":
             raise ValueError(f"strength {pair!r}: only ELLA takes one per task")
         if name in found:
@@ -130,7 +129,7 @@ def _import_callbacks(names: Sequence[str]) -> list:
             raise ValueError(f"callback {name!r}: {error}; give MODULE.CLASS, without arguments") from None
     return callbacks
 
-# %% ../nbs/command_line.ipynb #e1ff2eea
+# %% ../nbs/command_line.ipynb #ea78175f
 _METHODS = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA")
 
 
@@ -176,8 +175,8 @@ def compare(
     print(tasks.table().to_string(), flush=True)
     runs = []
     todo = list(itertools.product(dict.fromkeys(seed), methods))
-    bar = tqdm(todo, desc="runs", unit="run", disable=not progress, leave=False, mininterval=BAR_INTERVAL)
-    for number, one in bar:
+    options = dict(disable=not progress, leave=False, mininterval=BAR_INTERVAL)
+    for number, one in tqdm(todo, desc="runs", unit="run", **options):
         model, tokenizer = load_backbone(backbone, device=device, dtype=dtype)
         zero_shot = (runs[-1].zero_shot, runs[-1].zero_shot_options) if runs else True
         run = learn_sequence(
@@ -252,9 +251,8 @@ def table(
         raise ValueError(f"{folder} holds no run; give a folder that `jumplora compare` wrote to")
     tables = tables_of(runs)
     for name, frame in tables.items():
-        print(f"\n{name}\n" if len(tables) > 1 else "", end="")
         write = dict(text=frame.to_string, csv=frame.to_csv, html=frame.to_html)
-        print(markdown_table(frame) if format == "markdown" else write[format]())
+        print(f"\n{name}\n{markdown_table(frame) if format == 'markdown' else write[format]()}")
     for path in write_tables(tables, out) if out else ():
         print(path)
 
@@ -269,7 +267,7 @@ def predict(
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
-    "Ask the model that a run ended with: answer, likeliest option, its share, text."
+    "Ask the final model of a run: answer, likeliest option, its share, text."
     from jumplora.learning.evaluation import answer
     from jumplora.learning.tasks import Question
     from jumplora.storage.rollback import load_without
@@ -285,30 +283,21 @@ def predict(
     question = Question(task, instruction, tuple(options), list_options=not hidden)
     lengths = {name: found.configuration["train"][name] for name in ("max_length", "truncation")}
     answers, scores = answer(model, tokenizer, question, texts, **lengths)
-    for asked, words, likely in zip(texts, answers, scores.softmax(1), strict=True):
-        best = likely.argmax().item()
-        line = [" ".join(words.split()), options[best], f"{likely[best]:.2f}", " ".join(asked.split())[:60]]
+    for text, words, shares in zip(texts, answers, scores.softmax(1), strict=True):
+        share, best = shares.max(0)
+        line = [" ".join(words.split()), options[best], f"{share:.2f}", " ".join(text.split())[:60]]
         print("\t".join(line))
 
 # %% ../nbs/command_line.ipynb #94ec765b
 def sparsity(
     run: str,  # a run's folder, or its record.json
-    *,
-    out: str | None = None,  # folder for the report and two figures
 ) -> None:
     "Print which entries the tasks of a run touched, and how far they overlap."
     from jumplora import Run
-    from jumplora.results.sparsity import density_figure, overlap_figure, overlap_report, recorded_overlap
+    from jumplora.results.sparsity import overlap_report, recorded_overlap
 
     found = Run.load(_folder(run))
-    overlap = recorded_overlap(found)
-    report = overlap_report(found, overlap)
-    print(report, end="")
-    if out:
-        write_atomic(Path(out) / "sparsity.md", report)
-        overlap_figure(overlap).savefig(Path(out) / "overlap.png", dpi=150)
-        density_figure(found).savefig(Path(out) / "density.png", dpi=150)
-        print(f"\nsparsity.md, overlap.png and density.png are in {Path(out)}")
+    print(overlap_report(found, recorded_overlap(found)), end="")
 
 
 def rollback(
@@ -322,7 +311,7 @@ def rollback(
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
-    "Take one task out of the weights that a run ended with; the run itself stays as it is."
+    "Take one task out of a run's final weights; the run itself stays as it is."
     from jumplora import Run
     from jumplora.storage import rollback as archives
 
@@ -398,10 +387,8 @@ def grid(
         options = parse_settings(slurm)
         for name in options.keys() & inspect.signature(grids.run_grid).parameters.keys():
             raise ValueError(f"--slurm {name}={options[name]}: submitit has no such parameter; see --help")
-        asked = grids.run_grid(
-            jobs, out, workers=workers, processes=processes, engine=engine, folder=folder, device=device,
-            **options,
-        )  # fmt: skip
+        options |= dict(workers=workers, processes=processes, engine=engine, folder=folder, device=device)
+        asked = grids.run_grid(jobs, out, **options)
     table = grids.status(out)
     print(table.reset_index(drop=True).to_string(index=False))
     counts = table["state"].value_counts()
@@ -480,23 +467,21 @@ def reproduce(
 
 def speed(
     *,
-    parts: Sequence[str] = (),  # layer step blocks run; else all
+    parts: Sequence[str] = (),  # layer step; else both
     quick: bool = False,  # fewer rounds and smaller sizes
     out: str = "runs/speed",  # folder of the records
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes bfloat16 if it is faster
 ) -> None:
     "Measure speed and memory on this machine."
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler talks; read at its import
-    import torch
-
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler prints; read at its import
     from jumplora.data.backbones import pick_device, pick_dtype
     from jumplora.results.speed import PARTS, load_parts, measure, speed_table
 
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     measure(parts or PARTS, Path(out), quick, place, kind)
-    found = load_parts(out, torch.device(place).type, str(kind).removeprefix("torch."))
+    found = load_parts(out, place.type, str(kind).removeprefix("torch."))
     print("\n" + speed_table(found).to_string())
 
 
@@ -542,8 +527,8 @@ def _parse(name: str, words: Sequence[str]) -> dict[str, object]:
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     for flag in given:
         if flag not in known:
-            begun = [name for name in known if name.startswith(flag)]
-            near = begun or difflib.get_close_matches(flag, known, 1)
+            near = [name for name in known if name.startswith(flag)]
+            near = near or difflib.get_close_matches(flag, known, 1)
             hint = f"write {' or '.join(near)}" if near else f"see `{parser.prog} --help`"
             raise ValueError(f"{flag} is not a flag of `{parser.prog}`; {hint}")
         if known[flag].nargs == "+" and given.count(flag) > 1:
@@ -576,10 +561,10 @@ def main(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads it
     try:
         if not argv or argv[0] in ("-h", "--help"):
-            listed = "\n".join(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items())
             print("usage: jumplora COMMAND [flags]\n")
-            print(f"Sparse low-rank continual learning of language models.\n\ncommands:\n{listed}\n")
-            print("`jumplora COMMAND --help` lists a command's flags.", flush=True)
+            print("Sparse low-rank continual learning of language models.\n")
+            print("commands:", *(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items()), sep="\n")
+            print("\n`jumplora COMMAND --help` lists a command's flags.", flush=True)
             return 0 if argv else 2
         command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
         values = _parse(argv[0], argv[1:])
@@ -588,15 +573,15 @@ def main(
             from jumplora.running.processes import join_processes, only_main_speaks
 
             if command is not compare:
-                what = "start this command by itself (`jumplora grid` has --processes)"
-                raise ValueError(f"only `jumplora compare` runs under a launcher; {what}")
+                advice = "start this command by itself (`jumplora grid` has --processes)"
+                raise ValueError(f"only `jumplora compare` runs under a launcher; {advice}")
             join_processes(values["device"])
             speaks = only_main_speaks()
         with speaks:
             code = command(**values) or 0
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has closed it
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except SystemExit as stop:  # the parser has printed what is wrong

@@ -56,12 +56,10 @@ def method_style(
     method: str,  # a method's name, a key of `METHOD_COLORS` or any other
 ) -> dict[str, str]:  # keyword arguments for matplotlib's `plot`
     "Colour, line and marker: gated forms are solid, all others dashed; a late gate has JumpLoRA's colour."
-    color = METHOD_COLORS.get(method.replace("late gate", "JumpLoRA"), "#707070")
-    if "late gate" in method:
-        return {"color": color, "linestyle": "-", "marker": "D"}
-    if "JumpLoRA" in method:
-        return {"color": color, "linestyle": "-", "marker": "o"}
-    return {"color": color, "linestyle": "--", "marker": "s"}
+    gated = method.replace("late gate", "JumpLoRA")
+    marker = "D" if gated != method else "o" if "JumpLoRA" in method else "s"
+    line = "-" if "JumpLoRA" in gated else "--"
+    return {"color": METHOD_COLORS.get(gated, "#707070"), "linestyle": line, "marker": marker}
 
 # %% ../nbs/conventions.ipynb #17cdc334
 @contextmanager
@@ -99,10 +97,8 @@ def check_name(name: str, what: str = "name") -> str:
     good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9 ._+-]{1,80}", name)
     if good and name[0] not in ". " and name[-1] not in ". ":
         return name
-    raise ValueError(
-        f"{what}={name!r} cannot be part of a file name; use 1 to 80 letters, digits, spaces or . _ + -, "
-        "with no dot or space at either end"
-    )
+    allowed = "use 1 to 80 letters, digits, spaces or . _ + -, with no dot or space at either end"
+    raise ValueError(f"{what}={name!r} cannot be part of a file name; {allowed}")
 
 # %% ../nbs/conventions.ipynb #8b01ef36
 def write_atomic(path: str | os.PathLike, data: bytes | str) -> Path:

@@ -1,12 +1,15 @@
-"""Two measurements beside those of `jumplora speed`: the start of a threshold, and fifty equal tasks.
+"""Measurements beside those of `jumplora speed`: the start of a threshold, fifty equal tasks, and replay.
 
-`python tests/speed_parts.py` writes their records to `results/speed`.
+`python tests/speed_parts.py [PART ...]` writes their records to `results/speed`.
 """
 
+import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -15,12 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jumplora.conventions import set_seed
 from jumplora.data.backbones import load_backbone
-from jumplora.learning.continual import Learner
+from jumplora.data.sequences import load_sequence
+from jumplora.learning import continual
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Example, Task, TaskSequence
 from jumplora.learning.training import TrainConfig
+from jumplora.method import adapter
 from jumplora.method.schedule import initial_threshold
 from jumplora.results import speed
+from jumplora.running.trunk import Trunk
 
 RECORDS = Path(__file__).resolve().parent.parent / "results" / "speed"
 
@@ -60,7 +66,7 @@ def equal_tasks(quick: bool, device, dtype, tasks: int = 50, width: int = 256) -
     words = ("red", "blue")
     examples = [Example(f"{word} " * 10, word) for word in words * 32]
     sequence = [Task(f"task {i}", "Which?\n", words, examples, [], examples[:8]) for i in range(tasks)]
-    learner = Learner(
+    learner = continual.Learner(
         LlamaForCausalLM(config).to(device, dtype),
         tokenizer,
         TaskSequence("two words", sequence),
@@ -77,7 +83,61 @@ def equal_tasks(quick: bool, device, dtype, tasks: int = 50, width: int = 256) -
     return rows
 
 
-PARTS = dict(start=start_of_threshold, growth=equal_tasks)
+def top_blocks(quick: bool, device, dtype, top=4) -> list[dict]:
+    "A step with adapters on all 30 blocks and on the last four, there also with replayed hidden states."
+    model = load_backbone("smollm2-135m", device=device, dtype=dtype)[0]
+    set_seed(0)
+    batch = speed._random_batch(model, 8, 44, 2)
+    works = {}
+    with ExitStack() as stack:
+        for name, (count, gated, gamma) in {
+            "LoRA, all blocks": (None, False, 0),
+            "LoRA, last blocks": (top, False, 0),
+            "LoRA, replayed": (top, False, 0),
+            "dense gate, replayed": (top, True, 0),
+            "gated, replayed": (top, True, 1),
+        }.items():
+            adapted = speed._adapted(model, gated, count)
+            for group in adapter.gate_groups(adapted).values():
+                group.gate.interpolation.fill_(gamma)
+            if "replayed" in name:
+                stack.enter_context(Trunk(adapted.get_base_model(), adapter.adapter_layers(adapted)))
+            works[name] = partial(speed._training_step, adapted, batch)
+        return speed._measured(
+            works, 5 if quick else 20, "LoRA, all blocks", device, rows=8, length=46, blocks=top
+        )
+
+
+def short_run(quick: bool, device, dtype, top=4) -> list[dict]:
+    "Two tasks of `topics-1` on the last blocks: without replay, with it, and with it and a late gate."
+    rows = dict(train=8, test=8) if quick else dict(train=32, test=16)
+    sequence = TaskSequence("topics-1", list(load_sequence("topics-1", dev=0, **rows))[:2])
+    model, tokenizer = load_backbone("smollm2-135m", device=device, dtype=dtype)
+    config = TrainConfig(top_layers=top, max_length=46)
+    runs = {}
+
+    def learn(name: str, method: str, trunk: Callable) -> None:
+        with patch.object(continual, "Trunk", trunk):
+            runs[name] = continual.learn_sequence(
+                copy.deepcopy(model), tokenizer, sequence, METHODS[method], config,
+                zero_shot=False, progress=False, scoring="labels",
+            )  # fmt: skip
+
+    variants = {
+        "IncLoRA": ("IncLoRA", lambda *given: nullcontext()),  # no replay
+        "IncLoRA, replayed": ("IncLoRA", Trunk),
+        "late gate, replayed": ("IncLoRA + late gate", Trunk),
+    }
+    works = {name: partial(learn, name, *variant) for name, variant in variants.items()}
+    found = speed._compare(works, 1 if quick else 5, "IncLoRA", device)
+    for row in found:
+        run = runs[row["variant"]]  # of the last round
+        row |= {stage: sum(run.seconds[stage]) for stage in ("train", "evaluate")}
+        row["accuracy"] = run.average_accuracy
+    return found
+
+
+PARTS = dict(start=start_of_threshold, growth=equal_tasks, blocks=top_blocks, run=short_run)
 
 if __name__ == "__main__":
     speed.PARTS.update(PARTS)

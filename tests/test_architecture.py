@@ -36,8 +36,8 @@ learning.training
 running.tracking learning.dry_check
 learning.continual
 learning.methods
-results.sparsity results.run_tables storage.rollback
-results.speed storage.export
+results.run_tables storage.rollback
+results.sparsity results.speed storage.export
 running.grid
 running.reproduce
 results.interference

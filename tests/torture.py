@@ -14,6 +14,7 @@ of work that nobody disturbed.
 import argparse
 import errno
 import gc
+import hashlib
 import json
 import mmap
 import os
@@ -42,7 +43,6 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - here once, 
 
 from jumplora.conventions import write_atomic
 from jumplora.data.backbones import load_backbone
-from jumplora.data.newsroom import file_sha256
 from jumplora.learning import continual
 from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.methods import METHODS
@@ -301,7 +301,8 @@ def ended(out: Path) -> tuple[dict, str, dict[str, str]]:
     records = {path.parent.name: content(Run.load(path)) for path in out.glob("*/record.json")}
     parts = out.rglob("*.safetensors"), out.glob("*/rollback-*/*"), out.glob("merged/*"), out.glob("super*/*")
     paths = [path.relative_to(out) for found in parts for path in found]
-    files = {str(p): file_sha256(out / p) for p in paths if not any(part[0] == "." for part in p.parts)}
+    seen = [p for p in paths if not any(part[0] == "." for part in p.parts)]
+    files = {str(p): hashlib.sha256((out / p).read_bytes()).hexdigest() for p in seen}
     model = out / "model"
     if (out / "jobs.json").exists():  # a grid does not open a finished run again, to remove an older state
         files = {name: value for name, value in files.items() if not name.endswith("after-1.safetensors")}

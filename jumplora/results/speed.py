@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -27,16 +27,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from ..conventions import check_choice, set_seed, write_atomic
 from ..data.backbones import load_backbone
-from ..data.sequences import load_sequence
-from ..learning import continual, training
-from ..learning.methods import METHODS
-from ..learning.tasks import TaskSequence
+from ..learning import training
 from ..method import adapter
 from ..method.gated_linear import naive_gated_linear, naive_gated_update
 from ..method.regularizers import ELLA, Update
 from ..method.schedule import initial_threshold
 from ..running.answers import contiguous_head
-from ..running.trunk import Trunk
 from ..storage.record import environment
 
 # %% ../../nbs/3_results/speed.ipynb #72be27f1
@@ -219,58 +215,7 @@ def _step(quick: bool, device, dtype) -> list[dict]:
     return found
 
 
-def _blocks(quick: bool, device, dtype, top=4) -> list[dict]:
-    "A step with adapters on all 30 blocks and on the last four, there also with replayed hidden states."
-    model = load_backbone("smollm2-135m", device=device, dtype=dtype)[0]
-    set_seed(0)
-    batch = _random_batch(model, 8, 44, 2)
-    works = {}
-    with ExitStack() as stack:
-        for name, (count, gated, gamma) in {
-            "LoRA, all blocks": (None, False, 0),
-            "LoRA, last blocks": (top, False, 0),
-            "LoRA, replayed": (top, False, 0),
-            "dense gate, replayed": (top, True, 0),
-            "gated, replayed": (top, True, 1),
-        }.items():
-            adapted = _adapted(model, gated, count)
-            for group in adapter.gate_groups(adapted).values():
-                group.gate.interpolation.fill_(gamma)
-            if "replayed" in name:
-                stack.enter_context(Trunk(adapted.get_base_model(), adapter.adapter_layers(adapted)))
-            works[name] = partial(_training_step, adapted, batch)
-        return _measured(works, 5 if quick else 20, "LoRA, all blocks", device, rows=8, length=46, blocks=top)
-
-# %% ../../nbs/3_results/speed.ipynb #3ce6aa32
-def _run(quick: bool, device, dtype, top=4) -> list[dict]:
-    "Two tasks of `topics-1` on the last blocks: without replay, with it, and with it and a late gate."
-    rows = dict(train=8, test=8) if quick else dict(train=32, test=16)
-    sequence = TaskSequence("topics-1", list(load_sequence("topics-1", dev=0, **rows))[:2])
-    model, tokenizer = load_backbone("smollm2-135m", device=device, dtype=dtype)
-    config = training.TrainConfig(top_layers=top, max_length=46)
-    runs = {}
-
-    def learn(name: str, method: str, trunk: Callable) -> None:
-        with patch.object(continual, "Trunk", trunk):
-            runs[name] = continual.learn_sequence(
-                copy.deepcopy(model), tokenizer, sequence, METHODS[method], config,
-                zero_shot=False, progress=False, scoring="labels",
-            )  # fmt: skip
-
-    works = {
-        "IncLoRA": partial(learn, "IncLoRA", "IncLoRA", lambda *given: nullcontext()),  # no replay
-        "IncLoRA, replayed": partial(learn, "IncLoRA, replayed", "IncLoRA", Trunk),
-        "late gate, replayed": partial(learn, "late gate, replayed", "IncLoRA + late gate", Trunk),
-    }
-    found = _compare(works, 1 if quick else 5, "IncLoRA", device)
-    for row in found:
-        run = runs[row["variant"]]  # of the last round
-        row |= {stage: sum(run.seconds[stage]) for stage in ("train", "evaluate")}
-        row["accuracy"] = run.average_accuracy
-    return found
-
-
-PARTS: dict[str, Callable[..., list[dict]]] = dict(layer=_layer, step=_step, blocks=_blocks, run=_run)
+PARTS: dict[str, Callable[..., list[dict]]] = dict(layer=_layer, step=_step)
 
 
 def measure(
@@ -287,7 +232,7 @@ def measure(
         rows = PARTS[name](quick, device, dtype)
         seconds = time.perf_counter() - start
         content = dict(part=name, dtype=number, quick=quick, seconds=seconds, rows=rows)
-        content |= dict(environment=environment(device))
+        content["environment"] = environment(device)
         file = Path(out) / f"{torch.device(device).type}-{number}-{name}.json"
         write_atomic(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"{name}: {seconds:.0f} s, {file}", flush=True)

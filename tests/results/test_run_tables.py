@@ -26,7 +26,6 @@ from jumplora.results.run_tables import (
     load_runs,
     markdown_table,
     measured,
-    paired_differences,
     paired_t,
     paired_table,
     summary_table,
@@ -120,8 +119,14 @@ def test_the_records_of_this_repository_are_whole():
         (make("IncLoRA", configuration={"train": {"rank": 4}}), "differ in rank: absent / 4"),
         (make("IncLoRA", configuration={"scored_split": "dev"}), "differ in scored_split: test / dev"),
         (make(), "two runs of ELLA on order1 with seed 0; keep one"),
-        (make(seed=1, configuration={"method": {"lambda": 2}}), "differ in method.lambda; keep the"),
-        (make(seed=1, configuration={"train": {"kept": 0.1}}), "seed1.* differ in train.kept; keep"),
+        (
+            make(seed=1, configuration={"method": {"lambda": 2}}),
+            "differ in method.lambda of ELLA: absent / 2; a table",
+        ),
+        (
+            make(seed=1, configuration={"train": {"kept": 0.1}}),
+            "seed1.* differ in train.kept of ELLA: absent / 0.1",
+        ),
     ],
 )
 def test_runs_that_learned_different_things_do_not_share_a_table(other, message):
@@ -272,7 +277,6 @@ def test_pairs_share_order_and_seed_and_each_method_is_compared_with_what_it_is_
         first = name.split(" − ")[0]
         ours, theirs = (measured(runs, method, row["measure"]) for method in (first, "IncLoRA"))
         differences = [ours[key] - theirs[key] for key in theirs]
-        assert sorted(paired_differences(runs, first, "IncLoRA", row["measure"])) == sorted(differences)
         assert row["pairs"] == "6" and row["mean"] == f"{np.mean(differences):+.1f}"
         t = paired_t(differences)
         assert (
@@ -345,6 +349,18 @@ def test_bold_is_better_than_all_others_in_pairs_and_references_do_not_count():
     assert not clear_best(three, table.reindex(["ELLA"])).any().any()  # one of one
 
 
+def test_of_equal_methods_at_most_one_column_in_twenty_has_a_bold_cell():
+    rng = np.random.default_rng(0)
+    names = [f"method {m}" for m in range(5)]
+    table = pd.DataFrame(index=names, columns=["overall accuracy"])
+    wrong = 0
+    for _ in range(100):
+        where = itertools.product(names, ORDERS, range(3))
+        runs = [make(name, rng.normal([60, 70], 3), seed, order) for name, order, seed in where]
+        wrong += clear_best(runs, table).any(axis=None)
+    assert wrong <= 5
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -378,7 +394,10 @@ def test_runs_of_two_budgets_are_not_put_into_one_table(where, key, named):
         (make_order("N-LoRA", seed=2, backbone="b"), "differ in backbone: a model / b"),
         (RUNS[0], "two runs of IncLoRA on order1 with seed 1; keep one"),
         (ALONE[0], "two runs of single task on amazon with seed 1; keep one"),
-        (with_setting(make_order("IncLoRA", seed=9), "train", "kept"), "differ in train.kept; keep"),
+        (
+            with_setting(make_order("IncLoRA", seed=9), "train", "kept"),
+            "differ in train.kept of IncLoRA: None / another",
+        ),
     ],
 )
 def test_unlike_runs_and_repeated_ones_are_not_put_into_one_table(other, message):

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from jumplora.results.sparsity import (
     chance_overlap,
-    density_figure,
-    overlap_figure,
     overlap_report,
     recorded_overlap,
     tasks_that_fit,
@@ -157,18 +155,3 @@ def test_the_report_says_how_full_the_matrix_is_and_which_layers_are_densest():
     assert text.index("| b.v_proj | 14.29 | 14.29 |") < text.index("| a.q_proj | 0.0 | 0.0 |")
     alone = overlap_report(record([empty]), overlap_of([empty]))
     assert "every further task finds" in alone and "Shared entries" not in alone
-
-
-@pytest.mark.parametrize("tasks", [1, 3])
-def test_figures_are_drawn_for_one_task_and_for_many(tasks):
-    run = record(masks(5, tasks=tasks))
-    found = recorded_overlap(run)
-    shared = overlap_figure(found).axes[0].images[0]
-    ratio = found.shared / found.by_chance()[0]
-    ratio[np.diag_indices(tasks)] = math.nan
-    assert np.allclose(np.ma.filled(shared.get_array(), math.nan), ratio, equal_nan=True)
-    low, high = shared.get_clim()
-    assert high - 1 == pytest.approx(max([0.1, *np.abs(ratio - 1)[np.triu_indices(tasks, 1)]]))
-    assert low + high == pytest.approx(2)  # white is 1
-    kept = density_figure(run).axes[0].images[0].get_array()
-    assert np.allclose(kept, 100 * found.counts / found.entries[:, None])
