@@ -27,8 +27,8 @@ help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
 
 run: env demo  ## set up and run the main job (more flags: make run ARGS="--seed 7")
-	$(call say,jumplora study --quick --workers 2 $(ARGS))
-	@jumplora study --quick --workers 2 $(ARGS)
+	$(call say,jumplora study --variant quick --workers 2 $(ARGS))
+	@jumplora study --variant quick --workers 2 $(ARGS)
 
 test: env demo lint test-nbs docs test-py  ## set up and test everything
 

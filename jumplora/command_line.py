@@ -402,30 +402,27 @@ def grid(
 # %% ../nbs/command_line.ipynb #d0a90fe8
 def study(
     *,
-    seed: Sequence[int] = (),  # a round of all arms each; by default 101 to 112, with --quick 1 to 3
+    seed: Sequence[int] = (),  # a round of all arms each; by default the variant's, 101 to 112 for main
     method: Sequence[str] = (),  # arms of these methods only
-    variant: str = "main",  # what else differs: main, longer, deeper, unlisted
-    quick: bool = False,  # the main job: five methods, one rate, fewer rows, and its tables
-    out: str | None = None,  # folder of the runs; by default runs/study, runs/quick, runs/study-deeper, ...
+    variant: str = "main",  # main; longer, deeper, unlisted: what if; quick: the main job, with its tables
+    out: str | None = None,  # folder of the runs; by default runs/study-main, runs/study-quick, ...
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
 ) -> int:
     "Does the gate help? Learn six tasks with every arm of the study; finished runs are not repeated."
-    from jumplora.results.interference import QUICK, QUICK_ROWS, RATES, ROWS, study_jobs
+    from jumplora.results.interference import study_jobs
     from jumplora.results.run_tables import load_runs
     from jumplora.running.grid import run_grid
 
-    arms, seeds, rows = (QUICK, range(1, 4), QUICK_ROWS) if quick else (RATES, range(101, 113), ROWS)
-    chosen = {name: arms[check_choice(name, tuple(arms), "method")] for name in method or arms}
-    jobs = study_jobs(seed or seeds, chosen, rows, variant)
-    if quick:
-        jobs.sort(key=lambda job: list(arms).index(job.method))  # two workers, two seeds
-    usual = ("quick" if quick else "study") + (f"-{variant}" if variant != "main" else "")
-    place = Path(out or f"runs/{usual}")
+    jobs = study_jobs(variant, seed, method)
+    place = Path(out or f"runs/study-{variant}")
+    if variant == "quick":  # method by method, so that two workers begin with two seeds
+        methods = [job.method for job in jobs]
+        jobs.sort(key=lambda job: methods.index(job.method))
     states = run_grid(jobs, place, workers=workers, device=device)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
-    if quick and (states == "done").all():
-        _report([run for run in load_runs(place) if run.method in chosen], place)
+    if variant == "quick" and (states == "done").all():
+        _report([run for run in load_runs(place) if run.method in methods], place)
     return int((states == "failed").any())
 
 

@@ -149,7 +149,7 @@ WRONG = {
     "compare --sequence newsrom": "sequence='newsrom' is not known.*did you mean 'newsroom'",
     "compare --backbone tiny-lama": "backbone='tiny-lama' is.*did you mean 'tiny-llama'",
     "study --variant wide": "variant='wide' is not known",
-    "study --quick --method EWC": "method='EWC' is not known; use 'SeqLoRA'",
+    "study --variant quick --method EWC": "method='EWC' is not known; use 'SeqLoRA'",
     "reproduce --method Inclora --smoke": "method='Inclora' is not known.*did you mean 'IncLoRA'",
     "compare --split tets": "split='tets' is not known.*did you mean 'test'",
     "compare --threshold-scope layers": "threshold_scope='layers'.*did you mean 'layer'",
@@ -644,9 +644,9 @@ def test_the_main_job_is_the_study_with_five_methods_three_seeds_and_fewer_rows(
         return pd.DataFrame({"state": ["waiting"] * len(jobs)})
 
     monkeypatch.setattr(grid, "run_grid", run_grid)
-    assert jumplora("study", "--quick", "--out", tmp_path / "quick").out == "15 waiting\n"
+    assert jumplora("study", "--variant", "quick", "--out", tmp_path / "quick").out == "15 waiting\n"
     assert jumplora("study", "--seed", "7", "--variant", "deeper", "--out", tmp_path / "other").code == 0
     quick, other = asked["quick"], asked["other"]
     assert [job.seed for job in quick] == [1, 2, 3] * 5 and len({job.method for job in quick}) == 5
-    assert quick[0].rows["train"] < other[0].rows["train"] and len(other) == 14
+    assert quick[0].rows["train"] < other[0].rows["train"] and len(other) == 3
     assert {job.train["top_layers"] for job in other} == {8}
