@@ -237,7 +237,8 @@ def markdown_table(
 # %% ../../nbs/3_results/run_tables.ipynb #e68a5323
 def paired_t(
     differences: Sequence[float],  # (pairs,) one per pair of runs
-) -> dict[str, float]:  # pairs, mean, low, high (95 % interval), p (two-sided); nan for fewer than two pairs
+    level: float = 0.95,  # share of intervals that hold the true mean
+) -> dict[str, float]:  # pairs, mean, low and high of its interval, p (two-sided); nan for fewer than two
     "Mean of paired differences, its interval and its p-value by Student's t."
     found = np.asarray(differences, dtype=np.float64)
     n, mean = len(found), float(found.mean()) if len(found) else math.nan
@@ -247,7 +248,7 @@ def paired_t(
     below = np.cumsum(np.clip(np.cos(theta), 0, None) ** (n - 2))
     below /= below[-1]
     error = float(found.std(ddof=1)) / math.sqrt(n)
-    wide = math.sqrt(n - 1) * math.tan(np.interp(0.975, below, theta)) * error
+    wide = math.sqrt(n - 1) * math.tan(np.interp((1 + level) / 2, below, theta)) * error
     t = abs(mean) / error if error else math.inf * bool(mean)
     p = 2 * (1 - float(np.interp(math.atan(t / math.sqrt(n - 1)), theta, below))) if mean else 1.0
     return dict(pairs=n, mean=mean, low=mean - wide, high=mean + wide, p=min(1.0, max(p, 0.0)))
