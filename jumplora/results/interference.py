@@ -66,7 +66,7 @@ def study_jobs(
             jobs.append(Job(
                 arm.removesuffix(_FALLING), f"{sequence}-{seed}", seed, "smollm2-135m", train=train,
                 rows=dict(train=train_rows, dev=0, test=test_rows), dtype="float32",
-                scoring="labels", neutral=True, archive=False,
+                scoring="labels", neutral=variant != "quick", archive=False,
                 regularizer=dict(norm=_NORM) if arm == "IncLoRA scaled" else {},
                 strength=_STRENGTH if "ELLA" in arm else None,
             ))  # fmt: skip
