@@ -33,6 +33,7 @@ from jumplora.learning.evaluation import evaluate
 from jumplora.learning.methods import METHODS, with_settings
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Progress, TrainConfig
+from jumplora.running import answers
 from jumplora.running.processes import fill_batches, gathered, is_main, join_processes, on_main, process_index
 from jumplora.storage.state import Stopped, StopRequest, weights_fingerprint
 
@@ -135,7 +136,7 @@ def cases(folder):
         return read(*args, **settings)
 
     for name in ("read_decoder", "read_by_option"):
-        patch.object(evaluation, name, partial(counted, getattr(evaluation, name))).start()
+        patch.object(answers, name, partial(counted, getattr(answers, name))).start()
     patch.object(evaluation, "answer", answer).start()
     for case in EQUAL:
         run, model, tokenizer = learn(case, folder / case, zero_shot=case == "llama")

@@ -158,7 +158,7 @@ def retention_at(
 # %% ../../nbs/3_results/interference.ipynb #f2e01054
 def arms_of(
     table: pd.DataFrame,  # from `study_table`
-    method: str,
+    method: str,  # as in the table
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # rates (arms,); L and R (seeds, arms)
     "The arms of a family."
     own = table[table["method"] == method].pivot(index="seed", columns="rate")

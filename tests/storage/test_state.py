@@ -283,13 +283,14 @@ def test_a_signal_stops_after_the_step_and_the_run_resumes_there(whole, tmp_path
 
 @pytest.mark.parametrize(("where", "scores"), [("evaluate", [1, 0]), ("write_finished", [2, 0])])
 def test_a_signal_while_scoring_or_saving_stops_after_it(where, scores, tmp_path):
-    real = getattr(continual, where)
+    place = continual if where == "evaluate" else continual.state
+    real = getattr(place, where)
 
     def signalled(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **options)
 
-    with patch.object(continual, where, signalled), pytest.raises(Stopped):
+    with patch.object(place, where, signalled), pytest.raises(Stopped):
         learn(tmp_path, "IncLoRA")
     run = Run.load(next(tmp_path.glob("*/record.json")))
     assert [len(run.zero_shot), (run.accuracy >= 0).sum()] == scores
