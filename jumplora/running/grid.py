@@ -197,7 +197,7 @@ def status(
 def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: int) -> list[Job]:
     "The jobs with their fingerprints. `ValueError` or `OSError` names a job that would fail or be wrong."
     checked, models, sequences, passed = [], {}, {}, set()
-    for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # all words first, then the rows
+    for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # settings of every job first
         rows = (job.sequence, method.training == "isolated", str(job.rows))
         name = (job.backbone, "float32" if job.dtype == "auto" else job.dtype)  # the same on every machine
         shared = (config.batch_size, config.gradient_accumulation, processes)

@@ -117,7 +117,7 @@ class Trunk:
         places = [place for place in places if self._pads_left or "decoder" not in place[0]]
         stacks = {stack for stack, _ in places}
         if len(stacks) != 1 or stacks == {""}:
-            self.reason = f"its adapted layers are in {len(stacks)} stacks of blocks that could be replayed"
+            self.reason = f"its adapted layers are not all in one stack of blocks: {sorted(stacks)}"
             return
         stack, first = min(places)  # the first adapted block
         blocks = model.get_submodule(stack)

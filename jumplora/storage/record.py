@@ -61,7 +61,7 @@ def flatten(value: object, prefix: str = "") -> dict:
 
 
 def _canonical_json(value: object) -> str:
-    "The one way to write a value, so that equal values have equal text and equal hashes."
+    "The one way to write a value; 8 and 8.0 are different."
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

@@ -437,7 +437,7 @@ def load_start(
 # %% ../../nbs/5_inside/state.ipynb #dc442ab1
 def load_learned(
     folder: str | Path,  # a run's folder, with record and state
-    **options,  # backbone: where its base is now, or (model, tokenizer); device, dtype, trust_remote_code
+    **options,  # backbone: where its base is now, or (model, tokenizer), changed in place; device, dtype, ...
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # the finished model, its tokenizer, the record
     "The model that a run ended with. `ValueError` where its state or its backbone is missing."
     folder = Path(folder)
