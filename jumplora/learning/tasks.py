@@ -355,5 +355,5 @@ class Collator:
             shifted = [[self.start_token_id] + answer[:-1] for answer in answers]
             return batch | {"decoder_input_ids": pad(shifted, self.pad_token_id, left=False)}
         batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # padding does not shift positions
-        batch["labels"] = F.pad(labels, (1, 0), value=-100)  # the Trainer counts label tokens in labels[:, 1:]
+        batch["labels"] = F.pad(labels, (1, 0), value=-100)  # the Trainer counts labels[:, 1:]
         return batch | ({"logits_to_keep": labels.shape[1] + 1} if self.keep_last else {})
