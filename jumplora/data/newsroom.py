@@ -54,8 +54,8 @@ class _Source(NamedTuple):
 NEWSROOM_FILES: dict[str, str] = FACTS["newsroom files"]  # name -> sha256
 NEWSROOM_ROWS = {"train": 800, "dev": 200, "test": 400}  # rows of a task at most
 NEWSROOMS: dict[str, dict[str, _Source]] = {  # sequence -> task -> source
-    name: {task: _Source(**fact) for task, fact in FACTS[name].items()}
-    for name in ("newsroom", "newsroom20", "topics")
+    name: {task: _Source(**fact) for task, fact in tasks.items()}
+    for name, tasks in FACTS["newsrooms"].items()
 }
 
 # %% ../../nbs/5_inside/newsroom.ipynb #5ce8bf19

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from ..conventions import check_choice
 from .benchmark import HUB, HUB_SEQUENCES, ORDERS, as_in_the_paper, hub_task, read_folder
-from .newsroom import newsroom
+from .newsroom import NEWSROOMS, newsroom
 from ..learning.tasks import TaskSequence
 
 # %% ../../nbs/5_inside/sequences.ipynb #a53da852
-_NAMES = ("newsroom", "newsroom20", *(f"order{n}{rows}" for rows in ("", HUB) for n in ORDERS))
+_FIXED = [name for name in NEWSROOMS if name != "topics"]  # whose tasks do not depend on a seed
+_NAMES = (*_FIXED, *(f"order{n}{rows}" for rows in ("", HUB) for n in ORDERS))
 
 
 def load_sequence(
@@ -35,7 +36,7 @@ def load_sequence(
     if match := re.fullmatch(r"topics-(unlisted-)?(\d{1,7})", name):
         drawn = newsroom("topics", folder, int(match[2]))
         found = TaskSequence(name, [replace(task, list_options=not match[1]) for task in drawn])
-    elif name in ("newsroom", "newsroom20"):
+    elif name in _FIXED:
         found = newsroom(name, folder, seed)
     elif name in HUB_SEQUENCES:
         found = TaskSequence(name, [hub_task(task.removesuffix(HUB), seed) for task in HUB_SEQUENCES[name]])
