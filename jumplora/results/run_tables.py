@@ -408,7 +408,7 @@ def tables_of(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
         for measure in ("overall accuracy", "backward transfer") if part in parts else ():
             tables[f"{part}-{measure.replace(' ', '-')}"] = grid_table(own, part, measure)
         tables[f"{part}-pairs"] = paired_table(own, part)
-    return tables
+    return {name: table for name, table in tables.items() if len(table)}
 
 
 def write_tables(tables: dict[str, pd.DataFrame], out: str | os.PathLike) -> list[Path]:
