@@ -235,6 +235,10 @@ class Learner:
     def running(self) -> Iterator[None]:
         "Hold the run's folder alone, read its state, turn signals into a graceful shutdown, show progress."
         with state.held_folder(self.folder, tasks=len(self.sequence)) as self.stop, ExitStack() as stack:
+            config = self.config
+            layers = ()
+            if config.top_layers is not None:  # named before an adapter is restored
+                layers = training.target_layers(self.model, config.target_modules, config.top_layers)
             self._restore()
             rows = self.run.test_rows
             done = self.run.tasks_learned
@@ -245,9 +249,7 @@ class Learner:
             bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
             self.bar = stack.enter_context(bar)
             stack.enter_context(closing(self.tracking))
-            config = self.config
-            if config.top_layers is not None and not self.run.complete:  # blocks below run once per text
-                layers = training.target_layers(self.model, config.target_modules, config.top_layers)
+            if layers and not self.run.complete:  # blocks below run once per text
                 stack.enter_context(Trunk(self.model, layers, self.hidden_states))
             yield
 

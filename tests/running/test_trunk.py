@@ -9,7 +9,7 @@ import torch
 from running.test_answers import ALONE, ALONE_ENCODERS, ENCODERS, FAMILIES, model_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import jumplora.running.trunk as trunk_module
 from jumplora.data.backbones import load_backbone
@@ -142,6 +142,26 @@ def test_runs_share_a_folder_and_give_the_same_bits(tmp_path, monkeypatch):
     assert computed[1::2] == [16, 16, 0] and len({row.text for one in SEQUENCE for row in one.train}) == 16
     assert memory.extra["loss"] == first.extra["loss"] == second.extra["loss"]
     assert memory.right == first.right == second.right
+
+
+@pytest.mark.parametrize("method", ["SeqLoRA", "IncLoRA + late gate"])
+def test_a_run_that_stops_between_tasks_resumes_with_replay_and_ends_with_the_same_bits(method, tmp_path):
+    class Stop(TrainerCallback):
+        stops = False
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if args.seed % 1000 == 1 and self.stops:
+                raise RuntimeError("the second task begins")
+
+    stop = Stop()
+    whole, model = learn(method=method, out=tmp_path / "whole", callbacks=[stop])
+    stop.stops = True
+    with pytest.raises(RuntimeError, match="second task"):
+        learn(method=method, out=tmp_path / "stopped", callbacks=[stop])
+    stop.stops = False
+    resumed, other = learn(method=method, out=tmp_path / "stopped", callbacks=[stop])
+    assert resumed.extra["loss"] == whole.extra["loss"] and resumed.right == whole.right
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def tiny_trunk(folder, limit=10**9, seed=0):
