@@ -153,7 +153,7 @@ def compare(
     callbacks: Sequence[str] = (),  # MODULE.CLASS, transformers callbacks to import; made without arguments
     progress: bool = True,  # show progress bars: true or false
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
-    dtype: str = "float32",  # float32, bfloat16; auto takes bfloat16 if it is faster
+    dtype: str = "float32",  # float32, bfloat16; auto takes bfloat16 on a GPU with it
     train: dict,  # fields of TrainConfig
 ) -> None:
     "Learn a sequence with several methods and print the table; finished runs are not repeated."
@@ -370,7 +370,7 @@ def grid(
     engine: str = "local",  # local, or slurm
     slurm: Sequence[str] = (),  # submitit's parameters, e.g. slurm_partition=gpu
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
-    dtype: str = "float32",  # float32, bfloat16; auto takes bfloat16 if it is faster
+    dtype: str = "float32",  # float32, bfloat16; auto takes bfloat16 on a GPU with it
 ) -> int:
     "Do many runs, several at a time, here or on a cluster; those that are done are not repeated."
     from jumplora.running import grid as grids
@@ -468,7 +468,7 @@ def speed(
     quick: bool = False,  # fewer rounds and smaller sizes
     out: str = "runs/speed",  # folder of the records
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
-    dtype: str = "auto",  # float32, bfloat16; auto takes bfloat16 if it is faster
+    dtype: str = "auto",  # float32, bfloat16; auto takes bfloat16 on a GPU with it
 ) -> None:
     "Measure speed and memory on this machine."
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler prints; read at its import

@@ -27,7 +27,6 @@ def files(folder) -> dict[Path, bytes]:
     return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def entries(layer, update, overwritten=None) -> dict[str, torch.Tensor]:
+def entries(layer, update) -> dict[str, torch.Tensor]:
     "The tensors of one layer's sparse update, as an archive names them."
-    found = {f"{layer}.indices": update.indices, f"{layer}.values": update.values}
-    return found if overwritten is None else found | {f"{layer}.overwritten": overwritten}
+    return {f"{layer}.indices": update.indices, f"{layer}.values": update.values}

@@ -465,7 +465,7 @@ NUMBERED = st.lists(st.integers(-2, 7), max_size=4).map(
     lambda values: torch.tensor(values, dtype=torch.int32)
 )
 VALUED = st.lists(st.floats(width=32), max_size=4).map(torch.tensor)
-ODD = {"q.indices": NUMBERED | VALUED, "q.values": VALUED | NUMBERED, "q.overwritten": VALUED}
+ODD = {"q.indices": NUMBERED | VALUED, "q.values": VALUED | NUMBERED}
 ODD |= {"q.A": VALUED | st.just(torch.ones(1, 3)), "q.B": VALUED | st.just(torch.ones(2, 1))}
 ODD |= {"q.scaling": VALUED | st.just(torch.ones(()))}
 SHAPES = st.fixed_dictionaries(dict(q=st.lists(st.integers(-3, 4) | SMALL, max_size=3)))

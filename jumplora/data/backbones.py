@@ -10,9 +10,6 @@ __all__ = ['BACKBONES', 'load_backbone']
 import difflib
 import os
 import tempfile
-import time
-import timeit
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,25 +39,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return own_device(device)
 
 
-@cache
-def _cpu_is_faster_in_bfloat16() -> bool:
-    "Whether products in the shapes of a small model's layer are 1.5 times as fast as in float32."
-
-    def seconds(dtype: torch.dtype) -> float:
-        left = torch.ones(256, 576, dtype=dtype)
-        right = torch.ones(576, 1536, dtype=dtype)
-        return min(timeit.repeat(lambda: left @ right, number=1, repeat=6, timer=time.perf_counter))
-
-    return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
-
-
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    '"auto" is bfloat16 where the device is faster in it, else float32; `ValueError` for an unknown format.'
+    '"auto" is bfloat16 on a GPU that computes in it, else float32; `ValueError` for an unknown format.'
     known = ("auto", "float32", "bfloat16", "float16")
     name = check_choice(str(dtype).removeprefix("torch."), known, "dtype")
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        native = native or device.type == "cpu" and _cpu_is_faster_in_bfloat16()
         name = "bfloat16" if native else "float32"
     return getattr(torch, name)
 
@@ -72,7 +56,7 @@ def load_backbone(
     name: str = "smollm2-135m",  # a local folder, a Hub id, or one of `BACKBONES`
     *,
     device: str | torch.device = "auto",  # "auto": CUDA if there is one; "meta": shapes without weights
-    dtype: str | torch.dtype = "auto",  # "auto": bfloat16 where it is faster; float32 for a tiny model
+    dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on a GPU with it, float32 for tiny models
     trust_remote_code: bool = False,  # True runs code that comes with a Hub model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # model in eval mode, tokenizer
     "Load a model and its tokenizer; `BACKBONES` need no network. `ValueError`, `OSError` if it fails."

@@ -75,7 +75,7 @@ class UpdateArchive:
     "One task's finished update, as its file holds it."
 
     header: ArchiveHeader  # what it belongs to
-    tensors: dict[str, Tensor]  # "LAYER.indices", ".values", ".overwritten"; or "LAYER.A", ".B", ".scaling"
+    tensors: dict[str, Tensor]  # "LAYER.indices", "LAYER.values"; or "LAYER.A", "LAYER.B", "LAYER.scaling"
 
     def update(self, layer: str) -> SparseUpdate:  # all entries, where there is no gate
         "What the task added to one layer's weight."
@@ -84,10 +84,6 @@ class UpdateArchive:
             return SparseUpdate(indices, self.tensors[f"{layer}.values"], tuple(self.header.layers[layer]))
         A, B, scaling = (self.tensors[f"{layer}.{part}"] for part in ("A", "B", "scaling"))
         return sparse_update(scaling.item() * (B @ A))  # (out, r) @ (r, in), as in `delta_weight`
-
-    def overwritten(self, layer: str) -> Tensor | None:  # (n,) float32
-        "What the weight held at the entries of a gated update before it was added."
-        return self.tensors.get(f"{layer}.overwritten")
 
     @property
     def exact(self) -> bool:  # False where this processor multiplies the factors to other bits
@@ -102,9 +98,8 @@ class UpdateArchive:
             A, B, scaling = parts = [self.tensors[f"{layer}.{part}"] for part in ("A", "B", "scaling")]
             good = A.shape == (B.shape[1], columns) and B.shape[0] == rows and scaling.numel() == 1
         else:
-            indices = self.tensors[f"{layer}.indices"]
-            parts = [self.tensors[f"{layer}.values"], self.tensors.get(f"{layer}.overwritten", indices)]
-            good = min(rows, columns) > 0 and all(part.shape == indices.shape for part in parts)
+            indices, values = parts = [self.tensors[f"{layer}.{part}"] for part in ("indices", "values")]
+            good = min(rows, columns) > 0 and values.shape == indices.shape
             good = good and indices.dtype == torch.int32 and torch.equal(indices, indices.unique())
             good = good and (not len(indices) or 0 <= indices[0] <= indices[-1] < rows * columns)
         return bool(good) and all(part.isfinite().all().item() for part in parts)
@@ -173,8 +168,7 @@ def archive_task(
             sums[name] = update.checksum()
             kept += len(update.indices)
             if gated:
-                old = weights[name].flatten()[update.indices.long()]
-                parts = dict(indices=update.indices, values=update.values, overwritten=old)
+                parts = dict(indices=update.indices, values=update.values)
             else:
                 parts = {part: getattr(module, f"lora_{part}")["default"].weight.float() for part in "AB"}
                 parts["scaling"] = torch.tensor(module.scaling["default"], dtype=torch.float64)
