@@ -41,10 +41,12 @@ VARIANTS: dict[str, dict] = {  # arms, seeds, training and test rows of a task, 
     "longer": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train=dict(epochs=2)),
     "deeper": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train=dict(top_layers=8)),
     "unlisted": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train={}),  # no options in prompts
+    "ella": dict(rates=dict.fromkeys(("ELLA", "ELLA + late gate"), (7e-4, 1.4e-3)), seeds=range(101, 109),
+                 rows=(320, 100), train={}),
     "quick": dict(  # the main job: 20 steps a task
         rates=dict.fromkeys(_QUICK, (2e-3,)), seeds=range(1, 4), rows=(80, 40), train=dict(epochs=2)
     ),
-}
+}  # fmt: skip
 
 
 def study_jobs(
