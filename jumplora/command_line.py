@@ -461,7 +461,7 @@ def reproduce(
         print(path)
     return int((states == "failed").any())
 
-
+# %% ../nbs/command_line.ipynb #measurecode
 def speed(
     *,
     parts: Sequence[str] = (),  # layer step; else both
