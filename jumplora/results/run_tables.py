@@ -346,7 +346,7 @@ def accuracy_figure(
             ax.set_title(name, fontsize=10, color=method_style(name)["color"])
         figure.supylabel("after learning", fontsize=9)
         about = labelled(f"{sequence_of(runs[0])}, {runs[0].backbone}, seeds: {seeds}", runs)
-        figure.suptitle(f"A column that fades downwards is a task forgotten\n({about})", fontsize=11)
+        figure.suptitle(f"A task is forgotten where its column fades\n({about})", fontsize=11)
     plt.close(figure)
     return figure
 

@@ -114,7 +114,7 @@ def _measured(works: dict, rounds: int, base: str, device, **columns) -> list[di
         row["peak_megabytes"] = _peak_bytes(works[row["variant"]], device) / 1e6
     return [row | columns for row in rows]
 
-# %% ../../nbs/3_results/speed.ipynb #d10e1eec
+# %% ../../nbs/3_results/speed.ipynb #spdlayer
 def _random_update(model: nn.Module) -> nn.Module:
     "Give a fresh adapter an update, and a gate that lets through as many entries as LoRA has parameters."
     for layer in adapter.adapter_layers(model).values():
@@ -160,7 +160,7 @@ def _layer(quick: bool, device, dtype, tokens=(512, 4096, 16384), size=1024) -> 
         rows += _measured(works, 5 if quick else 30, "LoRA", device, tokens=count)
     return rows
 
-
+# %% ../../nbs/3_results/speed.ipynb #spdstep
 def _random_batch(model: nn.Module, rows: int, prompt: int, answer: int) -> dict:
     "Rows of random tokens, as the collator gives them to the model."
     seq2seq = model.config.is_encoder_decoder
@@ -214,7 +214,7 @@ def _step(quick: bool, device, dtype) -> list[dict]:
         found += _measured(works, rounds, "LoRA", device, model=name, rows=8, length=128)
     return found
 
-
+# %% ../../nbs/3_results/speed.ipynb #spdmeas
 PARTS: dict[str, Callable[..., list[dict]]] = dict(layer=_layer, step=_step)
 
 
