@@ -360,14 +360,18 @@ def learned_figure(
     _check_alike(runs)
     with figure_style():
         figure, axis = plt.subplots(figsize=(7, 3.8))
+        means = []
         for method in in_order(None, runs):
             own = [run for run in runs if run.method == method and run.complete]
-            learned, kept = [run.just_learned for run in own], [run.retention for run in own]
+            points = np.array([[run.just_learned, run.retention] for run in own])  # (seeds, 2)
             style = method_style(method) | {"linestyle": ""}
-            axis.plot(learned, kept, **style | {"markersize": 3, "alpha": 0.6})
-            axis.plot(np.mean(learned), np.mean(kept), label=method, **style | {"markersize": 9})
+            axis.plot(*points.T, **style | {"markersize": 3, "alpha": 0.6})
+            axis.plot(*points.mean(0), label=method, **style | {"markersize": 9})
+            means.append(points.mean(0))
+        learned, kept = np.ptp(means, axis=0)
         axis.set(xlabel="just learned, percent", ylabel="retention, percent")
-        axis.set_title(labelled(f"{sequence_of(runs[0])} with {runs[0].backbone}", runs))
+        about = labelled(f"{sequence_of(runs[0])}, {runs[0].backbone}", runs)
+        axis.set_title(f"Learning differs by {learned:.0f} points, retention by {kept:.0f}\n({about})")
         axis.legend(fontsize=8)
     plt.close(figure)
     return figure
