@@ -50,7 +50,7 @@ class TrainConfig:
     lora_alpha: float = 32.0  # α; the update is scaled by α / r
     lora_dropout: float = 0.0  # on the input of the update, in [0, 1)
     target_modules: tuple[str, ...] | str | None = None  # by names or one regex; by default PEFT's
-    top_layers: int | None = None  # K: adapters on the last K blocks of each stack only; by default on all
+    top_layers: int | None = None  # n: adapters on the last n blocks of each stack only; by default on all
     learning_rate: float = 1e-3  # above 0; constant unless training_arguments has a schedule
     batch_size: int = 8  # rows per forward pass, at least 1
     gradient_accumulation: int = 1  # N, batches per optimizer step, at least 1
@@ -121,7 +121,7 @@ class TrainConfig:
 
     @classmethod
     def paper(cls, **changes) -> "TrainConfig":  # changes: fields and their values
-        "The values of the authors' code, and changes to them."
+        "Batch size, length and truncation of the authors' code, and changes (their dense LoRA: dropout 0.1)."
         return cls(**dict(batch_size=32, max_length=512, truncation="reference") | changes)
 
     def describe(self) -> dict:  # JSON types
