@@ -268,6 +268,7 @@ def predict(
     dtype: str = "auto",  # float32, bfloat16; auto takes that of the run
 ) -> None:
     "Ask the final model of a run: answer, likeliest option, its share, text."
+    from jumplora import Run
     from jumplora.learning.evaluation import answer
     from jumplora.learning.tasks import Question
     from jumplora.storage.rollback import load_without
@@ -276,23 +277,23 @@ def predict(
     place = _folder(run)
     texts = text or [line.rstrip("\n") for line in sys.stdin]
     options = dict(backbone=backbone, device=device, dtype=dtype)
+    prompts = Run.load(place).extra["prompts"]
+    instruction, answers, *hidden = prompts[check_choice(task, tuple(prompts), "task")]
     opened = load_without(place, without, **options) if without else load_learned(place, **options)
     model, tokenizer, found = opened
-    prompts = found.extra["prompts"]
-    instruction, options, *hidden = prompts[check_choice(task, tuple(prompts), "task")]
-    question = Question(task, instruction, tuple(options), list_options=not hidden)
+    question = Question(task, instruction, tuple(answers), list_options=not hidden)
     lengths = {name: found.configuration["train"][name] for name in ("max_length", "truncation")}
-    answers, scores = answer(model, tokenizer, question, texts, **lengths)
-    for text, words, shares in zip(texts, answers, scores.softmax(1), strict=True):
+    generated, scores = answer(model, tokenizer, question, texts, **lengths)
+    for text, words, shares in zip(texts, generated, scores.softmax(1), strict=True):
         share, best = shares.max(0)
-        line = [" ".join(words.split()), options[best], f"{share:.2f}", " ".join(text.split())[:60]]
+        line = [" ".join(words.split()), answers[best], f"{share:.2f}", " ".join(text.split())[:60]]
         print("\t".join(line))
 
 # %% ../nbs/command_line.ipynb #94ec765b
 def sparsity(
     run: str,  # a run's folder, or its record.json
 ) -> None:
-    "Print which entries the tasks of a run touched, and how far they overlap."
+    "Print how many entries the tasks of a run touched, and how many they share."
     from jumplora import Run
     from jumplora.results.sparsity import overlap_report, recorded_overlap
 

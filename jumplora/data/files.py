@@ -23,7 +23,7 @@ from ..conventions import check_choice, check_name
 
 # %% ../../nbs/5_inside/files.ipynb #9309f3e6
 def label_text(value: object, where: str, names: Sequence[str] | None = None) -> str:
-    "A label as text; `names` are those of numbered labels, where -1 is none. `ValueError` for no label."
+    "A label as text; `names` are those of numbered labels; -1 becomes '-', no label. `ValueError`."
     if isinstance(value, str) and value.strip():
         check_characters(value, where)
         return value
@@ -148,7 +148,7 @@ _ENTRY |= dict.fromkeys(("files", "use", "sha256"), dict)
 
 
 def find_tasks(folder: str | os.PathLike) -> dict[str, dict]:
-    "Task, in small letters -> its entry of tasks.json; none is read. `FileNotFoundError` or `ValueError`."
+    "Name in lower case -> its entry of tasks.json; reads no rows. `FileNotFoundError` or `ValueError`."
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {folder} does not exist; give a folder that holds tasks")

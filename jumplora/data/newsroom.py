@@ -61,7 +61,7 @@ NEWSROOMS: dict[str, dict[str, _Source]] = {  # sequence -> task -> source
 # %% ../../nbs/5_inside/newsroom.ipynb #5ce8bf19
 def same_text(
     text: str,  # a text
-) -> str:  # its letters and digits, in small letters; empty if there are none
+) -> str:  # its letters and digits, in lower case; empty if there are none
     "Texts for which this is equal count as the same text."
     return "".join(re.sub(r"https?://\S+|[^\w\s]|_", " ", text.casefold()).split())
 

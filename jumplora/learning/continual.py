@@ -225,6 +225,8 @@ class Learner:
         self.bar = tqdm(disable=True)  # progress, in rows; a training row counts three times
         self._rows_per_step = 3 * config.batch_size * config.gradient_accumulation
         device = next(model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         place = str(self.out or "runs")
         arguments = training.training_arguments(config, device, self.seed, place, method.optimizer)
         arguments.run_name = self.run.name

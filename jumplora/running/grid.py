@@ -115,13 +115,17 @@ def job_method(job: Job) -> tuple[Method, TrainConfig]:
     return method, method.configure(TrainConfig(**job.train))
 
 
+_ORDERS = tuple(f"order{n}" for n in ORDERS)  # their rows are in a folder
+
+
 def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     "The tasks of a job, or the one it learns alone. Raises ValueError or OSError for what is not there."
     for name in job.rows:
         check_choice(name, ("train", "dev", "test"), "rows of")
     alone = METHODS[job.method].training == "isolated"
     orders = [f"order{n}" for n, tasks in ORDERS.items() if alone and job.sequence in tasks]
-    tasks = load_sequence((orders or [job.sequence])[0], folder, **job.rows)
+    name = (orders or [job.sequence])[0]
+    tasks = load_sequence(name, folder if name in _ORDERS else None, **job.rows)
     return TaskSequence(job.sequence, [tasks[job.sequence]]) if alone else tasks
 
 

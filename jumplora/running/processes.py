@@ -196,7 +196,7 @@ def check_same(value: object, what: str) -> None:
 
 @contextmanager
 def only_main_speaks() -> Iterator[None]:
-    "Silence the other processes: their output, and the errors that the main process reports anyway."
+    "Silence the other processes: their output, wrong usage, and a failure of the main process."
     if is_main():
         yield
         return

@@ -53,7 +53,7 @@ def find_trackers(report_to: str | Sequence[str]) -> list[TrainerCallback]:
 
 # %% ../../nbs/5_inside/tracking.ipynb #18531dfb
 class Tracking(TrainerCallback):
-    "Passes what Trainers log on to trackers, with steps counted over all tasks."
+    "Forwards to trackers what Trainers log, with steps counted over all tasks."
 
     def __init__(
         self,

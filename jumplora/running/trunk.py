@@ -35,6 +35,9 @@ def block_of(model: nn.Module, layer: str) -> tuple[str, int]:
     return "", -1
 
 # %% ../../nbs/5_inside/trunk.ipynb #562f5bf8
+_ROWS = ".rows.safetensors"  # ends the name of every file, so that no other file of the folder is removed
+
+
 class _Store:
     "Hidden states of rows, in memory and in a folder; a key is the dtype of autocast and the row's tokens."
 
@@ -45,7 +48,7 @@ class _Store:
         self.bytes = 0  # in memory
         self.files = {}  # name of a row -> the open file that holds it
         self.new: dict[str, Tensor] = {}  # rows that are in no file yet
-        for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        for path in sorted(folder.glob(f"*{_ROWS}")) if folder else ():
             try:
                 file = safe_open(path, "pt")
                 self.files |= dict.fromkeys(file.keys(), file)
@@ -77,14 +80,15 @@ class _Store:
         names = digest(sorted(self.new))[:16]
         try:
             if self.folder is not None:
-                files = [(path.stat(), path) for path in self.folder.parent.rglob("*.safetensors")]
+                files = [(path.stat(), path) for path in self.folder.parent.glob(f"*/*{_ROWS}")]
                 used = sum(stat.st_size for stat, _ in files)
                 for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
                     if used + needed > self.limit:
                         path.unlink(missing_ok=True)  # another run may have removed it
                         used -= stat.st_size
-                write_atomic(self.folder / f"{names}.safetensors", save(self.new))
-        except OSError as error:
+                path = write_atomic(self.folder / f"{names}{_ROWS}", save(self.new))
+                self.files |= dict.fromkeys(self.new, safe_open(path, "pt"))
+        except (OSError, SafetensorError) as error:
             warnings.warn(f"hidden states are kept in memory only ({error})", stacklevel=3)
             self.folder = None
         self.new.clear()

@@ -244,6 +244,9 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
     settings |= {name: version for name, version in run.environment.get("versions", {}).items() if version}
     listed = ", ".join(f"{key} {_cell(value)}" for key, value in flatten(settings).items())
     base = _cell(origin.id or origin.name)
+    needs = _NEEDS[format]
+    if format == "supertuning" and origin.name in BACKBONES:
+        needs += ", and jumplora for the base"
     text = f"""# {_cell(origin.name)} and {_cell(run.sequence)}
 
 {base} after learning {f"the update of task {task} alone" if task else ", then ".join(final)} \
@@ -255,7 +258,7 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
 {_loading_code(finished, format, origin, place)}
 ```
 
-This needs transformers{_NEEDS[format]}.
+This needs transformers{needs}.
 
 {question}## Scores
 

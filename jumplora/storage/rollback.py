@@ -168,10 +168,12 @@ def rollback(
     if sequence is not None:
         model, tokenizer = load_start(run, weights, **options)
         train = run.configuration["train"]
+        labels = list(dict.fromkeys(option for name in names for option in sequence[name].options))
+        labels = labels if run.configuration.get("scoring") == "labels" else None
         scores = {}
         for j, name in enumerate(names):
             after = evaluate(
-                model, tokenizer, sequence[name], run.configuration["scored_split"],
+                model, tokenizer, sequence[name], run.configuration["scored_split"], labels,
                 max_length=train["max_length"], truncation=train["truncation"],
                 batch_size=2 * train["batch_size"],
             )  # fmt: skip

@@ -67,7 +67,7 @@ class ArchiveHeader:
     update: str  # checksum of the update that was merged
     layers: dict[str, list[int]]  # layer's name -> [out, in]
     sparsity: float  # share of zeros over all layers, 0 to 1
-    values: str  # "float32", or "factors" where there is no gate
+    values: str  # "float32", or "factors" where nothing changes their product
 
 # %% ../../nbs/5_inside/updates.ipynb #df44b5cf
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Example, Task, TaskSequence
 from jumplora.learning.training import TrainConfig, attach_adapter, target_layers
 from jumplora.running.trunk import Trunk, block_of
+from jumplora.storage.rollback import rollback
 
 
 def top_of(model, stack="model.layers"):
@@ -164,6 +165,16 @@ def test_a_run_that_stops_between_tasks_resumes_with_replay_and_ends_with_the_sa
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_rollback_scores_as_the_run_did(tmp_path, monkeypatch):
+    run, _ = learn(out=tmp_path)
+    backbone = (load_backbone("tiny-llama", dtype="float32")[0], whole_words())
+    answers = "jumplora.learning.evaluation.answer"
+    monkeypatch.setattr(answers, lambda *given, **options: pytest.fail("scored by answers"))
+    found = rollback(tmp_path / run.name, "second", SEQUENCE, backbone=backbone)
+    scores = [[matrix[i, 0] for i in (1, 0)] for matrix in (run.accuracy, run.option_accuracy)]
+    assert found.scores["first"] == sum(scores, [])
+
+
 def tiny_trunk(folder, limit=10**9, seed=0):
     torch.manual_seed(seed)
     model = model_of("Llama") if not seed else load_backbone("tiny-llama", dtype="float32")[0]
@@ -216,15 +227,24 @@ def test_a_damaged_file_is_removed_and_other_weights_read_other_files(tmp_path):
 @torch.no_grad()
 def test_the_oldest_files_make_room_and_memory_has_the_same_limit(tmp_path):
     model, _ = tiny_trunk(tmp_path)
+    other = tmp_path / "run" / "weights.safetensors"  # not of rows: it stays
+    other.parent.mkdir()
+    other.touch()
     for row in ROWS:
         with Trunk(model, top_of(model), tmp_path, limit=6000):
             read(model, [row])
     kept = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-    assert 0 < kept <= 6000
+    assert 0 < kept <= 6000 and other.exists()
     with Trunk(model, top_of(model), limit=1) as trunk:
         expected = read(model, ROWS)
         read(model, ROWS)
     assert trunk.computed == 2 * len(ROWS) and expected.isfinite().all()
+    with Trunk(model, top_of(model), tmp_path / "small", limit=6000) as trunk:
+        trunk._store.bytes = 6000  # the memory is full
+        first = read(model, ROWS[:1])
+        trunk._store.save()
+        assert read(model, ROWS[:1]).equal(first)
+    assert trunk.computed == 1
 
 
 @torch.no_grad()

@@ -418,7 +418,7 @@ def test_a_licence_is_given_or_read_and_never_invented(
     assert f"Base: {id or Path(backbone).name}. Licence: {license or 'not known here'}" in text
     if backbone == "smollm2-135m":  # the Hub has other weights than the package
         assert 'load_backbone("smollm2-135m", dtype="float32")[0]' in code and "AutoModel" not in text
-        assert "PEFT, 0.21 or newer." in text and "4-bit" in text
+        assert "PEFT, 0.21 or newer, and jumplora for the base." in text and "4-bit" in text
 
 
 # ---- what is refused -------------------------------------------------------------------------------------
