@@ -597,7 +597,7 @@ def test_predict_prints_what_the_saved_model_answers(run_folders, jumplora, monk
     assert jumplora("predict", run_folders[0] / "record.json", *words).out == done.out  # as for `show`
     (line,) = jumplora("predict", run_folders[0], *words, "--text", "a\nb\tand a tab").out.splitlines()
     assert line.count("\t") == 3 and line.endswith("\ta b and a tab")  # one line per text
-    monkeypatch.setattr("jumplora.storage.state.load_learned", lambda *given, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("jumplora.storage.state.load_learned", lambda *a, **b: pytest.fail("loaded"))
     assert jumplora("predict", run_folders[0], "--task", "topic", "--text", "a").code == 2
 
 
