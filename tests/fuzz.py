@@ -442,7 +442,7 @@ def states_with_wrong_types(about, note, name):
 
 DELTA = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, -1.0]])
 HEADER = ArchiveHeader("a", 0, "ELLA", "tiny", "base", "before", "update", {"q": [2, 3]}, 0.5, "float32")
-UPDATE = entries("q", sparse_update(DELTA), torch.zeros(3))
+UPDATE = entries("q", sparse_update(DELTA))
 
 
 def archive_bytes(header: dict, tensors: dict) -> bytes:

@@ -11,12 +11,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
-import pandas as pd
-
 from ..conventions import check_choice
 from ..learning.evaluation import just_learned, retention
-from .run_tables import paired_t
 from ..running.grid import Job
 from ..storage.record import Run
 
@@ -197,14 +193,14 @@ def outcome(
 ) -> str:  # one sentence
     "The first that applies of what the design names: better, worse, equal within two points, undecided."
     if math.isnan(found["difference"]):
-        return "Gate and dense updates reach no learning in common, so their retention is not compared."
+        return "Late gate and dense updates reach no learning in common, so their retention is not compared."
     if found["low"] > 0:
-        word = "The gate keeps more"
+        word = "The late gate keeps more"
     elif found["high"] < 0:
-        word = "The gate keeps less"
+        word = "The late gate keeps less"
     elif found["low"] > -2 and found["high"] < 2:
-        word = "The gate keeps as much, to within two points"
+        word = "The late gate keeps as much, to within two points"
     else:
         word = "Undecided"
     interval = f"{found['low']:+.1f} to {found['high']:+.1f}, {100 * LEVEL:.1f} %"
-    return f"{word}: {found['difference']:+.1f} points ({interval}) at learning {found['learning']:.1f} %."
+    return f"{word}: {found['difference']:+.1f} points ({interval}) where both learn {found['learning']:.1f} %."
