@@ -11,8 +11,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+import pandas as pd
+
 from ..conventions import check_choice
 from ..learning.evaluation import just_learned, retention
+from .run_tables import paired_t
 from ..running.grid import Job
 from ..storage.record import Run
 
@@ -203,4 +207,5 @@ def outcome(
     else:
         word = "Undecided"
     interval = f"{found['low']:+.1f} to {found['high']:+.1f}, {100 * LEVEL:.1f} %"
-    return f"{word}: {found['difference']:+.1f} points ({interval}) where both learn {found['learning']:.1f} %."
+    points = f"{found['difference']:+.1f} points ({interval})"
+    return f"{word}: {points} where both learn {found['learning']:.1f} %."

@@ -82,7 +82,11 @@ FAMILIES = {"gate": (5e-4, 7e-4, 1e-3), "dense": (2.5e-4, 5e-4, 1e-3)}
 
 @pytest.mark.parametrize(
     ("shift", "word"),
-    [(5.0, "The late gate keeps more: +"), (-5.0, "The late gate keeps less: -"), (0.0, "as much, to within two")],
+    [
+        (5.0, "The late gate keeps more: +"),
+        (-5.0, "The late gate keeps less: -"),
+        (0.0, "as much, to within two"),
+    ],
 )
 def test_the_outcome_names_what_was_put_in(shift, word):
     found = compare_families(table_of(shift), "gate", "dense")
