@@ -100,7 +100,7 @@ def test_families_without_common_learning_and_wide_intervals_have_their_own_outc
     table.loc[table["method"] == "gate", "learning"] += 100
     assert "no learning in common" in outcome(compare_families(table, "gate", "dense"))
     found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0)
-    assert outcome(found) == "Undecided: +1.0 points (-3.0 to +5.0, 97.8 %) at learning 50.0 %."
+    assert outcome(found) == "Undecided: +1.0 points (-3.0 to +5.0, 97.8 %) where both learn 50.0 %."
     found = dict(learning=50.0, difference=1.0, low=math.nan, high=math.nan)
     assert outcome(found).startswith("Undecided")
 
