@@ -462,6 +462,7 @@ def stage() -> None:
             nb.cells.append(new_markdown_cell(toctree(["names", *(p.stem for p in extra)])))
         for c in nb.cells:
             c.setdefault("id", new_code_cell().id)
+            c.source = c.source.replace("../docs/", "") if c.cell_type == "markdown" else c.source
         for out in (SRC / path, SRC / "notebooks" / path):
             out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, SRC / path)
