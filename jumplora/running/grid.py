@@ -157,6 +157,8 @@ def _job_state(out: Path, key: str) -> tuple[str, str]:
             if run.complete:
                 return "done", f"{run.average_accuracy:.1f} %, {run.minutes:.1f} minutes"
             progress = f"{run.finished} of {len(run.tasks)} tasks"
+        except FileNotFoundError:
+            progress = "no task learned yet"
         except (Damaged, OSError):
             progress = "no record that can be read"
         lock = out / name / "state" / "lock"

@@ -197,6 +197,8 @@ def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
         record.write_text(damaged)
         assert states(tmp_path) == ["failed", "waiting"]
         assert status(tmp_path)["note"].iloc[1] == "no record that can be read"
+    record.unlink()
+    assert status(tmp_path)["note"].iloc[1] == "no task learned yet"
     with held_lock(record.parent / "state" / "lock") as ours:
         assert ours and states(tmp_path) == ["failed", "running"]
         here.submit.reset_mock()
