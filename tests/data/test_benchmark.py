@@ -161,7 +161,7 @@ def test_a_folder_is_checked_line_by_line(tmp_path, published, capsys, monkeypat
         ('{"a": 1}', "no column 'text'"),
         ('[{"text": "x"}]', "row 0|sentence|label"),
         ("[]", "rows"),
-        (None, "loop"),
+        (None, "loop|is missing"),
         (dict(options="yes"), "its entry in .*tasks.json is odd: .*; use texts"),
         (dict(use={"train": 3}), "its entry in .*tasks.json is odd"),
         ("Other/COPA", "two tasks named 'copa'; rename one"),
