@@ -71,7 +71,7 @@ def in_order(methods: Iterable[str] | None, runs: Iterable[Run] = ()) -> list[st
 
 
 def model_name(backbone: str) -> str:
-    "The last part of a Hub name, of a folder, or of a snapshot in the Hub's cache, such as \"t5-large\"."
+    'The last part of a Hub name, of a folder, or of a snapshot in the Hub\'s cache, such as "t5-large".'
     parts = [part for part in re.split(r"[/\\]", backbone) if part]
     cached = [part.rsplit("--", 1)[-1] for part in parts if part.startswith("models--")]
     return [backbone, *parts, *cached][-1].lower()
@@ -83,7 +83,7 @@ def sequence_of(run: Run) -> str:
 
 
 def labelled(words: str, runs: Iterable[Run]) -> str:
-    "The words, with \"(different sample)\" where a run's rows come from the Hub."
+    'The words, with "(different sample)" where a run\'s rows come from the Hub.'
     notes = [note for run in runs for note in run.extra.get("notes", {}).values()]
     return f"{words} ({DIFFERENT_SAMPLE})" if any(DIFFERENT_SAMPLE in note for note in notes) else words
 
@@ -200,7 +200,7 @@ def grid_table(
     measure: str = "overall accuracy",  # a key of `COLUMNS`, or "forward transfer"
     methods: Iterable[str] | None = None,  # to list even if they were not run
 ) -> pd.DataFrame:  # text: a row per method, a column per order, and their mean
-    "Mean and, over two seeds or more, standard deviation; \"not run\" where there is no record."
+    'Mean and, over two seeds or more, standard deviation; "not run" where there is no record.'
     orders = _ORDERS_OF[check_choice(part, tuple(_ORDERS_OF), "part")]
     headings = {order: [order] for order in orders} | {part: orders}
     return _table_of_part(runs, methods, orders, {measure: headings})
@@ -361,17 +361,19 @@ def learned_figure(
     with figure_style():
         figure, axis = plt.subplots(figsize=(7, 3.8))
         means = []
-        for method in in_order(None, runs):
+        for method in in_order(None, [run for run in runs if run.complete]):
             own = [run for run in runs if run.method == method and run.complete]
             points = np.array([[run.just_learned, run.retention] for run in own])  # (seeds, 2)
             style = method_style(method) | {"linestyle": ""}
             axis.plot(*points.T, **style | {"markersize": 3, "alpha": 0.6})
             axis.plot(*points.mean(0), label=method, **style | {"markersize": 9})
             means.append(points.mean(0))
-        learned, kept = np.ptp(means, axis=0)
         axis.set(xlabel="just learned, percent", ylabel="retention, percent")
         about = labelled(f"{sequence_of(runs[0])}, {runs[0].backbone}", runs)
-        axis.set_title(f"Learning differs by {learned:.0f} points, retention by {kept:.0f}\n({about})")
+        if len(means) > 1 and np.isfinite(means).all():
+            learned, kept = np.ptp(means, axis=0)
+            about = f"Learning differs by {learned:.0f} points, retention by {kept:.0f}\n({about})"
+        axis.set_title(about)
         axis.legend(fontsize=8)
     plt.close(figure)
     return figure
