@@ -172,6 +172,7 @@ def compare_families(
     first: str,  # a method with two or more rates
     second: str,  # another
     straight: bool = False,  # as in `frontier`
+    level: float = LEVEL,  # as in `jackknife`
 ) -> dict[str, float]:  # learning, difference, low, high; nan where there is no value
     "Retention of the first minus the second, in points, at the middle of the learning that both reach."
     families = [arms_of(table, method) for method in (first, second)]
@@ -188,7 +189,7 @@ def compare_families(
 
     if math.isnan(at):
         return dict.fromkeys(("learning", "difference", "low", "high"), math.nan)
-    found = jackknife(difference, seeds)
+    found = jackknife(difference, seeds, level)
     return dict(learning=at, difference=found["mean"], low=found["low"], high=found["high"])
 
 
