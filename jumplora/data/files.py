@@ -12,7 +12,6 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -44,9 +43,7 @@ def check_characters(text: str, what: str) -> None:
         raise ValueError(f"{what} holds half a character; remove it (a lone surrogate)") from None
 
 # %% ../../nbs/5_inside/files.ipynb #ed140202
-def read_rows(
-    source: object, where: str, text: str | None = None, label: str = "label"
-) -> tuple[list[tuple[str, str]], Sequence[str] | None]:
+def read_rows(source, where: str, text: str | None = None, label: str = "label") -> tuple[list, list | None]:
     "Rows as (text, label); names of a `ClassLabel`. `FileNotFoundError` or `ValueError` names the row."
     if isinstance(source, str | os.PathLike):
         source = _read_file(Path(source).expanduser(), where)
@@ -119,10 +116,9 @@ def find_splits(data: Mapping | str | os.PathLike, where: str) -> dict:
     if folder:
         if not folder.is_dir():
             raise FileNotFoundError(f"{where}: the folder {folder} does not exist; give another")
-        known = sum(SPLIT_NAMES.values(), ())
         data = {}
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in _KINDS and path.stem in known:
+            if path.suffix.lower() in _KINDS and path.stem in sum(SPLIT_NAMES.values(), ()):
                 if other := data.get(path.stem):
                     raise ValueError(f"{where}: {folder} holds {other.name} and {path.name}; remove one")
                 data[path.stem] = path
@@ -154,20 +150,20 @@ def find_tasks(folder: str | os.PathLike) -> dict[str, dict]:
         raise FileNotFoundError(f"the folder {folder} does not exist; give a folder that holds tasks")
     paths = sorted(path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/train.*"))
     places = {path.parent: safe_name(path.parent.name) for path in paths if path.suffix.lower() in _KINDS}
-    entries = [{"name": name} for name in places.values()]
+    names = [name.lower() for name in places.values()]
+    entries = [{"name": name} for name in names]
     listed = folder / "tasks.json"
     if listed.is_file():
         entries = _read_file(listed, "the list of tasks")
     if not entries:
         raise ValueError(f"the folder {folder} holds no tasks.json and no (CATEGORY/)NAME/train.*")
-    folders = {name.lower(): place for place, name in places.items()}
-    count = Counter(name.lower() for name in places.values())
+    folders = dict(zip(names, places, strict=True))
     found = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ValueError(f"{listed}: every entry needs a 'name', a text: {entry!r:.80}")
         name = entry["name"].lower()
-        twice = name in found or (count[name] > 1 and "files" not in entry)
+        twice = name in found or (names.count(name) > 1 and "files" not in entry)
         found[name] = entry | {"folder": folders.get(name), "twice": twice}
     return found
 
@@ -182,10 +178,8 @@ def safe_name(name: str) -> str:
         return plain or hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def task_arguments(
-    folder: str | os.PathLike, name: str, entry: dict, question: tuple[str, Sequence] | None = None
-) -> dict:
-    "Arguments of `Task.load` for one entry of `find_tasks`; `question` where the folder gives none."
+def task_arguments(folder: str | os.PathLike, name: str, entry: dict, question: tuple | None = None) -> dict:
+    "Arguments of `Task.load` for an entry of `find_tasks`; (instruction, options) if the folder gives none."
     folder = Path(folder).expanduser()
     where = f"task {name!r}"
     if entry["twice"]:

@@ -170,8 +170,7 @@ def load_finished(
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
         base, tokenizer = load_start(run, backbone=backbone, device="cpu")
         start = base.float().get_submodule
-        merged = parts["weight"]
-        updates = {name: exact_updates(merged[name], start(name).weight) for name in sorted(merged)}
+        updates = {name: exact_updates(end, start(name).weight) for name, end in parts["weight"].items()}
         return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
     i = learned.index(check_choice(task, learned, "task"))
     if not (written := run.extra.get("archives", {}).get(task)):
@@ -217,12 +216,9 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
     task = finished.task
     dtype = run.configuration["dtype"]
     final = dict(zip(run.tasks, run.accuracy[run.finished - 1, : run.finished].tolist(), strict=False))
-    data = ModelCardData(
-        **origin.license,
-        base_model=origin.id,
-        library_name="transformers" if format == "merged" else "peft",
-        tags=["jumplora", "continual-learning", "sparse", format],
-    )
+    library = "transformers" if format == "merged" else "peft"
+    tags = ["jumplora", "continual-learning", "sparse", format]
+    data = ModelCardData(**origin.license, base_model=origin.id, library_name=library, tags=tags)
     scores = ""
     for j, (name, end) in enumerate(final.items()):
         first, last = ("" if math.isnan(score) else f"{score:.1f}" for score in (run.accuracy[j, j], end))
@@ -325,7 +321,6 @@ def export_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
         fresh = Path(temporary) / "fresh"
-        fresh.mkdir()
         try:
             finished.write(fresh, format, None if origin.name in BACKBONES else origin.id)
         except SafetensorError as error:  # not an OSError, even on a full disk

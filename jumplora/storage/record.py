@@ -98,8 +98,7 @@ def read_record(path: str | os.PathLike) -> dict:
     "A JSON file without its checksum, which was verified; `Damaged` if it cannot be trusted. Raises OSError."
     try:
         record = json.loads(Path(path).read_text("utf-8"))
-        checksum = record.pop("checksum") if isinstance(record, dict) else None
-        _check_content(record["format"], checksum, digest(record))
+        _check_content(record["format"], record.pop("checksum"), digest(record))  # of all other fields
         json.dumps(record, allow_nan=False)  # ValueError for NaN and Infinity, which are not JSON
         return record
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -351,9 +350,9 @@ class Run:
         except (TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"{path}: it does not describe a run ({error}). {_ADVICE}") from None
 
-# %% ../../nbs/5_inside/record.ipynb #182b69b1
+
 def _check(run: Run) -> None:
-    "`ValueError` that names the field which cannot be right."
+    "`ValueError` that names the field which cannot be right; the bits in `right` must give the scores."
     for item in fields(run):
         value = getattr(run, item.name)
         if item.type in (str, int, dict) and (type(value) is not item.type or not str(value).strip()):
@@ -368,8 +367,7 @@ def _check(run: Run) -> None:
     for key in ("accuracy", "option_accuracy"):
         if evaluation.as_matrix(getattr(run, key)).shape[0] != len(tasks):
             raise ValueError(f"{key} has {len(getattr(run, key))} rows for {len(tasks)} tasks")
-    shares = [share for layers in run.sparsity.values() for share in layers.values()]
-    if not all(0 <= share <= 1 for share in shares):
+    if not all(0 <= share <= 1 for layers in run.sparsity.values() for share in layers.values()):
         raise ValueError("sparsity must be the share of zeros in each layer, 0 to 1")
     try:
         for after, scored in run.right.items():

@@ -7,10 +7,8 @@ __all__ = ['load_learned']
 
 # %% ../../nbs/5_inside/state.ipynb #51f42df9
 import json
-import math
 import os
 import random
-import re
 import signal
 import threading
 import time
@@ -38,9 +36,8 @@ from .record import Damaged, Run
 # %% ../../nbs/5_inside/state.ipynb #e14971c1
 @contextmanager
 def held_lock(path: Path, patience: float = 0.0) -> Iterator[bool]:
-    "Hold a lock while the block runs, if it is free within so many seconds; yields whether it is held."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=-1 if math.isinf(patience) else patience)
+    "Hold a lock while the block runs; waits so many seconds for it, -1: for ever; yields whether it is held."
+    lock = FileLock(path, timeout=patience)  # makes the folder too
     with suppress(Timeout):
         lock.acquire()
     try:
@@ -174,14 +171,12 @@ class ResumableTrainer(Trainer):
         if self.checkpoint is not None:
             self.add_callback(self.checkpoint)
             self.found = on_main(self.checkpoint.read)
-        if self.found is None:
-            self.train()
-            return
-        about = self.found[1]
-        for name, part in (self.parts or {}).items():
-            part.load_state_dict(about["parts"][name])
-        Path(self.args.output_dir, TRAINER_STATE_NAME).write_text(json.dumps(about["trainer"]))
-        self.train(resume_from_checkpoint=self.args.output_dir)
+        if self.found is not None:
+            about = self.found[1]
+            for name, part in (self.parts or {}).items():
+                part.load_state_dict(about["parts"][name])
+            Path(self.args.output_dir, TRAINER_STATE_NAME).write_text(json.dumps(about["trainer"]))
+        self.train(resume_from_checkpoint=self.args.output_dir if self.found else None)
 
     def _save_checkpoint(self, model, trial=None):
         tensors = {"cpu": torch.get_rng_state()}
@@ -193,11 +188,8 @@ class ResumableTrainer(Trainer):
             tensors |= {f"{n}.{name}": tensor for name, tensor in named.items()}
         values["others"] = [own for _, own in others]
         moments = self.optimizer.state_dict()["state"]
-        parts = dict(
-            adapter=adapter_tensors(self.model),
-            random=tensors,
-            optimizer={f"{i}.{name}": value for i, named in moments.items() for name, value in named.items()},
-        )
+        optimizer = {f"{i}.{name}": value for i, named in moments.items() for name, value in named.items()}
+        groups = dict(adapter=adapter_tensors(self.model), random=tensors, optimizer=optimizer)
         about = dict(
             trainer=vars(self.state) | dict(log_history=[], stateful_callbacks={}),
             rates=[group["lr"] for group in self.optimizer.param_groups],
@@ -205,7 +197,7 @@ class ResumableTrainer(Trainer):
             random=values,
             parts={name: part.state_dict() for name, part in (self.parts or {}).items()},
         )
-        self.checkpoint.write(parts, about)
+        self.checkpoint.write(groups, about)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         set_peft_model_state_dict(self.model, self.found[0]["adapter"])
@@ -228,9 +220,8 @@ class ResumableTrainer(Trainer):
         values = self.found[1]["random"]
         n = process_index()
         if 0 < n <= len(values.get("others", ())):  # with fewer processes before: as the main one
-            tensors = {
-                name.removeprefix(f"{n}."): t for name, t in tensors.items() if name.startswith(f"{n}.")
-            }
+            own = f"{n}."
+            tensors = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
             values = values["others"][n - 1]
         version, numbers, gauss = values["python"]
         random.setstate((version, tuple(numbers), gauss))
@@ -277,18 +268,16 @@ def write_finished(run: Run, folder: Path, tasks: int, parts: dict[str, dict[str
 
     run.extra |= on_main(write)
 
-# %% ../../nbs/5_inside/state.ipynb #3a9f176c
+
 def find_progress(asked: Run, folder: Path | None) -> tuple[Run, dict[str, dict[str, Tensor]] | None]:
     "Where a fresh record resumes: record and state. `Damaged` if tasks were learned and no state is whole."
     return on_main(_find_progress, asked, folder) if folder is not None else (asked, None)
 
 
 def _find_progress(asked, folder):
-    matches = [re.fullmatch(r"after-(\d+)\.json", path.name) for path in folder.glob("state/*")]
-    copies = sorted(filter(None, matches), key=lambda match: -int(match[1]))
     records = []  # of this run, the newest first
     damaged = []  # files that are set aside, with the error of each
-    for name in ["record.json", *(f"state/{match[0]}" for match in copies)]:
+    for name in ["record.json", *(f"state/after-{n}.json" for n in range(len(asked.tasks), 0, -1))]:
         try:
             found = Run.load(folder / name)
         except FileNotFoundError:  # never written, or set aside: then its copy beside the state counts
@@ -354,7 +343,7 @@ def held_folder(folder: Path | None, tasks: int) -> Iterator[StopRequest]:
                 lock = folder / "state" / "lock"
                 if not held.enter_context(held_lock(lock, patience=1)):
                     warnings.warn(f"another process works in {folder}; this one waits", stacklevel=5)
-                    held.enter_context(held_lock(lock, patience=math.inf))
+                    held.enter_context(held_lock(lock, patience=-1))
                 for left in folder.rglob(".*.tmp"):
                     left.unlink(missing_ok=True)
             stop = held.enter_context(graceful_shutdown())
@@ -376,19 +365,15 @@ def new_run(
     "The record of a run that is about to begin."
     parameter = next(model.parameters())
     configuration = dict(
-        method=method.describe(),
-        train=config.describe(),
+        method=method.describe(), train=config.describe(),
         rows={task.name: task.fingerprint() for task in sequence},
         counts={task.name: [len(task.train), len(task.dev), len(task.test)] for task in sequence},
-        scored_split=split,
-        weights=weights_fingerprint(model),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=parameter.device.type,
-    )
+        scored_split=split, weights=weights_fingerprint(model),
+        dtype=str(parameter.dtype).removeprefix("torch."), device=parameter.device.type,
+    )  # fmt: skip
     configuration |= dict(scoring=scoring) if scoring != "answers" else {}
-    if callbacks:
-        kinds = map(type, callbacks)
-        configuration["callbacks"] = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+    kinds = [f"{type(one).__module__}.{type(one).__qualname__}" for one in callbacks]
+    configuration |= dict(callbacks=kinds) if kinds else {}
     path = Path(model.config.name_or_path)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
     own_name = str(path) if on_hub else path.name or type(model).__name__  # never a path of this machine
@@ -398,10 +383,8 @@ def new_run(
     notes = {task.name: task.note for task in sequence if task.note}
     return Run(
         method.name, backbone or own_name, sequence.name, seed,
-        tasks=list(sequence.names),
-        test_rows=[len(getattr(task, split)) for task in sequence],
-        configuration=configuration,
-        seconds=dict(train=[], evaluate=[], merge=[]),
+        tasks=list(sequence.names), test_rows=[len(getattr(task, split)) for task in sequence],
+        configuration=configuration, seconds=dict(train=[], evaluate=[], merge=[]),
         environment=record.environment(parameter.device),
         extra=dict(loss={}, penalty={}, prompts=prompts, notes=notes),
     )  # fmt: skip
@@ -415,7 +398,7 @@ def load_start(
     begun = run.configuration["dtype"]  # the fingerprint is that of weights of this type
     given = isinstance(backbone, tuple)
     other = not given and str(dtype).removeprefix("torch.") not in ("auto", begun)
-    name = str(backbone or run.backbone)
+    name = "the model given" if given else str(backbone or run.backbone)
     load = partial(load_backbone, name, trust_remote_code=trust_remote_code)
     try:
         model, tokenizer = backbone if given else load(device="cpu" if other else device, dtype=begun)
@@ -425,8 +408,7 @@ def load_start(
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     if kind != begun or weights_fingerprint(model) != run.configuration["weights"]:
         why = f"has other weights than the backbone that {run.name} began with ({kind} here, {begun} there)"
-        what = "the model given" if given else name
-        raise ValueError(f"{what} {why}; give that one as backbone= (--backbone)")
+        raise ValueError(f"{name} {why}; give that one as backbone= (--backbone)")
     if other:
         model, tokenizer = load(device=device, dtype=dtype)
     with torch.no_grad():

@@ -133,7 +133,7 @@ def grow_support(support: dict | None, archives: Sequence[UpdateArchive]) -> dic
     before = len(archives) - 1
     shapes = archives[-1].header.layers
     support = support or dict(counts={layer: [] for layer in shapes}, shared=[], touched=[])
-    counts = {}
+    counts = {}  # layer's name -> a number per task
     shared = [0] * len(archives)
     touched = 0
     for layer in shapes:
@@ -141,12 +141,9 @@ def grow_support(support: dict | None, archives: Sequence[UpdateArchive]) -> dic
         shared = [n + int(torch.isin(updates[-1], one).sum()) for n, one in zip(shared, updates, strict=True)]
         touched += len(torch.cat(updates).unique())
         counts[layer] = support["counts"][layer][:before] + [len(updates[-1])]
-    return dict(
-        entries={layer: math.prod(shape) for layer, shape in shapes.items()},
-        counts=counts,  # layer's name -> a number per task
-        shared=support["shared"][:before] + [shared],  # a row of i + 1 numbers for task i
-        touched=support["touched"][:before] + [touched],
-    )
+    entries = {layer: math.prod(shape) for layer, shape in shapes.items()}
+    rows = support["shared"][:before] + [shared]  # i + 1 numbers for task i
+    return dict(entries=entries, counts=counts, shared=rows, touched=support["touched"][:before] + [touched])
 
 
 @torch.no_grad()
