@@ -11,7 +11,6 @@ import difflib
 import inspect
 import itertools
 import json
-import math
 import os
 import pkgutil
 import re
@@ -436,7 +435,7 @@ def reproduce(
     backbone: str = "google-t5/t5-large",  # a Hub id, a folder with a model, or smollm2-135m
     out: str = "runs/reproduce",  # folder of the runs and their tables
     smoke: bool = False,  # only measure a few steps, and project hours, memory and disk
-    minutes: float = math.inf,  # stop after so many, with the runs saved
+    minutes: float = float("inf"),  # stop after so many, with the runs saved
     workers: int | None = None,  # runs at a time; by default one, or as many as the GPUs' memory holds
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
 ) -> int:

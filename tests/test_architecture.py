@@ -28,8 +28,8 @@ method.adapter method.regularizers
 method.schedule
 learning.tasks running.processes
 data.benchmark running.answers
-data.newsroom learning.evaluation
-data.sequences data.backbones storage.record
+data.sequences learning.evaluation
+data.backbones storage.record
 storage.state running.trunk
 storage.updates
 learning.training

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from jumplora.data.backbones import load_backbone
 from jumplora.data.benchmark import read_folder
-from jumplora.data.newsroom import DEMO_COMMAND
-from jumplora.data.sequences import load_sequence
+from jumplora.data.sequences import DEMO_COMMAND, load_sequence
 from jumplora.learning.continual import learn_sequence
 from jumplora.learning.evaluation import answer, evaluate
 from jumplora.learning.methods import METHODS

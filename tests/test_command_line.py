@@ -19,7 +19,7 @@ import torch
 
 from jumplora.command_line import COMMANDS, chosen_methods, main, parser_of
 from jumplora.data.backbones import load_backbone
-from jumplora.data.newsroom import DEMO_COMMAND
+from jumplora.data.sequences import DEMO_COMMAND
 from jumplora.learning import continual
 from jumplora.learning.evaluation import answer
 from jumplora.learning.tasks import Question

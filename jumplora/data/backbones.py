@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..conventions import check_choice
 from .benchmark import BENCHMARK
-from .newsroom import NEWSROOMS, demo_file
+from .sequences import NEWSROOMS, demo_file
 from ..learning.tasks import is_encoder_decoder, prompt
 from ..running.processes import own_device
 
@@ -80,8 +80,7 @@ def load_backbone(
         seq2seq = config.is_encoder_decoder
         auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         common |= dict(config=config, dtype=dtype, use_safetensors=True)
-        common |= dict(device_map="meta") if device.type == "meta" else {}
-        model = auto.from_pretrained(place, **common)
+        model = auto.from_pretrained(place, device_map="meta" if device.type == "meta" else None, **common)
     except (OSError, SafetensorError) as error:
         allowed = f"use {', '.join(BACKBONES)}, or a folder or Hub id with safetensors"
         raise OSError(f"backbone={name!r} cannot be loaded; {allowed}: {place}: {error}") from error
@@ -161,7 +160,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     digits = pre_tokenizers.Digits(individual_digits=True)
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
-    tokenizer.padding_side = "left"
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
 

@@ -7,11 +7,9 @@ __all__ = ['PROTOCOLS', 'Job', 'plan', 'status', 'run_grid']
 
 # %% ../../nbs/5_inside/grid.ipynb #e02759f3
 import json
-import math
 import os
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -28,8 +26,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device
 from ..data.benchmark import HUB_SEQUENCES, ORDERS
-from ..data.newsroom import tales
-from ..data.sequences import load_sequence
+from ..data.sequences import load_sequence, tales
 from ..learning.continual import Method, check_seed, learn_sequence
 from ..learning.dry_check import dry_check
 from ..learning.methods import METHODS, base_of, with_settings
@@ -85,6 +82,9 @@ class Job:
         return "_".join([*slugs, digest(asked)[:8]])
 
 # %% ../../nbs/5_inside/grid.ipynb #d6ea2057
+_ORDERS = {f"order{number}": tasks for number, tasks in ORDERS.items()}  # their rows are in a folder
+
+
 def plan(
     methods: Iterable[str],  # keys of `METHODS`
     sequences: Iterable[str],  # "order1" to "order6", "order1-hub", or other sequences
@@ -94,7 +94,7 @@ def plan(
 ) -> list[Job]:  # seed by seed, sequence by sequence
     "The jobs of a grid, each once. Raises ValueError for an unknown method."
     methods = [check_choice(name, tuple(METHODS), "method") for name in methods]
-    orders = HUB_SEQUENCES | {f"order{number}": tasks for number, tasks in ORDERS.items()}
+    orders = HUB_SEQUENCES | _ORDERS
     jobs = {}
     for seed, sequence, method in product(seeds, sequences, methods):
         alone = METHODS[method].training == "isolated"
@@ -115,16 +115,12 @@ def job_method(job: Job) -> tuple[Method, TrainConfig]:
     return method, method.configure(TrainConfig(**job.train))
 
 
-_ORDERS = tuple(f"order{n}" for n in ORDERS)  # their rows are in a folder
-
-
 def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     "The tasks of a job, or the one it learns alone. Raises ValueError or OSError for what is not there."
     for name in job.rows:
         check_choice(name, ("train", "dev", "test"), "rows of")
     alone = METHODS[job.method].training == "isolated"
-    orders = [f"order{n}" for n, tasks in ORDERS.items() if alone and job.sequence in tasks]
-    name = (orders or [job.sequence])[0]
+    name = next((order for order, names in _ORDERS.items() if alone and job.sequence in names), job.sequence)
     tasks = load_sequence(name, folder if name in _ORDERS else None, **job.rows)
     return TaskSequence(job.sequence, [tasks[job.sequence]]) if alone else tasks
 
@@ -291,9 +287,7 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:
     return [("cuda", ",".join(names[i : i + processes])) for i in starts]
 
 
-def _run_here(
-    out: Path, keys: list[str], work: partial, workers: int, places: list, options: dict, minutes: float
-) -> None:
+def _run_here(out: Path, keys, work, workers, places, options, minutes) -> None:
     "Do jobs on this machine, some at a time, and print how each has ended; after the minutes, save and stop."
     end = time.monotonic() + 60 * minutes
     waiting = keys[::-1]
@@ -352,7 +346,7 @@ def run_grid(
     folder: str | None = None,  # the benchmark's rows
     device: str = "auto",  # as in `load_backbone`; "auto" and "cuda": a GPU of its own for every worker
     processes: int = 1,  # that share one run, each with a GPU of its own if there are any
-    minutes: float = math.inf,  # then the runs of this machine save and stop; a second call resumes
+    minutes: float = float("inf"),  # then the runs of this machine save and stop; a second call resumes
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
 ) -> pd.DataFrame:  # the status of these jobs
     "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
@@ -364,7 +358,7 @@ def run_grid(
     folder = folder and str(Path(folder).resolve())
     places = _places(device, processes) if engine == "local" else []
     options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
-    _executor(tempfile.gettempdir(), engine, options)  # a trial
+    _executor(out, engine, options)  # a trial, which writes nothing
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     jobs = _check_jobs(jobs, out, folder, processes)
     with held_lock(out / "jobs" / "lock", patience=60):
@@ -377,8 +371,7 @@ def run_grid(
     workers = min(workers, len(missing))
     work = partial(_run_job, str(out), folder=folder, processes=processes)
     if engine == "slurm" and missing:
-        options = dict(slurm_array_parallelism=workers) | options
-        executor = _executor(out / "jobs" / "log", engine, options)
+        executor = _executor(out / "jobs" / "log", engine, dict(slurm_array_parallelism=workers) | options)
         executor.map_array(partial(work, device=device), missing)
     if engine == "local" and missing:
         threads = max(1, torch.get_num_threads() // (workers * processes))

@@ -63,10 +63,9 @@ def join_processes(
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             refused.append(kind.value)
     if refused:
-        raise ValueError(
-            f"{refused[0]} is not supported: penalties and gates need whole matrices. Use plain data "
-            "parallelism (DDP): `torchrun --nproc-per-node N`, or `accelerate launch --multi_gpu` without it"
-        )
+        what = f"{refused[0]} is not supported: penalties and gates need whole matrices"
+        ddp = "`torchrun --nproc-per-node N`, or `accelerate launch --multi_gpu` without it"
+        raise ValueError(f"{what}. Use plain data parallelism (DDP): {ddp}")
     if _launched() > 1:
         PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
         if _launched() != world_size():
@@ -99,10 +98,9 @@ def split_batch(
     passes = math.gcd(accumulation, processes)
     rows, rest = divmod(batch_size, processes // passes)
     if rest:
-        raise ValueError(
-            f"{processes} processes cannot share {accumulation} x {batch_size} rows of a step evenly; use a "
-            f"batch_size that {processes // passes} divides, or another number of processes"
-        )
+        what = f"{processes} processes cannot share {accumulation} x {batch_size} rows of a step evenly"
+        fix = f"use a batch_size that {processes // passes} divides, or another number of processes"
+        raise ValueError(f"{what}; {fix}")
     return BatchSplit(processes, rows, accumulation // passes)
 
 # %% ../../nbs/5_inside/processes.ipynb #23dff6e1
@@ -176,11 +174,7 @@ def on_main(
 # %% ../../nbs/5_inside/processes.ipynb #c8cf2340
 def largest(value: int) -> int:
     "The largest number that any process has."
-    if world_size() == 1:
-        return value
-    shared = torch.tensor(int(value), device=PartialState().device)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-    return int(shared)
+    return max(gathered(int(value)))
 
 
 def gathered(found: object) -> list:
@@ -217,10 +211,9 @@ def check_processes(model: nn.Module, batch_size: int, accumulation: int, proces
         if isinstance(weight, torch.Tensor) and (weight.element_size() < 2 or hasattr(weight, "quant_state")):
             signs.append(f"{name} holds {str(weight.dtype).removeprefix('torch.')}")
     if signs:
-        raise ValueError(
-            f"the weights are quantised ({signs[0]}), so no update can be added to them. Learn with the "
-            "full-precision checkpoint; or learn one task with `attach_adapter` and `train_task`, save that "
-            "adapter (`save_pretrained`), and merge it into the full-precision checkpoint"
-        )
+        what = f"the weights are quantised ({signs[0]}), so no update can be added to them"
+        full = "the full-precision checkpoint"
+        one = "learn one task with `attach_adapter` and `train_task`, save that adapter (`save_pretrained`)"
+        raise ValueError(f"{what}. Learn with {full}; or {one}, and merge it into {full}")
     processes = processes or join_processes(next(model.parameters()).device)
     split_batch(batch_size, accumulation, processes)

@@ -64,8 +64,7 @@ def project(
             updates = sum(size for path, size in sizes.items() if path.parent.name == "updates")  # two tasks
             scored = sum(len(task.test) for task in few)
             measured.append([run.seconds["train"][1], len(few[1].train), run.seconds["evaluate"][1], scored])
-        first, second = measured
-        trained, trained_rows, evaluated, evaluated_rows = (b - a for a, b in zip(first, second, strict=True))
+        trained, trained_rows, evaluated, evaluated_rows = (b - a for a, b in zip(*measured, strict=True))
         train = max(trained, 0) / max(trained_rows, 1)  # the clock of a busy machine
         score = max(evaluated, 0) / max(evaluated_rows, 1)
         seconds = disk = 0.0

@@ -10,6 +10,7 @@ __all__ = ['Tracking']
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,22 +53,16 @@ def find_trackers(report_to: str | Sequence[str]) -> list[TrainerCallback]:
         raise ValueError(f"report_to={report_to!r}: {error}") from None
 
 # %% ../../nbs/5_inside/tracking.ipynb #18531dfb
+@dataclass(eq=False)
 class Tracking(TrainerCallback):
     "Forwards to trackers what Trainers log, with steps counted over all tasks."
 
-    def __init__(
-        self,
-        trackers: Sequence[TrainerCallback] = (),  # from `find_trackers`; none: nothing is done
-        args: TrainingArguments | None = None,  # settings that trackers show; needed where there are any
-        folder: Path | None = None,  # of the run; None: TensorBoard chooses one
-        every: int = 10,  # steps between two counts of entries
-    ):
-        self.trackers = list(trackers)
-        self.args = args
-        self.folder = folder
-        self.every = every
-        self.before = 0  # steps of the tasks before the current one
-        self._opened = False
+    trackers: Sequence[TrainerCallback] = ()  # from `find_trackers`; none: nothing is done
+    args: TrainingArguments | None = None  # settings that trackers show; needed where there are any
+    folder: Path | None = None  # of the run; None: TensorBoard chooses one
+    every: int = 10  # steps between two counts of entries
+    before: int = field(default=0, init=False)  # steps of the tasks before the current one
+    _opened: bool = field(default=False, init=False)  # whether trackers have begun
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._pass_on("on_train_begin", state, model=model)
@@ -94,9 +89,7 @@ class Tracking(TrainerCallback):
             self._pass_on("on_train_end", TrainerState())
             for tracker in self.trackers:
                 if isinstance(tracker, WandbCallback):  # leaves its run open for the next one
-                    import wandb
-
-                    wandb.finish()
+                    tracker._wandb.finish()
         self._opened = False
 
     def _pass_on(self, event, state, **details):
@@ -109,10 +102,8 @@ class Tracking(TrainerCallback):
                 place = Path(tracker.logging_dir) / name if tracker.logging_dir else inside
                 tracker.tb_writer = tracker._SummaryWriter(place, purge_step=shifted.global_step + 1)
             if isinstance(tracker, WandbCallback):
-                import wandb
-
                 project = os.environ.get("WANDB_PROJECT", "jumplora")
-                wandb.init(project=project, id=name, name=name, resume="allow")
+                tracker._wandb.init(project=project, id=name, name=name, resume="allow")
         self._opened = True
         for tracker in self.trackers:
             getattr(tracker, event)(self.args, shifted, None, **details)

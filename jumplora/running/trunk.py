@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ class Trunk:
         self._plain = False  # True: the stack runs as usual
         self._batch: Tensor | None = None  # hidden states of the batch that is replayed
         self._beside: int | None = None  # further outputs of a block; None: it returns a bare tensor
-        self._undo = []
+        self._undo = ExitStack()
         self._pads_left = not is_encoder_decoder(model)
         places = [block_of(model, name) for name in layers]
         places = [place for place in places if self._pads_left or "decoder" not in place[0]]
@@ -135,31 +135,28 @@ class Trunk:
             settings = {key: str(value) for key, value in model.config.to_dict().items() if "path" not in key}
             here = environment(self._device)
             machine = [here[key] for key in ("device", "threads", "processor", "versions")]
-            folder = Path(folder) / digest([weights, first, settings, machine])[:32]
+            self._store = _Store(Path(folder) / digest([weights, first, settings, machine])[:32], limit)
         self.computed = 0  # without the rows of the trial
-        self._store = _Store(None if self.reason else folder, limit)
 
     def __enter__(self) -> "Trunk":
         if not self.reason:
             hook = self._stack.register_forward_pre_hook(self._find_batch, with_kwargs=True)
-            self._undo.append(hook.remove)
+            self._undo.callback(hook.remove)
             for block in self._lower:
-                block.forward = self._replaced(block.forward, last=block is self._lower[-1])
-                self._undo.append(lambda block=block: vars(block).pop("forward"))
+                block.forward = self._replaced(block.forward)
+                self._undo.callback(vars(block).pop, "forward")
         return self
 
     def __exit__(self, *error) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self._batch = None
         self._store.save()
 
-    def _replaced(self, forward, last: bool):
+    def _replaced(self, forward):
         def replay(*args, **kwargs):
             if self._batch is None:
                 return forward(*args, **kwargs)
-            hidden = self._batch if last else (args[0] if args else kwargs["hidden_states"])
-            return hidden if self._beside is None else (hidden, *[None] * self._beside)
+            return self._batch if self._beside is None else (self._batch, *[None] * self._beside)
 
         return replay
 
@@ -178,10 +175,9 @@ class Trunk:
             return None
         mask = mask.bool()
         counted = (mask.cumsum(-1) - 1).clamp(min=0)
-        if positions is None:  # padding on the left would shift positions
-            shifted = "position_ids" in self._takes and not mask[:, 0].all()
-        else:
-            shifted = not torch.equal(positions.expand_as(counted)[mask], counted[mask])
+        if positions is None and "position_ids" in self._takes:  # then the model counts padding too
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        shifted = positions is not None and not torch.equal(positions.expand_as(counted)[mask], counted[mask])
         if shifted or (mask.diff(dim=-1).sum(-1) > 1).any():  # a difference of bools is their exclusive or
             return None  # or padding inside a row
         hidden = self.hidden([tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)])

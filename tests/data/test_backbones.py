@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from jumplora.data import backbones
 from jumplora.data.backbones import SMOLLM2_FILE, SMOLLM2_SHA256, load_backbone, pick_device, pick_dtype
-from jumplora.data.newsroom import demo_file
+from jumplora.data.sequences import demo_file
 from jumplora.learning.tasks import is_encoder_decoder
 
 CPU = {"device": "cpu", "dtype": "float32"}

@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jumplora.data.newsroom import DEMO_COMMAND, NEWSROOM_FILES, NEWSROOM_ROWS, NEWSROOMS, same_text
-from jumplora.data.sequences import load_sequence
+from jumplora.data.sequences import (
+    DEMO_COMMAND,
+    NEWSROOM_FILES,
+    NEWSROOM_ROWS,
+    NEWSROOMS,
+    load_sequence,
+    same_text,
+)
 from jumplora.learning.tasks import SPLITS, Example
 
 HEAD = "Author\tContent\nd\tstring\nclass\t\n"

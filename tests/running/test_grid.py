@@ -27,7 +27,7 @@ from torch import nn
 from jumplora.command_line import main
 from jumplora.conventions import write_atomic
 from jumplora.data.backbones import load_backbone
-from jumplora.data.newsroom import newsroom
+from jumplora.data.sequences import newsroom
 from jumplora.running import grid
 from jumplora.running.grid import Job, job_sequence, plan, run_grid, status
 from jumplora.storage.record import Run
