@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -358,7 +359,7 @@ def run_grid(
     folder = folder and str(Path(folder).resolve())
     places = _places(device, processes) if engine == "local" else []
     options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
-    _executor(out, engine, options)  # a trial, which writes nothing
+    _executor(tempfile.gettempdir(), engine, options)  # a trial, which makes its folder
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     jobs = _check_jobs(jobs, out, folder, processes)
     with held_lock(out / "jobs" / "lock", patience=60):
