@@ -154,23 +154,14 @@ def learn_sequence(
     hidden_states: str | Path | None = None,  # with `top_layers`: a folder that runs share; None: memory only
 ) -> Run:  # accuracy matrix, metrics, sparsity, times
     "Learn tasks one after another, score all seen after each. `ValueError`, `Diverged`, or `Stopped`."
-    learner = Learner(
-        model, tokenizer, sequence, method, config or TrainConfig(),
-        seed=seed, out=out, backbone=backbone, split=split, zero_shot=zero_shot, progress=progress,
-        archive=archive, report_to=report_to, checkpoint_every=checkpoint_every, callbacks=callbacks,
-        scoring=scoring, neutral=neutral, hidden_states=hidden_states,
-    )  # fmt: skip
+    learner = Learner(**locals())  # every argument, by its name
     with learner.running():
         learner.score()  # before anything is learned
         for i in learner.remaining():
             if i >= learner.run.tasks_learned:  # else only scores are missing
-                log = learner.train(i)
-                learner.finish(i, log)
+                learner.finish(i, learner.train(i))
             learner.score(i)
     return learner.run
-
-
-_OPTIONS = learn_sequence.__kwdefaults__  # the defaults of a `Learner` too
 
 # %% ../../nbs/2_learning/continual.ipynb #b67cbb12
 BAR_INTERVAL = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of a progress bar
@@ -191,10 +182,8 @@ class Learner:
         self.tokenizer = tokenizer
         self.sequence = sequence
         self.method = method
-        self.config = config = method.configure(config)
-        if unknown := options.keys() - _OPTIONS.keys():
-            raise TypeError(f"{sorted(unknown)} are no options of learn_sequence")
-        vars(self).update(_OPTIONS | options)  # self.seed, self.out, ...
+        self.config = config = method.configure(config or TrainConfig())
+        vars(self).update(learn_sequence.__kwdefaults__ | options)  # self.seed, self.out, ...
         check_choice(self.scoring, ("answers", "labels"), "scoring")
         check_choice(self.split, ("test", "dev"), "split")
         check_seed(self.seed)
@@ -210,7 +199,7 @@ class Learner:
         if empty:
             raise ValueError(f"no {self.split} rows to score in {empty}; give some, or score another split")
         scored = dict(split=self.split, scoring=self.scoring)
-        dry_check(model, tokenizer, sequence, config, out=self.out, **scored)
+        self.layers = dry_check(model, tokenizer, sequence, config, out=self.out, **scored)  # adapted ones
         named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks)
         self.run = state.new_run(model, sequence, method, config, **named, **scored)
         check_same((self.run.name, str(self.out)), "runs")
@@ -223,6 +212,7 @@ class Learner:
         self.adapted: nn.Module | None = None  # the model with its adapter, while there is one
         self.stop = state.StopRequest()  # whether a signal has requested the end
         self.bar = tqdm(disable=True)  # progress, in rows; a training row counts three times
+        self._first = len(sequence) - 1 if method.training == "joint" else 0  # the first task that is trained
         self._rows_per_step = 3 * config.batch_size * config.gradient_accumulation
         device = next(model.parameters()).device
         if device.type == "cuda":
@@ -237,10 +227,6 @@ class Learner:
     def running(self) -> Iterator[None]:
         "Hold the run's folder alone, read its state, turn signals into a graceful shutdown, show progress."
         with state.held_folder(self.folder, tasks=len(self.sequence)) as self.stop, ExitStack() as stack:
-            config = self.config
-            layers = ()
-            if config.top_layers is not None:  # named before an adapter is restored
-                layers = training.target_layers(self.model, config.target_modules, config.top_layers)
             self._restore()
             rows = self.run.test_rows
             done = self.run.tasks_learned
@@ -251,8 +237,8 @@ class Learner:
             bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
             self.bar = stack.enter_context(bar)
             stack.enter_context(closing(self.tracking))
-            if layers and not self.run.complete:  # blocks below run once per text
-                stack.enter_context(Trunk(self.model, layers, self.hidden_states))
+            if self.config.top_layers is not None and not self.run.complete:  # blocks below run once per text
+                stack.enter_context(Trunk(self.model, self.layers, self.hidden_states))
             yield
 
     @torch.no_grad()
@@ -276,13 +262,11 @@ class Learner:
 
     def remaining(self) -> range:
         "The tasks that are not learned and scored yet; in joint training only the last, for all of them."
-        first = len(self.sequence) - 1 if self.method.training == "joint" else 0
-        return range(max(self.run.finished, first), len(self.sequence))
+        return range(max(self.run.finished, self._first), len(self.sequence))
 
     def _steps(self, before: int) -> int:
         "Optimizer steps of the tasks before a position."
-        first = len(self.sequence) - 1 if self.method.training == "joint" else 0
-        beside = {i: self.method.tasks_beside(self.sequence, i) for i in range(first, before)}
+        beside = {i: self.method.tasks_beside(self.sequence, i) for i in range(self._first, before)}
         return sum(training.task_steps(self.sequence[i], self.config, also) for i, also in beside.items())
 
     def train(self, i: int) -> TaskLog:

@@ -71,8 +71,7 @@ class Prune(Regularizer):
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
         sizes = [update.delta.abs() for update in updates.values()]
         threshold = initial_threshold(sizes, round(self.kept * sum(size.numel() for size in sizes)))
-        large = {name: update.delta.abs() > threshold for name, update in updates.items()}
-        return {name: replace(update, delta=update.delta * large[name]) for name, update in updates.items()}
+        return {n: replace(u, delta=u.delta * (u.delta.abs() > threshold)) for n, u in updates.items()}
 
 
 @dataclass(eq=False)

@@ -108,8 +108,7 @@ class Task(Question):
                     what = f"label {row.label!r:.80} is not in {', '.join(self.options)}{hint}"
                     raise ValueError(f"{where} row {i}: {what}")
             object.__setattr__(self, split, rows)
-        outside = sum(row.label not in self.options for row in self.test)
-        object.__setattr__(self, "outside_options", outside)
+        object.__setattr__(self, "outside_options", sum(row.label not in self.options for row in self.test))
 
     @classmethod
     def load(
@@ -188,18 +187,15 @@ class TaskSequence(Sequence):
 
     name: str  # letters, digits, space and . _ + -
     tasks: tuple[Task, ...]  # one after another
-    names: tuple[str, ...] = field(init=False)  # the tasks' names
+    names = property(lambda self: tuple(task.name for task in self.tasks))  # the tasks' names
 
     def __post_init__(self):
         check_name(self.name, "TaskSequence.name")
-        tasks = tuple(self.tasks)
-        names = tuple(task.name for task in tasks)
-        twice = [name for name, n in Counter(name.lower() for name in names).items() if n > 1]
-        if twice or not tasks:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        twice = [name for name, n in Counter(name.lower() for name in self.names).items() if n > 1]
+        if twice or not self.tasks:
             what = f"two tasks named {twice[0]!r} (capitals do not count)" if twice else "no tasks"
             raise ValueError(f"sequence {self.name!r} has {what}; give tasks, each with a name of its own")
-        object.__setattr__(self, "tasks", tasks)
-        object.__setattr__(self, "names", names)
 
     @classmethod
     def load(

@@ -141,9 +141,7 @@ def check_model(model: nn.Module, batch_size: int = 1) -> None:
         raise ValueError(f"batch_size={batch_size}: {kind!r} reads padding as text; use batch_size=1")
 
 
-def target_layers(
-    model: nn.Module, targets: tuple[str, ...] | str | None, top_layers: int | None = None
-) -> dict[str, nn.Module]:
+def target_layers(model, targets: tuple | str | None, top_layers: int | None = None) -> dict[str, nn.Module]:
     "The layers that PEFT adapts for these `target_modules`. `ValueError` where an update cannot be merged."
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -454,7 +452,6 @@ def train_task(
         trainer.parts = {f"callback {i}": c for i, c in enumerate(callbacks) if hasattr(c, "state_dict")}
         trainer.parts["log"] = log
         trainer.add_callback(log)  # before the schedule, which warns where this refuses
-        schedule = None
         if gate_groups(model):
             ramp = (config.gate_start, config.gate_stop)
             schedule = SparsitySchedule(model, log.steps, *ramp, config.kept, hold=config.hold_kept)
@@ -469,7 +466,7 @@ def train_task(
         vars(model).pop("_is_accelerate_prepared", None)
     model.eval()
     log.seconds = time.perf_counter() - log.begun
-    log.gate = schedule.history if schedule is not None else []
+    log.gate = trainer.parts["schedule"].history if "schedule" in trainer.parts else []
     return log
 
 # %% ../../nbs/2_learning/training.ipynb #32575bb2

@@ -7,7 +7,6 @@ __all__ = ['COLUMNS', 'load_runs', 'measured', 'grid_table', 'summary_table', 'm
            'paired_table', 'clear_best', 'accuracy_figure', 'learned_figure']
 
 # %% ../../nbs/3_results/run_tables.ipynb #b7c74308
-#| code-fold: true
 import itertools
 import math
 import os
@@ -169,9 +168,7 @@ def measured(
     return transfer
 
 # %% ../../nbs/3_results/run_tables.ipynb #270515a6
-def _table_of_part(
-    runs: Sequence[Run], methods: Iterable[str] | None, orders: Sequence[str], columns: dict[str, dict]
-) -> pd.DataFrame:
+def _table_of_part(runs, methods, orders: Sequence[str], columns: dict[str, dict]) -> pd.DataFrame:
     "A row per method; columns: measure -> heading -> the orders it is averaged over."
     rows = {}
     for method in in_order(methods, runs):

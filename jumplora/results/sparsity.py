@@ -40,15 +40,8 @@ class Overlap:
     shared: np.ndarray  # (T, T) entries that two tasks both touched, in all layers
     touched: np.ndarray  # (T,) entries that any task up to this one touched, in all layers
 
-    @property
-    def density(self) -> np.ndarray:  # (T,) 0 to 1
-        "The share of all entries that each task touched."
-        return self.counts.sum(0) / self.entries.sum()
-
-    @property
-    def filled(self) -> np.ndarray:  # (T,) 0 to 1
-        "The share of all entries that any task up to this one touched."
-        return self.touched / self.entries.sum()
+    density = property(lambda self: self.counts.sum(0) / self.entries.sum())  # (T,) share each task touched
+    filled = property(lambda self: self.touched / self.entries.sum())  # (T,) share touched up to this task
 
     def by_chance(self) -> tuple[np.ndarray, np.ndarray]:  # (T, T) μ and σ
         "What tasks of these densities share if they choose at random in every layer."

@@ -174,7 +174,11 @@ def on_main(
 # %% ../../nbs/5_inside/processes.ipynb #c8cf2340
 def largest(value: int) -> int:
     "The largest number that any process has."
-    return max(gathered(int(value)))
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(int(value), device=PartialState().device)
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    return int(shared)
 
 
 def gathered(found: object) -> list:

@@ -178,16 +178,15 @@ def peak_memory(device: torch.device) -> int | None:
     return None
 
 # %% ../../nbs/5_inside/record.ipynb #41a68d42
-# name -> function, fields that it takes, heading in tables (or none), which end is good: 1 high, -1 low
+# name -> function, matrix that it takes, heading in tables (or none), which end is good: 1 high, -1 low
 METRICS = {
-    "average_accuracy": (evaluation.average_accuracy, ("accuracy",), "overall accuracy", 1),
-    "running_average": (evaluation.running_average, ("accuracy",), "running average", 1),
-    "just_learned": (evaluation.just_learned, ("accuracy",), "just learned", 1),
-    "retention": (evaluation.retention, ("accuracy",), "retention", 1),
-    "backward_transfer": (evaluation.backward_transfer, ("accuracy",), "backward transfer", 1),
-    "forgetting": (evaluation.forgetting, ("accuracy",), "forgetting", -1),
-    "average_option_accuracy": (evaluation.average_accuracy, ("option_accuracy",), "", 1),
-    "micro_average": (evaluation.micro_average, ("accuracy", "test_rows"), "", 1),
+    "average_accuracy": (evaluation.average_accuracy, "accuracy", "overall accuracy", 1),
+    "running_average": (evaluation.running_average, "accuracy", "running average", 1),
+    "just_learned": (evaluation.just_learned, "accuracy", "just learned", 1),
+    "retention": (evaluation.retention, "accuracy", "retention", 1),
+    "backward_transfer": (evaluation.backward_transfer, "accuracy", "backward transfer", 1),
+    "forgetting": (evaluation.forgetting, "accuracy", "forgetting", -1),
+    "average_option_accuracy": (evaluation.average_accuracy, "option_accuracy", "", 1),
 }
 
 
@@ -219,9 +218,9 @@ class Run:
         "A metric; nan until the scores that it needs are there."
         if name not in METRICS:
             raise AttributeError(f"'Run' object has no attribute {name!r}")
-        compute, needed, _, _ = METRICS[name]
+        compute, matrix, _, _ = METRICS[name]
         try:
-            return compute(*(getattr(self, field) for field in needed))
+            return compute(getattr(self, matrix))
         except ValueError:
             return math.nan
 

@@ -35,7 +35,6 @@ from jumplora.learning.evaluation import (
     forward_transfer,
     interval,
     just_learned,
-    micro_average,
     retention,
     running_average,
     sign_test,
@@ -401,7 +400,6 @@ def test_the_worked_example_by_hand():
     assert backward_transfer(WORKED) == -8
     assert forgetting(WORKED) == 12
     assert forward_transfer(WORKED, [80, 76, 90]) == pytest.approx(-7)
-    assert micro_average(WORKED, [100, 100, 400]) == pytest.approx(83)
 
 
 @settings(max_examples=60, deadline=None)
@@ -417,7 +415,6 @@ def test_all_metrics_equal_their_sums_written_out(a):
     assert forgetting(a) >= max(0, -backward_transfer(a) - 1e-9)
     scratch = [50.0] * T
     assert forward_transfer(a, scratch) == pytest.approx(math.fsum(last) / T - 50, abs=1e-9)
-    assert micro_average(a, [7] * T) == pytest.approx(average_accuracy(a), abs=1e-9)  # tasks of one size
 
 
 @pytest.mark.parametrize("metric", [average_accuracy, just_learned, backward_transfer, forgetting])
@@ -429,14 +426,10 @@ def test_scores_of_tasks_not_learned_yet_change_nothing_and_the_matrix_stays_as_
     assert np.array_equal(filled, before)
 
 
-def micro(a):
-    return micro_average(a, [1, 2, 3])
-
-
 @pytest.mark.parametrize(
     "metric, missing",
     [(average_accuracy, (2, 1)), (just_learned, (1, 1)), (backward_transfer, (0, 0)),
-     (backward_transfer, (2, 0)), (backward_transfer, (2, 2)), (forgetting, (1, 0)), (micro, (2, 0))],
+     (backward_transfer, (2, 0)), (backward_transfer, (2, 2)), (forgetting, (1, 0))],
 )  # fmt: skip
 def test_a_missing_score_is_named(metric, missing):
     a = as_matrix(WORKED)
@@ -465,7 +458,6 @@ MISTAKES = [
     *[(average_accuracy, (bad,), r"use \(T, T\)") for bad in ([[1, 2]], [1, 2], [], [[]], 5.0)],
     *[(just_learned, ([[50, None], [bad, 50]],), r"accuracy\[1, 0\]") for bad in (-0.1, 100.1, math.inf)],
     *[(forward_transfer, (WORKED, bad), "scratch") for bad in ([80, 76], [80, NAN, 90], [80, 101, 90])],
-    *[(micro_average, (WORKED, bad), "rows") for bad in ([1, 2], [1, 2, 0], [1, 2, -3])],
     *[(interval, bad, "percent|rows") for bad in ((-1, 10), (101, 10), (50, 0), (NAN, 10))],
     (sign_test, ([True] * 3, [True] * 2), "3 and 2 rows; both methods must be scored on the same rows"),
 ]

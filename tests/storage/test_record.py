@@ -99,7 +99,6 @@ def test_the_numbers_of_a_finished_run():
     assert (run.average_accuracy, run.just_learned) == (75.5, 85.5)
     assert (run.backward_transfer, run.forgetting) == (-20, 20)
     assert run.average_option_accuracy == 83.5
-    assert run.micro_average == pytest.approx((80 * 60 + 60 * 91) / 140)
     assert run.mean_sparsity == pytest.approx(75)
     assert math.isnan(run.minutes)  # one part was not measured
     run.seconds["merge"][1] = 0.5
