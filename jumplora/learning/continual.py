@@ -163,6 +163,9 @@ def learn_sequence(
             learner.score(i)
     return learner.run
 
+
+_OPTIONS = learn_sequence.__kwdefaults__  # the defaults of a `Learner` too
+
 # %% ../../nbs/2_learning/continual.ipynb #b67cbb12
 BAR_INTERVAL = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of a progress bar
 
@@ -183,7 +186,7 @@ class Learner:
         self.sequence = sequence
         self.method = method
         self.config = config = method.configure(config or TrainConfig())
-        vars(self).update(learn_sequence.__kwdefaults__ | options)  # self.seed, self.out, ...
+        vars(self).update(_OPTIONS | options)  # self.seed, self.out, ...
         check_choice(self.scoring, ("answers", "labels"), "scoring")
         check_choice(self.split, ("test", "dev"), "split")
         check_seed(self.seed)

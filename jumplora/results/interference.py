@@ -87,14 +87,13 @@ def study_table(
             continue
         train = run.configuration["train"]
         falling = _FALLING if train.get("training_arguments") else ""
-        losses = list(run.extra["neutral_loss"].values())
         updates = pd.DataFrame(run.extra["updates"]).mean(axis=1)
         rows.append({
             "method": run.method + falling, "rate": train["learning_rate"], "seed": run.seed,
             "learning": just_learned(getattr(run, score)), "retention": retention(getattr(run, score)),
             "exact": retention(run.accuracy),
             "kept": 100 * updates["kept"], "norm": updates["norm"],
-            "base loss": losses[-1] - losses[0], "minutes": run.minutes,
+            "base loss": run.base_loss, "minutes": run.minutes,
         })  # fmt: skip
     columns = "method rate seed learning retention".split()
     table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

@@ -49,6 +49,7 @@ def load_runs(
 # heading: a property of `Run`, and which end is good: 1 the high one, -1 the low one, 0 neither
 COLUMNS: dict[str, tuple[str, int]] = {
     **{heading: (name, end) for name, (_, _, heading, end) in METRICS.items() if heading},
+    "base loss": ("base_loss", -1),
     "sparsity %": ("mean_sparsity", 0),
     "minutes": ("minutes", 0),
 }
@@ -184,8 +185,10 @@ def _table_of_part(runs, methods, orders: Sequence[str], columns: dict[str, dict
                 if values and any(map(math.isnan, values)):
                     row[heading] = "not measured"
                 elif values:
-                    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-                    row[heading] = f"{round(float(np.mean(values)), 1) + 0.0:.1f}{spread}"  # no minus zero
+                    digits = 2 if measure == "base loss" else 1
+                    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+                    average = round(float(np.mean(values)), digits) + 0.0  # no minus zero
+                    row[heading] = f"{average:.{digits}f}{spread}"
         row["runs"] = str(sum(order in orders for order, _ in found))
     heading = labelled("method", [run for run in runs if sequence_of(run) in orders])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(heading)
@@ -211,6 +214,8 @@ def summary_table(
     "Every measure, averaged over the orders of a part; forward transfer where tasks were learned alone."
     orders = _ORDERS_OF.get(part, (part,))
     measures = list(COLUMNS)
+    if all(math.isnan(run.base_loss) for run in runs):
+        measures.remove("base loss")
     if any(run.method == "single task" for run in runs):
         measures.insert(measures.index("forgetting"), "forward transfer")
     return _table_of_part(runs, methods, orders, {measure: {measure: orders} for measure in measures})

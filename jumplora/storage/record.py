@@ -231,6 +231,12 @@ class Run:
         return 100 * sum(shares) / len(shares) if shares else math.nan
 
     @property
+    def base_loss(self) -> float:  # nats a token
+        "Rise of the loss on neutral texts from before the first task to the end; nan if it was not measured."
+        losses = self.extra.get("neutral_loss", {})  # by the task learned last, "" before any
+        return losses.get(self.tasks[-1], math.nan) - losses.get("", math.nan)
+
+    @property
     def minutes(self) -> float:  # minutes
         "Time of all recorded parts: training, scoring and merging."
         seconds = [second for part in self.seconds.values() for second in part]

@@ -148,14 +148,14 @@ def test_straight_lines_meet_every_arm():
 
 def test_only_seeds_with_every_arm_are_read():
     def made(seed, method, rate):
-        tasks = ["a", "b"]
+        tasks = ["b", "a"]  # a record keeps its dicts in alphabetical order
         run = Run(method, "tiny", "topics-1", seed, tasks, [4, 4], dict(train=dict(learning_rate=rate)))
         for i, j in ((0, 0), (1, 0), (1, 1)):
             right = tuple(k < (1, 2, 4)[i + j] for k in range(4))
             own = tuple(k < (2, 3, 4)[i + j] for k in range(4))
             run.add_score(i, j, Score((), right, own, seen=right, log_loss=1.0))
-        run.extra["updates"] = dict(a=dict(kept=0.1, norm=2.0), b=dict(kept=0.1, norm=4.0))
-        run.extra["neutral_loss"] = {"": 4.0, "a": 4.1, "b": 4.5}
+        run.extra["updates"] = dict(b=dict(kept=0.1, norm=2.0), a=dict(kept=0.1, norm=4.0))
+        run.extra["neutral_loss"] = {"": 4.0, "a": 4.5, "b": 4.1}
         return run
 
     runs = [made(1, "IncLoRA", 1e-3), made(1, "SeqLoRA", 1e-3), made(2, "IncLoRA", 1e-3)]

@@ -524,3 +524,11 @@ def test_rows_of_the_paper_and_of_the_hub_stand_in_no_common_table():
     assert "not run" in tables["SC-overall-accuracy"].loc["ELLA", "order1"]
     assert "not run" in tables["SC-hub-overall-accuracy"].loc["IncLoRA", "order1-hub"]
     assert tables["SC-summary"].index.name == "method"
+
+
+def test_the_loss_on_neutral_texts_has_a_column_where_a_run_measured_it():
+    losses = {"": 4.0, "a": 4.5, "b": 4.125}  # task b is learned last
+    runs = [make(extra=dict(neutral_loss=losses)), make("IncLoRA")]
+    assert runs[0].base_loss == 0.125 and np.isnan(runs[1].base_loss)
+    assert summary_table(runs, "order1")["base loss"].to_dict() == {"IncLoRA": "not measured", "ELLA": "0.12"}
+    assert "base loss" not in summary_table(runs[1:], "order1")

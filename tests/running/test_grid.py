@@ -335,7 +335,7 @@ def grid_command(out, sequence):
 
 def wait_until_it_learns(out):
     "The folder of the run that has begun."
-    deadline = time.time() + 120
+    deadline = time.time() + 400
     while not (begun := list(out.glob("long*/state/lock"))) and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
