@@ -65,11 +65,8 @@ def test_a_replayed_batch_equals_the_whole_model_in_every_family_and_the_others_
     )
     with Trunk(model, top_of(model, stack)) as trunk:
         if trunk.reason:
-            kept = {name for name in ALONE | ALONE_ENCODERS} | {
-                "T5",
-                "LongT5",
-                "LED",
-            }  # a shared bias, windows
+            others = {"T5", "LongT5", "LED", "GptOss"}  # a shared bias, windows; experts, on some processors
+            kept = ALONE.keys() | ALONE_ENCODERS.keys() | others
             assert family in kept, trunk.reason
             return
         owner = model.get_submodule(stack.rpartition(".")[0])
