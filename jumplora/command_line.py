@@ -230,7 +230,8 @@ def show(
         print(f"\n{heading}, percent\n{table.to_string(na_rep='')}")
     print()
     for heading, (name, _) in COLUMNS.items():
-        print(f"{heading:18} {getattr(found, name):8.2f}")
+        if pd.notna(value := getattr(found, name)):
+            print(f"{heading:18} {value:8.2f}")
     for task, note in found.extra.get("notes", {}).items():
         print(f"{task}: {note}")
 
