@@ -405,7 +405,7 @@ def study(
     *,
     seed: Sequence[int] = (),  # a round of all arms each; by default the variant's, 101 to 112 for main
     method: Sequence[str] = (),  # arms of these methods only
-    variant: str = "main",  # main; longer, deeper, unlisted, ella: beside it; quick: the main job
+    variant: str = "main",  # main; longer, deeper, unlisted, ella: beside it; quick: the front page's table
     out: str | None = None,  # folder of the runs; by default runs/study-main, runs/study-quick, ...
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any

@@ -69,7 +69,7 @@ def same_text(
 
 
 def _rows(file: str, folder: str | os.PathLike | None) -> Iterator[dict[str, str]]:
-    "The rows of a tab-separated file of Orange's, by column; below the names stand types and roles."
+    "The rows of a tab-separated file of Orange's, by column, without the two lines of types and roles."
     path = demo_file(f"orangecontrib/text/datasets/{file}", NEWSROOM_FILES[file], folder)
     with open(path, encoding="utf-8-sig", newline="") as opened:
         yield from islice(csv.DictReader(opened, dialect="excel-tab", strict=True), 2, None)

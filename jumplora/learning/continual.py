@@ -56,7 +56,7 @@ def merge_adapter(
     updates = named_updates(model) if updates is None else updates
     backbone = model.unload()
     for name, update in updates.items():
-        weights[name] += neutral_zeros(update.delta)  # (out, in); a zero leaves the weight bit for bit
+        weights[name] += neutral_zeros(update.delta)  # (out, in); -0.0 for zeros: all else keeps its bits
         backbone.get_submodule(name).weight.copy_(weights[name])
     return backbone
 

@@ -101,18 +101,18 @@ def normalize(text: str) -> str:  # a label or an answer -> lower case, single s
 
 @dataclass(frozen=True, repr=False)
 class Score:
-    "Which rows of a task were answered correctly; all scores are percent of the rows."
+    "Which rows of a task were answered correctly; accuracies are percent of the rows."
 
     answers: tuple[str, ...]  # generated answers, in the order of the rows
     right: tuple[bool, ...]  # per row: the generated answer equals the label
     likeliest: tuple[bool, ...]  # per row: the label is the likeliest option
-    seen: tuple[bool, ...] = ()  # per row: the label is the likeliest of all labels given; () if none were
-    log_loss: float = math.nan  # mean of -ln p(label) among all labels given, in nats
+    seen: tuple[bool, ...] = ()  # per row: the label is the likeliest of the `labels`; () by answers
+    log_loss: float = math.nan  # mean of -ln p(label) among the `labels`, in nats; nan by answers
 
     rows = property(lambda score: len(score.right))  # how many were scored
     exact_match = property(lambda score: 100.0 * sum(score.right) / score.rows)  # percent
     option_accuracy = property(lambda score: 100.0 * sum(score.likeliest) / score.rows)  # percent
-    seen_accuracy = property(lambda score: 100.0 * sum(score.seen) / score.rows)  # percent
+    seen_accuracy = property(lambda score: 100.0 * sum(score.seen) / score.rows if score.seen else math.nan)
 
     def __repr__(self) -> str:
         percent = f"exact_match={self.exact_match:.1f}, option_accuracy={self.option_accuracy:.1f}"
@@ -127,7 +127,7 @@ def evaluate(
     labels: Sequence[str] | None = None,  # score by labels, among these; None: by answers
     **settings,  # of `answer`: max_length, truncation, batch_size, max_new_tokens, advance, share
 ) -> Score:  # which rows are correct
-    "Score one split of a task; labels outside the options count as wrong. `ValueError` without rows."
+    "Score one split. A label outside the options counts as wrong; with `labels` it is a `ValueError`."
     rows = getattr(task, check_choice(split, ("train", "dev", "test"), "split"))
     if not rows:
         raise ValueError(f"task {task.name!r} has no {split} rows to score")
@@ -276,9 +276,10 @@ def _score_labels(
     "The score by the first token after the prompt, which must differ between labels. Nothing is generated."
     collator = Collator.for_model(model, tokenizer)
     tokens = label_tokens(tokenizer, labels, collator.encoder_decoder)
-    for label in (*task.options, *(row.label for row in rows)):
-        if label not in tokens:
-            raise ValueError(f"task {task.name!r}: the label {label!r} is not among {list(labels)}")
+    wrong = [row.label for row in rows if row.label not in task.options]
+    for label in (*wrong, *(option for option in task.options if option not in tokens)):
+        allowed = list(task.options if wrong else labels)
+        raise ValueError(f"task {task.name!r}: the label {label!r} is not among {allowed}")
     encoded = [encode_prompt(tokenizer, task, row.text, max_length, truncation) for row in rows]
     pairs = [(ids, tokens[row.label]) for ids, row in zip(encoded, rows, strict=True)]
     first = [ids[0] for ids in tokens.values()]

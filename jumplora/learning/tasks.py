@@ -254,7 +254,7 @@ _AS_TEXT = dict(split_special_tokens=True, verbose=False)  # what spells a speci
 
 
 def _encode_as_text(tokenizer, text, **settings):
-    "Encoding and text; a special token that the text spells gets a space, where it would be read as one."
+    "Encoding, and the text; where the tokenizer would still read a special token, a space breaks it up."
     found = tokenizer(text, **_AS_TEXT, **settings)
     if not tokenizer.is_fast:
         return found, text

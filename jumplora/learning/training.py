@@ -61,14 +61,14 @@ class TrainConfig:
     group_by_length: bool = False  # rows of similar length share a step: less padding, another order
     gate_start: float = 0.2  # share of the steps after which γ begins to rise from 0
     gate_stop: float = 0.8  # share of the steps after which γ is 1
-    kept: float | int | None = None  # entries or share above the first τ; by default LoRA's size
+    kept: float | int | None = None  # entries or share above τ when it is chosen; None: LoRA's size
     threshold_scope: str = "model"  # who shares a threshold: "model", "block" or "layer"
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
     threshold_parametrization: str = "log"  # how Adam sees the threshold: "log" or "raw"
     learn_threshold: bool = True  # False: it stays where it was chosen
-    hold_kept: bool = False  # True: the threshold is chosen anew after every step: `kept` pass at the end
-    training_arguments: dict = field(default_factory=dict, hash=False)  # options of the Trainer, bf16=true
+    hold_kept: bool = False  # True: τ is chosen again after every step, so that `kept` pass at the end
+    training_arguments: dict = field(default_factory=dict, hash=False)  # of the Trainer: {'bf16': True}
 
     def __post_init__(self):
         choices = dict(truncation=("field", "reference"), threshold_scope=("model", "block", "layer"))
@@ -121,7 +121,7 @@ class TrainConfig:
 
     @classmethod
     def paper(cls, **changes) -> "TrainConfig":  # changes: fields and their values
-        "Batch size, length and truncation of the authors' code, and changes (their dense LoRA: dropout 0.1)."
+        "The authors' batch size, length and truncation, with `changes` (their dense LoRA: dropout 0.1)."
         return cls(**dict(batch_size=32, max_length=512, truncation="reference") | changes)
 
     def describe(self) -> dict:  # JSON types
@@ -229,7 +229,7 @@ def penalty_function(model: nn.Module, regularizer: Regularizer) -> Callable[[],
     "A function that computes λΩ of the model as it is, differentiable; None for a regularizer without one."
     kinds = [vars(cls) for cls in type(regularizer).__mro__ if cls is not Regularizer]
     defined = (own for own in [vars(regularizer), *kinds] if "penalty" in own or own.get("layer_penalty"))
-    owner = next(defined, None)  # where the class that is furthest down defines one
+    owner = next(defined, None)  # the most derived class that has a penalty: of all layers, or of one
     if owner is None:
         return None
     layers = adapter_layers(model)
@@ -422,13 +422,13 @@ def train_task(
     config: TrainConfig,  # how
     regularizer: Regularizer,  # the penalty; `IncLoRA()` for none
     *,
-    also: Sequence[Task] = (),  # tasks whose training rows are learned along
-    optimizer: str = "adamw",  # or "muon", which moves matrices only: not for a gate
+    also: Sequence[Task] = (),  # further tasks whose training rows are mixed in
+    optimizer: str = "adamw",  # or "muon", which takes matrices only, so not a gate's threshold
     seed: int = 42,  # order of the rows and dropout
     callbacks: Sequence[TrainerCallback] = (),  # resumed too if they have `state_dict` and `load_state_dict`
     checkpoint: Checkpoint | None = None,  # where training is saved, and resumed from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
-    "Train the adapter on one task. `Diverged`, `Stopped` by a signal, `ValueError` for what is refused."
+    "Train the adapter on one task. `Diverged`, `Stopped` (see `storage.state`) by a signal, `ValueError`."
     check_model(model, config.batch_size)
     adapter_layers(model, "default")  # `ValueError` where the adapter has another name
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
@@ -451,7 +451,7 @@ def train_task(
         trainer.checkpoint = checkpoint
         trainer.parts = {f"callback {i}": c for i, c in enumerate(callbacks) if hasattr(c, "state_dict")}
         trainer.parts["log"] = log
-        trainer.add_callback(log)  # before the schedule, which warns where this refuses
+        trainer.add_callback(log)  # first: an error where the schedule would only warn
         if gate_groups(model):
             ramp = (config.gate_start, config.gate_stop)
             schedule = SparsitySchedule(model, log.steps, *ramp, config.kept, hold=config.hold_kept)

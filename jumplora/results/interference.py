@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict] = {  # arms, seeds, training and test rows of a task, 
     "unlisted": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train={}),  # no options in prompts
     "ella": dict(rates=dict.fromkeys(("ELLA", "ELLA + late gate"), (7e-4, 1.4e-3)), seeds=range(101, 109),
                  rows=(320, 100), train={}),
-    "quick": dict(  # the main job: 20 steps a task
+    "quick": dict(  # the table of the front page: 20 steps a task
         rates=dict.fromkeys(_QUICK, (2e-3,)), seeds=range(1, 4), rows=(80, 40), train=dict(epochs=2)
     ),
 }  # fmt: skip
@@ -206,6 +206,6 @@ def outcome(
         word = "The late gate keeps as much, to within two points"
     else:
         word = "Undecided"
-    interval = f"{found['low']:+.1f} to {found['high']:+.1f}, {100 * LEVEL:.1f} %"
-    points = f"{found['difference']:+.1f} points ({interval})"
-    return f"{word}: {points} where both learn {found['learning']:.1f} %."
+    interval = f"{100 * LEVEL:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
+    points = f"{found['difference']:+.1f} points of retention ({interval})"
+    return f"{word}: {points}, compared where both learn {found['learning']:.1f} %."

@@ -29,9 +29,9 @@ def block_of(model: nn.Module, layer: str) -> tuple[str, int]:
     "The list of blocks that a layer is in, by name, and the number of its block; ('', -1) if in none."
     parts = layer.split(".")
     for i, part in enumerate(parts):
-        stack = ".".join(parts[:i])
-        if part.isdigit() and isinstance(model.get_submodule(stack), nn.ModuleList):
-            return stack, int(part)
+        blocks = ".".join(parts[:i])
+        if part.isdigit() and isinstance(model.get_submodule(blocks), nn.ModuleList):
+            return blocks, int(part)
     return "", -1
 
 # %% ../../nbs/5_inside/trunk.ipynb #562f5bf8
@@ -95,7 +95,7 @@ class _Store:
 
 # %% ../../nbs/5_inside/trunk.ipynb #8479c418
 class _Reached(Exception):
-    "Leaves the forward pass below the first adapted block, and carries the output of the last block."
+    "Leaves the forward pass before the first adapted block, and carries the output of the block below it."
 
 
 class Trunk:
@@ -118,14 +118,14 @@ class Trunk:
         self._pads_left = not is_encoder_decoder(model)
         places = [block_of(model, name) for name in layers]
         places = [place for place in places if self._pads_left or "decoder" not in place[0]]
-        stacks = {stack for stack, _ in places}
-        if len(stacks) != 1 or stacks == {""}:
-            self.reason = f"its adapted layers are not all in one stack of blocks: {sorted(stacks)}"
+        lists = {name for name, _ in places}
+        if len(lists) != 1 or lists == {""}:
+            self.reason = f"its adapted layers are not all in one stack of blocks: {sorted(lists)}"
             return
-        stack, first = min(places)  # the first adapted block
-        blocks = model.get_submodule(stack)
+        name, first = min(places)  # the first adapted block
+        blocks = model.get_submodule(name)
         self._lower = list(blocks[:first])
-        self._stack = model.get_submodule(stack.rpartition(".")[0])
+        self._stack = model.get_submodule(name.rpartition(".")[0])
         self._device = next(self._stack.parameters()).device
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.reason = self._find_reason(model)

@@ -64,6 +64,7 @@ def save_sparse_adapter(
     for name, size in sizes.items():
         if (count := len(values[name])) > size:
             raise ValueError(f"{name} needs {count} entries in {size} places; use format 'merged'")
+    # PEFT stores int(size * (1 - sparsity)) entries, one at least; the half keeps rounding from losing one
     sparsity = max(0.0, 1 - max((max(1, len(values[name])) + 0.5) / size for name, size in sizes.items()))
     tensors = {}
     for name, parts in updates.items():
@@ -322,6 +323,7 @@ def export_run(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
         fresh = Path(temporary) / "fresh"
         try:
+            # the Hub's weights of a base that is known here may be others, so its adapter's config names none
             finished.write(fresh, format, None if origin.name in BACKBONES else origin.id)
         except SafetensorError as error:  # not an OSError, even on a full disk
             raise OSError(f"{out} could not be written ({error}); make room, or give another") from error

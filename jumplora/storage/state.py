@@ -163,7 +163,7 @@ class ResumableTrainer(Trainer):
     "A Trainer with one adapter, whose checkpoint is one file of safetensors and JSON."
 
     checkpoint: Checkpoint | None = None  # None: nothing is saved
-    parts: dict[str, object] | None = None  # what else has `state_dict` and `load_state_dict`, in JSON types
+    parts: dict[str, object] | None = None  # name -> what else is saved as JSON types, by its `state_dict`
     found: tuple[dict, dict] | None = None  # what `Checkpoint.read` gave, when training resumes
 
     def train_or_resume(self) -> None:
@@ -219,7 +219,7 @@ class ResumableTrainer(Trainer):
         tensors = self.found[0]["random"]
         values = self.found[1]["random"]
         n = process_index()
-        if 0 < n <= len(values.get("others", ())):  # with fewer processes before: as the main one
+        if 0 < n <= len(values.get("others", ())):  # one that did not exist then: as the main one
             own = f"{n}."
             tensors = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
             values = values["others"][n - 1]

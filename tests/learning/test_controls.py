@@ -194,6 +194,13 @@ def test_labels_that_cannot_be_distinguished_are_refused(labels, message):
         evaluate(model, whole_words(), SEQUENCE[0], **given)
 
 
+def test_a_row_with_the_label_of_another_task_is_refused_where_labels_are_scored():
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    outside = replace(SEQUENCE[0], test=[("a", SEQUENCE[1].options[0])])
+    with pytest.raises(ValueError, match=f"the label {SEQUENCE[1].options[0]!r} is not among"):
+        evaluate(model, whole_words(), outside, labels=LABELS, max_length=40)
+
+
 def test_labels_that_cannot_be_scored_are_found_before_anything_is_learned(monkeypatch):
     monkeypatch.setattr("jumplora.learning.continual.train_task", None)
     model = load_backbone("tiny-llama", dtype="float32")[0]

@@ -242,7 +242,7 @@ def test_each_process_has_the_gpu_of_its_number_and_must_meet_the_others(monkeyp
         assert pick_device("auto") == torch.device("cuda:1")
     assert "process 1 has GPU 1; use 'cuda' or 'auto'" in refused(own_device, "cuda:0")
     with patch.object(processes, "PartialState", Mock(_shared_state={})):
-        assert "2 processes were started, but 1 have met" in refused(join_processes, "cpu")
+        assert "2 processes were started, but 1 have joined" in refused(join_processes, "cpu")
 
 
 def test_other_commands_are_refused_under_a_launcher(monkeypatch, capsys):
