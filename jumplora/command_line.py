@@ -166,9 +166,13 @@ def compare(
     check_choice(split, ("test", "dev"), "split")
     find_trackers(report_to)
     _import_callbacks(callbacks)
-    config = TrainConfig(**train | dict(training_arguments=parse_settings(train["training_arguments"])))
+    targets = train.get("target_modules") or ()
+    if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):  # a regular expression, or all-linear
+        train = train | dict(target_modules=targets[0])
+    arguments = parse_settings(train.get("training_arguments", ()))
+    config = TrainConfig(**train | dict(training_arguments=arguments))
     tasks = load_sequence(sequence, folder, train=train_rows, dev=dev_rows, test=test_rows)
-    methods = chosen_methods(method, strength, past_dtype)
+    methods = [one.given(train) for one in chosen_methods(method, strength, past_dtype)]
     for one in methods:
         one.check_fits(tasks)
     print(tasks.table().to_string(), flush=True)
@@ -545,7 +549,11 @@ def _parse(name: str, words: Sequence[str]) -> dict[str, object]:
     flags = dict(vars(parser.parse_args(words)))
     flags.pop("config", None)
     values = {name: flags.pop(name) for name in inspect.signature(COMMANDS[name]).parameters if name in flags}
-    return values | (dict(train=flags) if flags else {})  # what is left are fields of TrainConfig
+    if name != "compare":
+        return values
+    named = {known[flag].dest for flag in given}
+    changed = {key: v for key, v in flags.items() if key in named or v != parser.get_default(key)}
+    return values | dict(train=changed)  # what is left are fields of TrainConfig
 
 # %% ../nbs/command_line.ipynb #5a1d3d04
 def main(

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 
-from jumplora.command_line import COMMANDS, chosen_methods, main, parser_of
+from jumplora.command_line import COMMANDS, _parse, chosen_methods, main, parser_of
 from jumplora.data.backbones import load_backbone
 from jumplora.data.sequences import DEMO_COMMAND
 from jumplora.learning import continual
@@ -160,6 +160,7 @@ WRONG = {
     "compare --train-rows 0": "train=0 is no number of rows",
     "compare --seed -1": "seed=-1 ",
     "compare --target-modules q_prj": "target_modules.*q_prj.*q_proj",
+    "compare --target-modules '.*q_prj'": r"target_modules='\.\*q_prj' match no linear layer",
     "compare --method ELLA --past-dtype half": "past_dtype='half'",
     "compare --method IncLoRA 'single task'": "'single task' learns one task",
     "compare --method ELLA --strength ELLA=-1": "strength=-1.0 is not allowed",
@@ -187,6 +188,12 @@ WRONG = {
     "table nowhere": "nowhere holds no run",
     "table runs --format markdwn": "format='markdwn' is not known.*did you mean 'markdown'",
 }
+
+
+def test_only_settings_that_were_given_or_changed_are_passed_on():
+    words = ["--kept", "5000", "--hold-kept", "false", "--rank", "8"]
+    assert _parse("compare", words)["train"] == dict(kept=5000, hold_kept=False, rank=8)
+    assert _parse("compare", ["--kept", "0.5"])["train"] == dict(kept=0.5)
 
 
 @pytest.mark.parametrize("words", WRONG)

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -87,10 +87,11 @@ class Method:
         kind = type(own).__name__
         bars = type(own).masks is not Regularizer.masks
         keeps = self.after_task == "keep"
+        finished = own.needs_fresh_adapter or type(own).finish is not Regularizer.finish
         clashes = {
             f"{kind} bars entries of a gated update; use gated=True": bars and not self.gated,
             f"{kind} remembers one adapter; use after_task='keep'": own.needs_kept_adapter and not keeps,
-            f"{kind} remembers finished updates; use after_task='merge'": own.needs_fresh_adapter and keeps,
+            f"{kind} uses finished updates; use after_task='merge'": finished and keeps,
             "Muon moves matrices, a gate has a threshold; use adamw": self.gated and self.optimizer == "muon",
         }
         for what, clash in clashes.items():
@@ -102,6 +103,10 @@ class Method:
         usual = TrainConfig()
         own = {k: v for k, v in self.settings.items() if getattr(config, k) == getattr(usual, k)}
         return replace(config, **own)
+
+    def given(self, names: Iterable[str]) -> "Method":  # fields of `TrainConfig` that the caller has set
+        "The method without settings of its own for these: a value counts also where it is the default."
+        return replace(self, settings={k: v for k, v in self.settings.items() if k not in names})
 
     def check_fits(self, sequence: TaskSequence) -> None:
         "`ValueError` where the method needs another number of tasks."
@@ -203,7 +208,7 @@ class Learner:
             raise ValueError(f"no {self.split} rows to score in {empty}; give some, or score another split")
         scored = dict(split=self.split, scoring=self.scoring)
         self.layers = dry_check(model, tokenizer, sequence, config, out=self.out, **scored)  # adapted ones
-        named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks)
+        named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks, neutral=self.neutral)
         self.run = state.new_run(model, sequence, method, config, **named, **scored)
         check_same((self.run.name, str(self.out)), "runs")
         if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:

@@ -92,7 +92,7 @@ def dry_check(
         options = [option for task in sequence for option in task.options]
         label_tokens(tokenizer, options, is_encoder_decoder(model))
         for task in sequence:
-            if not {row.label for row in getattr(task, split)} <= set(options):
+            if not {row.label for row in getattr(task, split)} <= set(task.options):
                 raise ValueError(f"scoring='labels': {task.name!r} has {split} rows whose label is no option")
     task, text = _longest_prompt(model, tokenizer, sequence, config, split)
     if out is not None:

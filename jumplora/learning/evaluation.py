@@ -106,8 +106,8 @@ class Score:
     answers: tuple[str, ...]  # generated answers, in the order of the rows
     right: tuple[bool, ...]  # per row: the generated answer equals the label
     likeliest: tuple[bool, ...]  # per row: the label is the likeliest option
-    seen: tuple[bool, ...] = ()  # per row: the label is the likeliest of the `labels`; () by answers
-    log_loss: float = math.nan  # mean of -ln p(label) among the `labels`, in nats; nan by answers
+    seen: tuple[bool, ...] = ()  # per row: the label is the likeliest of the `labels`; () without
+    log_loss: float = math.nan  # mean of -ln p(label) among the `labels`, in nats; else nan
 
     rows = property(lambda score: len(score.right))  # how many were scored
     exact_match = property(lambda score: 100.0 * sum(score.right) / score.rows)  # percent
@@ -125,7 +125,7 @@ def evaluate(
     task: Task,  # what to score
     split: str = "test",  # "train", "dev" or "test"
     labels: Sequence[str] | None = None,  # score by labels, among these; None: by answers
-    **settings,  # of `answer`: max_length, truncation, batch_size, max_new_tokens, advance, share
+    **settings,  # of `answer`; with `labels` without max_new_tokens, and every process scores all rows
 ) -> Score:  # which rows are correct
     "Score one split. A label outside the options counts as wrong; with `labels` it is a `ValueError`."
     rows = getattr(task, check_choice(split, ("train", "dev", "test"), "split"))
@@ -281,6 +281,9 @@ def _score_labels(
         allowed = list(task.options if wrong else labels)
         raise ValueError(f"task {task.name!r}: the label {label!r} is not among {allowed}")
     encoded = [encode_prompt(tokenizer, task, row.text, max_length, truncation) for row in rows]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not reading.reads_together(base, max(map(len, encoded)) + max(map(len, tokens.values()))):
+        batch_size = 1
     pairs = [(ids, tokens[row.label]) for ids, row in zip(encoded, rows, strict=True)]
     first = [ids[0] for ids in tokens.values()]
     device = next(model.parameters()).device
@@ -329,4 +332,6 @@ def text_loss(model, tokenizer, texts: Sequence[str], max_length: int = 32) -> f
         total += F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum").item()
         count += (wanted != -100).sum().item()
     model.train(was_training)
+    if not count:
+        raise ValueError("no text has two tokens, so none has a loss")
     return total / count

@@ -61,14 +61,14 @@ class TrainConfig:
     group_by_length: bool = False  # rows of similar length share a step: less padding, another order
     gate_start: float = 0.2  # share of the steps after which γ begins to rise from 0
     gate_stop: float = 0.8  # share of the steps after which γ is 1
-    kept: float | int | None = None  # entries or share above τ when it is chosen; None: LoRA's size
+    kept: int | float | None = None  # entries or share above τ when it is chosen; by default LoRA's size
     threshold_scope: str = "model"  # who shares a threshold: "model", "block" or "layer"
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
     threshold_parametrization: str = "log"  # how Adam sees the threshold: "log" or "raw"
     learn_threshold: bool = True  # False: it stays where it was chosen
     hold_kept: bool = False  # True: τ is chosen again after every step, so that `kept` pass at the end
-    training_arguments: dict = field(default_factory=dict, hash=False)  # of the Trainer: {'bf16': True}
+    training_arguments: dict = field(default_factory=dict, hash=False)  # of the Trainer, such as bf16=true
 
     def __post_init__(self):
         choices = dict(truncation=("field", "reference"), threshold_scope=("model", "block", "layer"))
@@ -81,8 +81,10 @@ class TrainConfig:
             number = type(value) in (int, float) and 0 <= value <= torch.finfo(torch.float64).max
             if item.type is float and not (number and (share or value > 0)):
                 raise ValueError(f"{item.name}={value!r} is not a {'share' if share else 'positive number'}")
-            if item.type in (bool, str):
-                check_choice(value, choices.get(item.name, (False, True)), item.name)
+            if item.type is str:
+                check_choice(value, choices[item.name], item.name)
+            if item.type is bool and type(value) is not bool:
+                raise ValueError(f"{item.name}={value!r} is not True or False")
         ramp_steps(1, self.gate_start, self.gate_stop)
         targets = self.target_modules
         named = isinstance(targets, (tuple, list)) and targets and all(isinstance(t, str) for t in targets)
@@ -129,6 +131,7 @@ class TrainConfig:
         later = "threshold_parametrization learn_threshold hold_kept top_layers training_arguments".split()
         usual = vars(TrainConfig())
         values = vars(self) | {f.name: float(getattr(self, f.name)) for f in fields(self) if f.type is float}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {name: v for name, v in values.items() if name not in later or v != usual[name]}
 
 # %% ../../nbs/2_learning/training.ipynb #1b3c58b7
@@ -449,7 +452,8 @@ def train_task(
         trainer.group_by_length = config.group_by_length
         trainer.task_name = task.name
         trainer.checkpoint = checkpoint
-        trainer.parts = {f"callback {i}": c for i, c in enumerate(callbacks) if hasattr(c, "state_dict")}
+        trainer.parts = {f"callback {i}": c for i, c in enumerate(callbacks)
+                         if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")}  # fmt: skip
         trainer.parts["log"] = log
         trainer.add_callback(log)  # first: an error where the schedule would only warn
         if gate_groups(model):

@@ -172,7 +172,7 @@ def compare_families(
     second: str,  # another
     straight: bool = False,  # as in `frontier`
     level: float = LEVEL,  # as in `jackknife`
-) -> dict[str, float]:  # learning, difference, low, high; nan where there is no value
+) -> dict[str, float]:  # learning, difference, low, high, level; nan where there is no value
     "Retention of the first minus the second, in points, at the middle of the learning that both reach."
     families = [arms_of(table, method) for method in (first, second)]
     seeds = len(families[0][1])
@@ -187,16 +187,17 @@ def compare_families(
         return retention_at(ours, at) - retention_at(theirs, at)
 
     if math.isnan(at):
-        return dict.fromkeys(("learning", "difference", "low", "high"), math.nan)
+        return dict.fromkeys(("learning", "difference", "low", "high"), math.nan) | dict(level=level)
     found = jackknife(difference, seeds, level)
-    return dict(learning=at, difference=found["mean"], low=found["low"], high=found["high"])
+    mean = found["mean"] if math.isfinite(found["low"]) else difference(np.arange(seeds))
+    return dict(learning=at, difference=mean, low=found["low"], high=found["high"], level=level)
 
 
 def outcome(
     found: Mapping[str, float],  # from `compare_families`, for the gate and the dense family
 ) -> str:  # one sentence
     "The first that applies of what the design names: better, worse, equal within two points, undecided."
-    if math.isnan(found["difference"]):
+    if math.isnan(found["learning"]):
         return "Late gate and dense updates reach no learning in common, so their retention is not compared."
     if found["low"] > 0:
         word = "The late gate keeps more"
@@ -206,6 +207,6 @@ def outcome(
         word = "The late gate keeps as much, to within two points"
     else:
         word = "Undecided"
-    interval = f"{100 * LEVEL:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
+    interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
     points = f"{found['difference']:+.1f} points of retention ({interval})"
     return f"{word}: {points}, compared where both learn {found['learning']:.1f} %."

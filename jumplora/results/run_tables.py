@@ -79,7 +79,8 @@ def model_name(backbone: str) -> str:
 
 def sequence_of(run: Run) -> str:
     "Name of a run's sequence: `topics-7` with seed 7 is `topics`, whose rows and order the seed draws."
-    return run.sequence.removesuffix(f"-{run.seed}")
+    drawn = run.sequence.startswith("topics-")
+    return run.sequence.removesuffix(f"-{run.seed}") if drawn else run.sequence
 
 
 def labelled(words: str, runs: Iterable[Run]) -> str:
@@ -102,11 +103,14 @@ def _check_alike(runs: Sequence[Run]) -> None:
     for run, found in zip(runs, own, strict=True):
         settings = {key: run.configuration.get(key) for key in ("dtype", "weights")}
         settings["scored_split"] = run.configuration.get("scored_split", "test")
+        settings["scoring"] = run.configuration.get("scoring", "answers")
+        settings["callbacks"] = run.configuration.get("callbacks", [])
         settings["backbone"] = model_name(run.backbone)
         optimizer = found.get("method.optimizer", "adamw")
         settings[f"learning_rate of {optimizer}"] = found.get("train.learning_rate", "absent")
         for name in names:
-            settings[f"{name} of {run.method}"] = found.get(name, "absent")
+            order = f" on {sequence_of(run)}" if name.endswith(".strength") else ""  # the paper's λ differ
+            settings[f"{name} of {run.method}{order}"] = found.get(name, "absent")
             group, _, field = name.partition(".")
             if group == "train" and field not in _METHOD_SETTINGS:
                 settings[field] = found.get(name, "absent")
@@ -128,7 +132,7 @@ def _assembled(alone: Sequence[Run], runs: Iterable[Run]) -> list[Run]:
     "Every order as if its tasks had been learned one by one; only the last row of a matrix is filled."
     parts = {(run.tasks[0], run.seed): run for run in alone}
     orders = {run.sequence: run for run in runs if run.method != "single task"}
-    found = []
+    found = [] if orders else list(alone)
     for run, seed in itertools.product(orders.values(), sorted({run.seed for run in alone})):
         own = [parts.get((task, seed)) for task in run.tasks]
         if all(own):
@@ -240,19 +244,22 @@ def markdown_table(
 def paired_t(
     differences: Sequence[float],  # (pairs,) one per pair of runs
     level: float = 0.95,  # share of intervals that hold the true mean
-) -> dict[str, float]:  # pairs, mean, low and high of its interval, p (two-sided); nan for fewer than two
-    "Mean of paired differences, its interval and its p-value by Student's t."
+) -> dict[str, float]:  # pairs, mean, low and high of its interval, p (two-sided)
+    "Student's t of paired differences; nan for fewer than two, and where all are equal but not 0."
     found = np.asarray(differences, dtype=np.float64)
     n, mean = len(found), float(found.mean()) if len(found) else math.nan
-    if n < 2 or not np.isfinite(found).all():
+    equal = np.ptp(found) <= 1e-9 * abs(mean) if n else False  # their spread is not known
+    if n < 2 or not np.isfinite(found).all() or (mean and equal):
         return dict(pairs=n, mean=mean, low=math.nan, high=math.nan, p=math.nan)
     theta = np.linspace(-np.pi / 2, np.pi / 2, 20001)
     below = np.cumsum(np.clip(np.cos(theta), 0, None) ** (n - 2))
     below /= below[-1]
     error = float(found.std(ddof=1)) / math.sqrt(n)
     wide = math.sqrt(n - 1) * math.tan(np.interp((1 + level) / 2, below, theta)) * error
-    t = abs(mean) / error if error else math.inf * bool(mean)
-    p = 2 * (1 - float(np.interp(math.atan(t / math.sqrt(n - 1)), theta, below))) if mean else 1.0
+    p = 1.0
+    if mean:
+        angle = math.atan(abs(mean) / error / math.sqrt(n - 1))
+        p = 2 * (1 - float(np.interp(angle, theta, below)))
     return dict(pairs=n, mean=mean, low=mean - wide, high=mean + wide, p=min(1.0, max(p, 0.0)))
 
 
@@ -292,8 +299,10 @@ def paired_table(
     rows = []
     for (names, measure), row in found.items():
         mean = f"{row['mean']:+.1f}" if row["pairs"] else "not run"
-        interval = "too few pairs" if row["pairs"] < 2 else f"{row['low']:+.1f} to {row['high']:+.1f}"
-        p = "" if row["pairs"] < 2 else f"{corrected[names, measure]:.3f}"
+        interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
+        if math.isnan(row["low"]):
+            interval = "too few pairs" if row["pairs"] < 2 else "equal differences"
+        p = "" if math.isnan(row["p"]) else f"{corrected[names, measure]:.3f}"
         rows.append([names, measure, str(row["pairs"]), mean, interval, p])
     columns = ["compared", "measure", "pairs", "mean", "95 % interval", "p"]
     heading = labelled("compared", [run for run in runs if sequence_of(run) in _ORDERS_OF.get(part, (part,))])

@@ -113,6 +113,7 @@ def job_method(job: Job) -> tuple[Method, TrainConfig]:
     method = with_settings(method, strength=job.strength, **job.regularizer)
     for name in job.train:
         check_choice(name, [item.name for item in fields(TrainConfig)], "setting of training")
+    method = method.given(job.train)
     return method, method.configure(TrainConfig(**job.train))
 
 
@@ -253,7 +254,8 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         method, config = job_method(job)
         tasks = job_sequence(job, folder)
         model, tokenizer = load_backbone(job.backbone, device=device, dtype=job.dtype)
-        asked = dict(seed=job.seed, backbone=job.backbone, split=job.split, scoring=job.scoring)
+        asked = dict(seed=job.seed, backbone=job.backbone, split=job.split, scoring=job.scoring,
+                     neutral=tales() if job.neutral else ())  # fmt: skip
         run = new_run(model, tasks, method, config, **asked)
         exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounded: another fingerprint
         now = _rows_fingerprint(tasks) + run.configuration["weights"] * exact
@@ -263,7 +265,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         _write_note(out, key, note)
         learn_sequence(
             model, tokenizer, tasks, method, config, **asked, out=out, zero_shot=False, progress=False,
-            archive=job.archive, neutral=tales() if job.neutral else (), hidden_states=out / "hidden-states",
+            archive=job.archive, hidden_states=out / "hidden-states",
         )  # fmt: skip
     except Exception as error:
         note["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"

@@ -163,7 +163,7 @@ def on_main(
     if is_main():
         try:
             answer[0] = work(*arguments)
-        except Exception as error:
+        except BaseException as error:  # also a second signal
             broadcast_object_list([None, f"{type(error).__name__}: {error}"])
             raise
     broadcast_object_list(answer)

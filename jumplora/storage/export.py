@@ -105,24 +105,26 @@ def _check_repo_id(repo_id: str, what: str = "repo_id"):
         raise ValueError(f"{what}={repo_id!r} is no Hub id ({error}); use OWNER/NAME") from None
 
 
-def _find_origin(backbone: str, base_model: str | None, license: str | None) -> _Origin:
-    "What is known of the base in a record: a known name, a folder, or a Hub id."
+def _find_origin(backbone: str, base_model: str | None, license: str | None, given: bool = False) -> _Origin:
+    "What is known of the base in a record: a known name, a folder, or a Hub id; little of a given model."
     known = backbone in BACKBONES
     folder = Path(backbone) if Path(backbone).is_dir() else None
-    id = base_model if base_model is not None else None if folder or known else backbone
+    unsure = given and "/" not in backbone  # perhaps the last part of a folder's path, or a class
+    id = base_model if base_model is not None else None if folder or known or unsure else backbone
     if id is not None:
         _check_repo_id(id, "base_model")
     found = {"license": license} if license else {}
     if backbone == "smollm2-135m":  # its weights are not those of the Hub
         found = found or {"license": "apache-2.0"}
         return _Origin(backbone, id or "HuggingFaceTB/SmolLM2-135M-Instruct", found, _SMOLLM2)
-    if not known and not found:
+    if not (known or found or unsure):
         with suppress(Exception):  # no card, no network, no YAML: in each case nothing is known
             card = ModelCard.load(folder / "README.md" if folder else backbone, ignore_metadata_errors=True)
             stated = card.data.to_dict()
             keys = ("license", "license_name", "license_link")
             found = {key: stated[key] for key in keys if isinstance(stated.get(key), str)}
-    return _Origin(backbone if known else id or folder.resolve().name, id, found, "")
+    name = folder.resolve().name if folder else backbone
+    return _Origin(backbone if known else id or name, id, found, "")
 
 # %% ../../nbs/5_inside/export.ipynb #0bbbe02b
 @dataclass(frozen=True, eq=False)
@@ -234,6 +236,7 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
         instruction, options, *hidden = run.extra["prompts"][asked]
         lines = prompt(instruction, () if hidden else options, "THE TEXT").splitlines()
         question = "\n".join([f"The prompt of the task {asked}:\n", *(f"    {line}" for line in lines), "\n"])
+    learned = f"the update of task {task} alone" if task else ", then ".join(run.tasks[: run.tasks_learned])
     size = sum(math.prod(parts[0].shape) for parts in finished.updates.values())
     changed = sum(len(parts[0].values) for parts in finished.updates.values())
     rounded = "" if dtype == "float32" else f"Added to a base in {dtype}, the updates would be rounded."
@@ -246,7 +249,7 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
         needs += ", and jumplora for the base"
     text = f"""# {_cell(origin.name)} and {_cell(run.sequence)}
 
-{base} after learning {f"the update of task {task} alone" if task else ", then ".join(final)} \
+{base} after learning {learned} \
 ({_cell(run.method)}; format {format}).
 
 ## How to load it
@@ -318,7 +321,7 @@ def export_run(
     named = finished.run.backbone
     if named not in BACKBONES and isinstance(backbone, str | Path):
         named = str(backbone)  # the record's may be a folder that was moved
-    origin = _find_origin(named, base_model, license)
+    origin = _find_origin(named, base_model, license, given=isinstance(backbone, tuple))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as temporary:
         fresh = Path(temporary) / "fresh"

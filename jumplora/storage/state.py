@@ -354,13 +354,13 @@ def held_folder(folder: Path | None, tasks: int) -> Iterator[StopRequest]:
 def weights_fingerprint(model: nn.Module) -> str:
     "16 hexadecimal digits that change when any weight of the model changes."
     weights = (parameter.detach().contiguous() for parameter in model.parameters())
-    return fingerprint(weight.view(torch.uint8).cpu().numpy() for weight in weights)
+    return fingerprint(weight.view(-1).view(torch.uint8).cpu().numpy() for weight in weights)
 
 
 def new_run(
     model: nn.Module, sequence: TaskSequence, method, config, *,
     seed: int, backbone: str | None = None, split: str = "test", callbacks: Sequence[TrainerCallback] = (),
-    scoring: str = "answers",
+    scoring: str = "answers", neutral: Sequence[str] = (),
 ) -> Run:  # fmt: skip
     "The record of a run that is about to begin."
     parameter = next(model.parameters())
@@ -372,6 +372,7 @@ def new_run(
         dtype=str(parameter.dtype).removeprefix("torch."), device=parameter.device.type,
     )  # fmt: skip
     configuration |= dict(scoring=scoring) if scoring != "answers" else {}
+    configuration |= dict(neutral=fingerprint(text.encode() for text in neutral)) if neutral else {}
     kinds = [f"{type(one).__module__}.{type(one).__qualname__}" for one in callbacks]
     configuration |= dict(callbacks=kinds) if kinds else {}
     path = Path(model.config.name_or_path)

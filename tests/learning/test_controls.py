@@ -17,6 +17,7 @@ from jumplora.learning.tasks import Question, TaskSequence, encode_answer, encod
 from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.running.grid import Job, job_method
 from jumplora.storage.rollback import load_without, rollback
+from jumplora.storage.state import new_run
 from jumplora.storage.updates import archive_path, read_archive
 
 LABELS = ["red", "blue", "green", "yellow"]
@@ -130,6 +131,8 @@ def test_a_setting_that_was_changed_wins_over_that_of_the_method():
     assert late.configure(changed) == changed
     job = Job("IncLoRA + late gate", "newsroom", 1, "tiny-llama", train=dict(kept=0.01))
     assert job_method(job)[1].kept == 0.01 and job_method(job)[1].hold_kept
+    method, config = job_method(replace(job, train=dict(hold_kept=False, gate_start=0.2)))
+    assert method.configure(config) == config == replace(config, hold_kept=False, gate_start=0.2, kept=0.1)
     run, _ = learn(METHODS["IncLoRA + late gate"], kept=0.5)
     assert run.configuration["train"]["kept"] == 0.5 and run.configuration["train"]["hold_kept"]
     run, _ = learn(METHODS["IncLoRA + late gate"])
@@ -169,6 +172,16 @@ def test_scores_by_labels_are_those_of_one_row_at_a_time(batch):
 
 
 @torch.no_grad()
+def test_a_model_that_reads_padding_as_text_is_scored_one_row_at_a_time(monkeypatch):
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    given = dict(labels=LABELS, max_length=40, batch_size=4)
+    sizes = []
+    monkeypatch.setattr("jumplora.running.answers.reads_together", lambda model, length: False)
+    evaluate(model, whole_words(), SEQUENCE[0], advance=sizes.append, **given)
+    assert set(sizes) == {1}
+
+
+@torch.no_grad()
 def test_options_of_equal_probability_are_no_choice():
     model = load_backbone("tiny-llama", dtype="float32")[0]
     model.lm_head.weight.zero_()
@@ -205,13 +218,26 @@ def test_labels_that_cannot_be_scored_are_found_before_anything_is_learned(monke
     monkeypatch.setattr("jumplora.learning.continual.train_task", None)
     model = load_backbone("tiny-llama", dtype="float32")[0]
     same = TaskSequence("two", [SEQUENCE[0], task("second", "red x", "green")])
-    outside = replace(SEQUENCE[1], test=[("a", "purple")])
     given = dict(config=CONFIG, scoring="labels", progress=False)
     with pytest.raises(ValueError, match="'red' and 'red x' begin with the same token"):
         learn_sequence(model, whole_words(), same, METHODS["IncLoRA"], **given)
-    with pytest.raises(ValueError, match="'second' has test rows whose label is no option"):
-        odd = TaskSequence("two", [SEQUENCE[0], outside])
-        learn_sequence(model, whole_words(), odd, METHODS["IncLoRA"], **given)
+    for test in ([("a", "purple")], [("a", SEQUENCE[0].options[0])]):  # also an option of another task
+        odd = TaskSequence("two", [SEQUENCE[0], replace(SEQUENCE[1], test=test)])
+        with pytest.raises(ValueError, match="'second' has test rows whose label is no option"):
+            learn_sequence(model, whole_words(), odd, METHODS["IncLoRA"], **given)
+
+
+@torch.no_grad()
+def test_texts_without_a_token_to_predict_have_no_loss():
+    with pytest.raises(ValueError, match="no text has two tokens"):
+        text_loss(load_backbone("tiny-llama", dtype="float32")[0], whole_words(), ["a"])
+
+
+def test_other_neutral_texts_make_another_run():
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    given = (model, SEQUENCE, METHODS["IncLoRA"], CONFIG)
+    names = {new_run(*given, seed=1, neutral=texts).name for texts in ((), ["a b"], ["a b c"])}
+    assert len(names) == 3
 
 
 @torch.no_grad()

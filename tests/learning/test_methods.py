@@ -233,9 +233,10 @@ def given_strengths(count):
     "change, message",
     [
         (("EWC", dict(after_task="merge")), "EWC remembers one adapter; use after_task='keep'"),
-        (("ELLA", dict(after_task="keep")), "ELLA remembers finished updates; use after_task='merge'"),
-        (("ELLA + JumpLoRA", dict(after_task="keep")), "ELLA remembers finished updates"),
-        (("O-LoRA", dict(after_task="keep")), "OLoRA remembers finished updates"),
+        (("ELLA", dict(after_task="keep")), "ELLA uses finished updates; use after_task='merge'"),
+        (("ELLA + JumpLoRA", dict(after_task="keep")), "ELLA uses finished updates"),
+        (("O-LoRA", dict(after_task="keep")), "OLoRA uses finished updates"),
+        (("IncLoRA pruned", dict(after_task="keep")), "Prune uses finished updates"),
         (("IncLoRA (Muon)", dict(gated=True)), "a gate has a threshold; use adamw"),
         (("IncLoRA", dict(optimizer="adam")), "optimizer='adam'"),
         (("IncLoRA", dict(training="all")), "training='all'"),

@@ -310,15 +310,47 @@ def test_students_t_is_that_of_the_printed_tables(n, t):
     assert paired_t(-noise - t / n**0.5)["p"] == pytest.approx(found["p"]) and paired_t(noise)["p"] > 0.99
 
 
-def test_a_certain_difference_and_too_few_pairs():
-    assert paired_t([2.0, 2.0])["p"] == 0 and paired_t([0.0, 0.0])["p"] == 1
-    for few in ([], [1.0], [1.0, math.nan]):
-        assert math.isnan(paired_t(few)["p"])
+def test_equal_differences_and_too_few_pairs_have_no_interval():
+    assert paired_t([0.0, 0.0])["p"] == 1
+    for few in ([], [1.0], [1.0, math.nan], [2.0, 2.0], [0.1 + 0.2, 0.3]):
+        assert math.isnan(paired_t(few)["p"]) and math.isnan(paired_t(few)["low"])
 
 
 def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_falls():
     assert holm({"a": 0.03, "b": 0.01, "c": 0.04}) == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def with_strength(order, seed, strength, **changes):
+    run = make_order("ELLA", order, seed, **changes)
+    run.configuration["method"]["regularizer"]["strength"] = strength
+    return run
+
+
+def test_one_table_takes_a_strength_per_order_but_not_two_on_one_order():
+    planned = {"order1": 3e4, "order4": [5e5] * 15, "order6": 5e5}
+    runs = [with_strength(order, 1, strength) for order, strength in planned.items()]
+    assert {"SC-summary", "LS-summary"} <= set(tables_of(runs))
+    with pytest.raises(ValueError, match=r"strength of ELLA on order1: 30000.0 / 1.0"):
+        tables_of([*runs, with_strength("order1", 2, 1.0)])
+
+
+@pytest.mark.parametrize(("key", "value"), [("scoring", "labels"), ("callbacks", ["my.EarlyStop"])])
+def test_runs_that_were_scored_or_trained_in_another_way_share_no_table(key, value):
+    other = make_order("IncLoRA", seed=2)
+    other.configuration[key] = value
+    with pytest.raises(ValueError, match=f"differ in {key}"):
+        tables_of([make_order("IncLoRA"), other])
+
+
+def test_single_tasks_without_another_method_are_a_table_of_their_own():
+    runs = [make_order("single task", "agnews", seed) for seed in (1, 2)]
+    assert summary_table(runs, "agnews").loc["single task", "runs"] == "2"
+
+
+def test_a_folder_whose_name_ends_in_a_number_stays_one_sequence():
+    runs = [make("IncLoRA", seed=seed, sequence="news-2") for seed in (1, 2, 3)]
+    assert set(measured(runs, "IncLoRA")) == {("news-2", seed) for seed in (1, 2, 3)}
 
 
 def test_a_sequence_that_its_seed_draws_is_one_sequence_in_all_tables():
@@ -342,7 +374,9 @@ def test_a_sequence_that_its_seed_draws_is_one_sequence_in_all_tables():
 
 def test_bold_is_better_than_all_others_in_pairs_and_references_do_not_count():
     def runs(method, shift):
-        return [make_order(method, run.sequence, run.seed, accuracy=np.clip(run.accuracy / 2 + shift, 0, 100))
+        rng = np.random.default_rng(len(method))
+        return [make_order(method, run.sequence, run.seed,
+                           accuracy=np.clip(run.accuracy / 2 + shift + rng.normal(0, 0.1), 0, 100))
                 for run in RUNS if run.method == "ELLA"]  # fmt: skip
 
     three = [*runs("ELLA", 10), *runs("IncLoRA", 5), *runs("SeqLoRA", 0), *runs("single task", 40)]
