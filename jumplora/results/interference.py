@@ -198,7 +198,7 @@ def outcome(
 ) -> str:  # one sentence
     "The first that applies of what the design names: better, worse, equal within two points, undecided."
     if math.isnan(found["learning"]):
-        return "Late gate and dense updates reach no learning in common, so their retention is not compared."
+        return "The two families reach no learning in common, so their retention is not compared."
     if found["low"] > 0:
         word = "The late gate keeps more"
     elif found["high"] < 0:
