@@ -17,7 +17,7 @@ import torch
 
 from ..data.backbones import load_backbone, pick_device
 from ..learning.continual import learn_sequence
-from ..learning.methods import METHODS
+from ..learning.methods import METHODS, with_settings
 from ..learning.tasks import TaskSequence
 from .grid import PROTOCOLS, Job, job_method, job_sequence, plan
 
@@ -49,9 +49,12 @@ def project(
     for name in dict.fromkeys(job.method for job in jobs):
         own = [job for job in jobs if job.method == name]
         method, config = job_method(own[0])
+        joint = method.training == "joint"
+        tasks = sequences[own[0].sequence][:2]
+        if isinstance(own[0].strength, list):  # one λ per task
+            method = with_settings(method, strength=own[0].strength[: len(tasks)])
         measured = []
         for count in steps:
-            tasks = sequences[own[0].sequence][:2]
             batch = config.batch_size * config.gradient_accumulation
             few = [task.limit(train=batch * count, dev=0, test=8 * count) for task in tasks]
             model, tokenizer = load_backbone(own[0].backbone, device=device, dtype=own[0].dtype)
@@ -61,18 +64,20 @@ def project(
                     backbone=own[0].backbone, zero_shot=False, progress=False,
                 )  # fmt: skip
                 sizes = {path: path.stat().st_size for path in Path(out).rglob("*") if path.is_file()}
-            updates = sum(size for path, size in sizes.items() if path.parent.name == "updates")  # two tasks
+            updates = sum(size for path, size in sizes.items() if path.parent.name == "updates")
+            learned = sum(len(task.train) for task in (few if joint else few[-1:]))
             scored = sum(len(task.test) for task in few)
-            measured.append([run.seconds["train"][1], len(few[1].train), run.seconds["evaluate"][1], scored])
+            measured.append([run.seconds["train"][-1], learned, run.seconds["evaluate"][-1], scored])
         trained, trained_rows, evaluated, evaluated_rows = (b - a for a, b in zip(*measured, strict=True))
         train = max(trained, 0) / max(trained_rows, 1)  # the clock of a busy machine
         score = max(evaluated, 0) / max(evaluated_rows, 1)
         seconds = disk = 0.0
         for job in own:
             tasks = sequences[job.sequence]
-            disk += sum(sizes.values()) + updates * (len(tasks) / 2 - 1)
+            disk += sum(sizes.values()) + updates * (len(tasks) / len(few) - 1)
             seconds += train * config.epochs * sum(len(task.train) for task in tasks)
-            seconds += score * sum(len(task.test) * (len(tasks) - i) for i, task in enumerate(tasks))
+            times = [1 if joint else len(tasks) - i for i in range(len(tasks))]  # how often a task is scored
+            seconds += score * sum(len(task.test) * n for task, n in zip(tasks, times, strict=True))
         rows.append({
             "method": name, "ms per training row": 1e3 * train, "ms per scored row": 1e3 * score,
             "peak memory, GB": (run.peak_memory or 0) / 1e9, "disk, GB": disk / 1e9,

@@ -160,6 +160,12 @@ class Finished:
             model.save_pretrained(folder, save_embedding_layers=False)
 
 
+def _float_base(run, backbone):
+    "The base in float32 on the CPU; a model that was given stays as it is."
+    base, tokenizer = load_start(run, backbone=backbone, device="cpu")
+    return (copy.deepcopy(base) if isinstance(backbone, tuple) else base).float().cpu(), tokenizer
+
+
 def load_finished(
     folder: str | Path, task: str | None = None, backbone: str | Path | tuple | None = None
 ) -> Finished:
@@ -171,17 +177,17 @@ def load_finished(
         raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
-        base, tokenizer = load_start(run, backbone=backbone, device="cpu")
-        start = base.float().get_submodule
+        base, tokenizer = _float_base(run, backbone)
+        start = base.get_submodule
         updates = {name: exact_updates(end, start(name).weight) for name, end in parts["weight"].items()}
         return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
     i = learned.index(check_choice(task, learned, "task"))
     if not (written := run.extra.get("archives", {}).get(task)):
         raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
     archive = read_archive(archive_path(folder, i, task), written["checksum"])
-    base, tokenizer = load_start(run, backbone=backbone, device="cpu")
+    base, tokenizer = _float_base(run, backbone)
     updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
-    return Finished(base.float(), tokenizer, updates, run, task)
+    return Finished(base, tokenizer, updates, run, task)
 
 # %% ../../nbs/5_inside/export.ipynb #53bb670d
 _NEEDS = {"merged": "", "jumplora": ", PEFT and jumplora", "supertuning": " and PEFT, 0.21 or newer"}
@@ -218,7 +224,8 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
     run = finished.run
     task = finished.task
     dtype = run.configuration["dtype"]
-    final = dict(zip(run.tasks, run.accuracy[run.finished - 1, : run.finished].tolist(), strict=False))
+    n = run.tasks_learned
+    final = dict(zip(run.tasks, run.accuracy[n - 1, :n].tolist(), strict=False))  # nan: not scored yet
     library = "transformers" if format == "merged" else "peft"
     tags = ["jumplora", "continual-learning", "sparse", format]
     data = ModelCardData(**origin.license, base_model=origin.id, library_name=library, tags=tags)
@@ -236,7 +243,7 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
         instruction, options, *hidden = run.extra["prompts"][asked]
         lines = prompt(instruction, () if hidden else options, "THE TEXT").splitlines()
         question = "\n".join([f"The prompt of the task {asked}:\n", *(f"    {line}" for line in lines), "\n"])
-    learned = f"the update of task {task} alone" if task else ", then ".join(run.tasks[: run.tasks_learned])
+    learned = f"the update of task {task} alone" if task else ", then ".join(final)
     size = sum(math.prod(parts[0].shape) for parts in finished.updates.values())
     changed = sum(len(parts[0].values) for parts in finished.updates.values())
     rounded = "" if dtype == "float32" else f"Added to a base in {dtype}, the updates would be rounded."

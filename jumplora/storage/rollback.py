@@ -6,6 +6,7 @@
 __all__ = ['TakenOut', 'rollback', 'load_without']
 
 # %% ../../nbs/5_inside/rollback.ipynb #4112b526
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def add_archives(weights: dict[str, Tensor], archives: Sequence[UpdateArchive]) 
     "Weights (out, in) of each layer, in float32, plus archived updates, added in the order given."
     sums = {}
     for name, weight in weights.items():
-        sums[name] = weight.detach().float().clone()
+        sums[name] = weight.detach().cpu().float().clone()
         for archive in archives:
             sums[name] += neutral_zeros(archive.update(name).dense())
     return sums
@@ -119,8 +120,13 @@ def rollback_report(found: TakenOut) -> str:
 
 def load_rows(run: Run, name: str | None = None, folder: str | None = None) -> TaskSequence:
     "As many rows as the run had, of its own sequence or another. Raises what `load_sequence` raises."
-    train, dev, test = map(max, zip(*run.configuration["counts"].values(), strict=True))
-    return load_sequence(name or run.sequence, folder, train=train, dev=dev, test=test)
+    counts = map(max, zip(*run.configuration["counts"].values(), strict=True))  # train, dev, test
+    whole = load_sequence(name or run.sequence, folder)
+    tries = itertools.product(*((n, None) for n in counts))  # a split may have been limited, or not
+    found = [whole.limit(*limits) for limits in tries]
+    rows = run.configuration["rows"]
+    alike = (one for one in found if all(task.fingerprint() == rows.get(task.name) for task in one))
+    return next(alike, found[0])
 
 
 def _write(place: Path, found: TakenOut, weights: dict[str, Tensor]) -> None:

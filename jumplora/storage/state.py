@@ -377,7 +377,7 @@ def new_run(
     configuration |= dict(callbacks=kinds) if kinds else {}
     path = Path(model.config.name_or_path)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
-    own_name = str(path) if on_hub else path.name or type(model).__name__  # never a path of this machine
+    own_name = path.as_posix() if on_hub else path.name or type(model).__name__  # no path of this machine
     prompts = {task.name: [task.instruction, list(task.options)] for task in sequence}
     for task in sequence:
         prompts[task.name] += [] if task.list_options else [False]
@@ -425,6 +425,8 @@ def load_learned(
     "The model that a run ended with. `ValueError` for a lost state or a changed backbone; `OSError`."
     folder = Path(folder)
     run = Run.load(folder)
+    if not run.tasks_learned:
+        raise ValueError(f"{run.name} has learned no task yet; the call that began it resumes it")
     try:
         weights = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))["weight"]
     except Damaged as error:

@@ -30,6 +30,7 @@ from jumplora.data.backbones import load_backbone
 from jumplora.data.sequences import newsroom
 from jumplora.running import grid
 from jumplora.running.grid import Job, job_sequence, plan, run_grid, status
+from jumplora.running.reproduce import project
 from jumplora.storage.record import Run
 from jumplora.storage.state import held_lock, weights_fingerprint
 
@@ -628,3 +629,14 @@ def test_wrong_words_are_answered_and_nothing_is_written(words, tmp_path, capsys
     assert code == (1 if "nowhere" in words or "no/such" in words else 2)
     said = capsys.readouterr()
     assert WRONG[words] in said.err and "Traceback" not in said.err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "tasks"),
+    [("ELLA", [1.0, 2.0, 3.0], 3), ("multi-task", None, 3), ("IncLoRA", None, 1)],
+)
+def test_a_strength_per_task_joint_training_and_one_task_are_projected(method, strength, tasks, tmp_path):
+    folder = write_rows(tmp_path / "mine", "text", tasks=tasks, rows=24)
+    job = Job(method, folder, 1, strength=strength, **SMALL | dict(rows={}))
+    found = project([job], device="cpu", steps=(1, 2)).loc[method]
+    assert found["runs"] == 1 and found["hours"] >= 0 and found["disk, GB"] > 0

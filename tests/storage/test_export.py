@@ -35,6 +35,7 @@ from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
 from jumplora.storage import export
 from jumplora.storage.export import (
+    _find_origin,
     exact_updates,
     export_run,
     load_finished,
@@ -610,3 +611,12 @@ def test_a_full_disk_is_named_and_nothing_is_left(run, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"export could not be written .*No space left .*make room"):
         export_run(run[0], tmp_path / "export")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_given_as_base_stays_as_it_is_and_its_card_names_no_hub_id(place, half, tmp_path):
+    given = load_backbone(str(place / "base"), device="cpu", dtype="bfloat16")
+    for form in ("merged", "supertuning"):
+        data, text, _ = parts_of(export_run(half[0], tmp_path / form, form, backbone=given))
+        assert next(given[0].parameters()).dtype == torch.bfloat16 and data.get("base_model") is None
+    assert _find_origin("gpt2", None, None, given=True).id is None
+    assert _find_origin("some/gpt2", None, "mit", given=True).id == "some/gpt2"

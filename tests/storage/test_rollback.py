@@ -12,7 +12,9 @@ import torch
 from equal_runs import entries, files
 from safetensors.torch import load_file
 
+from jumplora.conventions import write_atomic
 from jumplora.data.backbones import load_backbone
+from jumplora.data.sequences import load_sequence
 from jumplora.learning import continual
 from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.tasks import Task, TaskSequence
@@ -21,7 +23,7 @@ from jumplora.results.run_tables import load_runs
 from jumplora.storage import rollback as page
 from jumplora.storage.record import Run, write_tensors
 from jumplora.storage.rollback import add_archives, load_archives, load_without, rollback
-from jumplora.storage.state import load_start
+from jumplora.storage.state import load_start, new_run
 from jumplora.storage.updates import UpdateArchive, archive_path, read_archive, sparse_update
 
 BALL = [("a ball", "sport"), ("an atom", "physics")] * 4
@@ -322,3 +324,15 @@ def test_a_damaged_or_outdated_result_is_not_loaded(gated):
     (place / "rollback.json").write_text((place / "rollback.json").read_text().replace("topics", "tropics"))
     with pytest.raises(ValueError, match="rollback.json: .*"):
         load_without(gated.folder, "topics")
+
+
+@pytest.mark.parametrize("limits", [{}, dict(train=6), dict(train=6, dev=2, test=4)])
+def test_the_rows_of_a_run_are_found_again_whatever_was_limited(tmp_path, limits):
+    rows = [dict(text=f"text {i}", label=("yes", "no")[i % 2]) for i in range(8)]
+    for split in ("train", "dev", "test"):
+        write_atomic(tmp_path / "one" / f"{split}.json", json.dumps(rows))
+    tasks = load_sequence(tmp_path, **limits)
+    model, _ = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    run = new_run(model, tasks, GATED, QUICK, seed=1)
+    found = page.load_rows(run, str(tmp_path))
+    assert [task.fingerprint() for task in found] == [task.fingerprint() for task in tasks]
