@@ -118,7 +118,7 @@ class JumpLoraVariant(LoraVariant):
     def unmerge(module, active_adapter, orig_weight):
         touched, overwritten = module._cache_pop(f"{active_adapter}-overwritten")
         weight = orig_weight.data.clone()
-        weight.view(-1)[touched] = overwritten
+        weight.view(-1)[touched.to(weight.device)] = overwritten.to(weight)  # the model may have been moved
         return weight
 
 # %% ../../nbs/1_method/adapter.ipynb #33d90265

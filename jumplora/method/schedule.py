@@ -134,6 +134,7 @@ class SparsitySchedule:
         "Resume without a saved state, once the adapter is loaded: a threshold chosen by then stays."
         learned = [name for name, group in self.groups.items() if any(update.any() for update in group)]
         self.started = learned if step >= self.first else []  # a zero update has no threshold yet
+        self.history = [point for point in self.history if point["step"] <= step]
         self.set_step(step)
 
     def state_dict(self) -> dict:  # ready for JSON
@@ -175,7 +176,7 @@ class SparsityCallback(TrainerCallback):
             what = f"the schedule was made for {self.schedule.total_steps} steps, but the Trainer will do"
             fix = "use total_steps = batches / gradient_accumulation_steps * epochs"
             raise ValueError(f"{what} {state.max_steps}; {fix}")
-        if state.global_step > self.schedule.step:
+        if state.global_step != self.schedule.step:  # also a training that begins anew
             self.schedule.resume_at(state.global_step)
         self.schedule.check_gates()
 

@@ -533,6 +533,15 @@ def test_merge_then_unmerge_gives_every_bit_back_and_unloading_leaves_a_plain_mo
     assert not adapter_layers(plain) and not any("lora" in name for name, _ in plain.named_parameters())
 
 
+def test_a_merged_model_that_was_cast_gives_its_first_weights_back():
+    model = adapted()
+    before = weights(model)
+    model.merge_adapter()
+    model.double()
+    model.unmerge_adapter()
+    assert all(torch.equal(weight, before[name].double()) for name, weight in weights(model).items())
+
+
 def test_a_merge_changes_no_zero_update_and_two_that_overlap_are_taken_back_bit_for_bit():
     model = two_adapters()
     for layer in adapter_layers(model).values():

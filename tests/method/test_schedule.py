@@ -387,3 +387,13 @@ def test_a_training_that_ends_before_its_gate_is_gated_warns(settings, callbacks
     assert len(found) == (end is not None)
     assert all(message.startswith(f"training ended {end}: it is not sparse") for message in found)
     assert (schedule.groups["model"].gate.interpolation < 1) == (end is not None)
+
+
+def test_a_training_that_begins_anew_starts_dense_and_chooses_its_threshold_again(tmp_path):
+    schedule = SparsitySchedule(tiny(), 10)
+    train(schedule, tmp_path, rows=20)
+    chosen = read_thresholds(schedule.groups)
+    states = [state for state, _ in train(schedule, tmp_path, rows=20)]
+    assert states[0]["started"] == [] and [point["step"] for point in states[0]["history"]] == [1]
+    assert [point["interpolation"] for point in states[-1]["history"]][:3] == [0, 0, pytest.approx(1 / 6)]
+    assert read_thresholds(schedule.groups) != chosen
