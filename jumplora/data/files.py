@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/5_inside/files.ipynb #f990edb5
+import csv
 import hashlib
 import json
 import math
@@ -97,6 +98,14 @@ def _read_file(path: Path, where: str):
 
             separator = "\t" if kind == ".tsv" else ","
             lines = pd.read_csv(path, sep=separator, header=None, dtype=str, na_filter=False)
+            csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                strict = csv.reader(file, delimiter=separator, strict=True)  # pandas joins rows at a stray "
+                try:
+                    for _ in strict:
+                        pass
+                except csv.Error as error:
+                    raise ValueError(f"line {strict.line_num}: {error}; quotes in a text are doubled") from None
             return lines[1:].set_axis(lines.iloc[0], axis="columns")
         content = path.read_text("utf-8-sig")
         if kind == ".json" and content.lstrip().startswith("["):

@@ -256,6 +256,9 @@ class Learner:
             self.run.zero_shot, self.run.zero_shot_options = self.zero_shot or (None, None)
             self.run.right.pop("", None)  # rows of scores that an earlier call began
         if parts is None:
+            if self.run.tasks_learned:
+                found = f"{self.run.name} is complete and its state was removed"
+                warnings.warn(f"{found}: the model stays as it was given", stacklevel=4)
             return
         self.regularizer.load_state_dict(parts["regularizer"])
         if parts["adapter"]:

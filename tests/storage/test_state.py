@@ -546,3 +546,13 @@ def test_leaving_a_run_after_its_first_task_keeps_its_state(whole, tmp_path):
         learner.finish(0, learner.train(0))
     assert states(learner.folder) == ["after-1.safetensors"]
     assert_equal(learn(tmp_path), whole)
+
+
+def test_a_complete_run_without_its_state_says_that_the_model_stays_as_it_was(tmp_path):
+    first, learned = learn(tmp_path, "IncLoRA")
+    again, same = learn(tmp_path, "IncLoRA")
+    assert content(again) == content(first) and same_weights(same, learned)
+    shutil.rmtree(tmp_path / first.name / "state")
+    with pytest.warns(UserWarning, match="its state was removed: the model stays as it was given"):
+        again, untouched = learn(tmp_path, "IncLoRA")
+    assert content(again) == content(first) and not same_weights(untouched, learned)
