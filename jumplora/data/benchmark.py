@@ -44,8 +44,6 @@ class _BenchmarkTask(NamedTuple):
 
     instruction: str  # the question
     options: tuple[str, ...]  # the allowed answers, in the order of the official files
-    category: str  # a folder of the O-LoRA layout
-    dataset: str  # the folder inside it
     rows: tuple[int, int, int]  # train, dev and test rows in the paper's split
     files: dict[str, str]  # split -> first 16 digits of the Git blob hash of the paper's file
     hub: _HubSource  # where other rows of the task are

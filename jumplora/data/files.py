@@ -105,7 +105,8 @@ def _read_file(path: Path, where: str):
                     for _ in strict:
                         pass
                 except csv.Error as error:
-                    raise ValueError(f"line {strict.line_num}: {error}; quotes in a text are doubled") from None
+                    fix = "quotes in a text are doubled"
+                    raise ValueError(f"line {strict.line_num}: {error}; {fix}") from None
             return lines[1:].set_axis(lines.iloc[0], axis="columns")
         content = path.read_text("utf-8-sig")
         if kind == ".json" and content.lstrip().startswith("["):

@@ -31,7 +31,7 @@ from .tasks import Task, TaskSequence
 from .training import TaskLog, TrainConfig, attach_adapter, named_updates, train_task
 from ..method.adapter import adapter_layers
 from ..method.regularizers import IncLoRA, Regularizer, Update
-from ..running.processes import check_processes, check_same, is_main, on_main, split_batch, world_size
+from ..running.processes import check_processes, gathered, is_main, on_main, split_batch, world_size
 from ..running.tracking import Tracking, find_trackers
 from ..running.trunk import Trunk
 from ..storage import state
@@ -210,7 +210,8 @@ class Learner:
         self.layers = dry_check(model, tokenizer, sequence, config, out=self.out, **scored)  # adapted ones
         named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks, neutral=self.neutral)
         self.run = state.new_run(model, sequence, method, config, **named, **scored)
-        check_same((self.run.name, str(self.out)), "runs")
+        if len(set(gathered((self.run.name, str(self.out))))) > 1:
+            raise ValueError("the processes have different runs; start all of them with the same command")
         if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:
             found = f"The record names the base {self.run.backbone!r}, and no path of this machine"
             warnings.warn(f"{found}; give load_learned, rollback or export its backbone=", stacklevel=3)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
+from accelerate.utils import find_tied_parameters
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..conventions import check_choice, set_seed
 from .tasks import Collator, Task, encode_answer, encode_prompt
-from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups, weight_owners
+from ..method.adapter import JumpLoraConfig, adapter_layers, delta_weight, gate_groups
 from ..method.regularizers import Regularizer, Update
 from ..method.schedule import SparsityCallback, SparsitySchedule, ramp_steps
 from ..running.answers import contiguous_head
@@ -121,11 +122,6 @@ class TrainConfig:
         except (TypeError, ValueError) as error:
             raise ValueError(f"training_arguments={options!r} cannot be recorded: {error}") from None
 
-    @classmethod
-    def paper(cls, **changes) -> "TrainConfig":  # changes: fields and their values
-        "The authors' batch size, length and truncation, with `changes` (their dense LoRA: dropout 0.1)."
-        return cls(**dict(batch_size=32, max_length=512, truncation="reference") | changes)
-
     def describe(self) -> dict:  # JSON types
         "The settings for a record. Settings that older records do not have appear only where they are set."
         later = "threshold_parametrization learn_threshold hold_kept top_layers training_arguments".split()
@@ -175,10 +171,11 @@ def target_layers(model, targets: tuple | str | None, top_layers: int | None = N
             del layers[name]
     if not layers:
         raise ValueError(f"top_layers={top_layers}: the last blocks hold no layer to adapt; use more")
-    owners = weight_owners(model)
+    tied = find_tied_parameters(model)  # groups of names
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        others = [owner for owner in owners.get(id(weight), ()) if owner != f"{name}.weight"]
+        owners = next((names for names in tied if f"{name}.weight" in names), [])
+        others = [owner for owner in owners if owner != f"{name}.weight"]
         reason = None
         if not isinstance(layer, nn.Linear):
             reason = f"is of type {type(layer).__name__}; an update can be merged into nn.Linear only"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from accelerate.utils import find_tied_parameters
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -182,14 +183,6 @@ class JumpLoraLinear(LoraLinear):
         return self.gated_output(adapter, x, self.base_layer.weight, self.base_layer.bias)
 
 # %% ../../nbs/1_method/adapter.ipynb #d6236dc2
-def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    "The names of every parameter, by the id of the tensor: more than one where layers share it."
-    owners = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
-    return owners
-
-
 class JumpLoraModel(LoraModel):
     "PEFT's LoRA model with gated layers. Raises ValueError where a target is not a linear layer."
 
@@ -233,10 +226,10 @@ class JumpLoraModel(LoraModel):
 
     def _check_merge_allowed(self):
         super()._check_merge_allowed()
-        owners = weight_owners(self.model)
-        for layer in adapter_layers(self).values():
-            if len(names := owners.get(id(layer.get_base_layer().weight), ())) > 1:
-                raise ValueError(f"{' and '.join(names)} share a weight: a merge would alter all; untie them")
+        for names in find_tied_parameters(self.model):
+            if any(name.endswith(".base_layer.weight") for name in names):
+                both = " and ".join(names).replace(".base_layer", "")
+                raise ValueError(f"{both} share a weight: a merge would alter all; untie them")
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -297,14 +290,6 @@ def delta_weights(
     return {name: delta_weight(layer, adapter_name, detach_threshold) for name, layer in layers}
 
 # %% ../../nbs/1_method/adapter.ipynb #5fb011cf
-@torch.no_grad()
-def dense_update(layer: LoraLayer, adapter_name: str = "default") -> Tensor:
-    "BA, (out, in), fp32, neither scaled nor gated: what the threshold is compared with."
-    product = dense_product(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
-    mask = getattr(layer, "gate_options", {}).get(adapter_name, {}).get("mask")
-    return product if mask is None else product * mask.to(product.device)
-
-
 def delta_weight(layer: LoraLayer, adapter_name: str = "default", detach_threshold: bool = False) -> Tensor:
     "What the adapter adds to a layer's weight, scaled and gated as in the forward pass: (out, in), fp32."
     if adapter_name in getattr(layer, "lora_gate", ()):
@@ -325,7 +310,8 @@ class GateGroup:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:  # each (out, in), fp32
         for layer in self.layers.values():
-            yield dense_update(layer, self.adapter_name).abs_()
+            A, B = (part[self.adapter_name].weight for part in (layer.lora_A, layer.lora_B))
+            yield dense_product(A, B, layer.gate_options[self.adapter_name].get("mask")).abs_()
 
     def entries_to_keep(self, kept: int | float | None = None) -> int:  # P, 1 to the number of entries
         "How many entries should pass: None, as many as LoRA has parameters; an int; or a share of all."

@@ -16,18 +16,19 @@ from torch.nn import functional as F
 from .jumprelu import check_gate, gate_scalar, threshold_gradient, two_sided_jumprelu
 
 # %% ../../nbs/1_method/gated_linear.ipynb #bab85196
-def dense_product(A, B):
-    "The dense update BA, (out, in), in fp32 or wider also under autocast; not scaled."
+def dense_product(A, B, mask=None):
+    "The dense update BA, (out, in), in fp32 or wider also under autocast; not scaled, 0 where not `mask`."
     wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     with torch.autocast(A.device.type, enabled=False):
-        return B.to(wide) @ A.to(wide)  # (out, r) @ (r, in)
+        product = B.to(wide) @ A.to(wide)  # (out, r) @ (r, in)
+    return product if mask is None else product.mul_(mask.to(product.device))
 
 
 def naive_gated_update(
     A, B, threshold, interpolation, scaling=1.0, bandwidth=1e-3, reduction="mean", mask=None
 ):
     "ΔW_eff = s · (γ · J_τ(BA) + (1 - γ) · BA), (out, in), under autograd."
-    delta = dense_product(A, B) if mask is None else dense_product(A, B) * mask
+    delta = dense_product(A, B, mask)
     gamma = gate_scalar(interpolation, delta).detach()
     gated = two_sided_jumprelu(delta, threshold, bandwidth, reduction)
     return scaling * (gamma * gated + (1 - gamma) * delta)
@@ -49,11 +50,6 @@ class _Gate(NamedTuple):
     bandwidth: float  # ε
     reduction: str  # "mean" or "sum" in the gradient of τ
     mask: Tensor | None = None  # (out, in), bool: the entries that may differ from 0; None: all
-
-    def product(self, A, B):
-        "ΔW with zeros where the mask is False."
-        delta = dense_product(A, B)
-        return delta if self.mask is None else delta.mul_(self.mask.to(delta.device))
 
     def factor(self, delta, tau, gamma):
         "f: s where |ΔW| > τ, s · (1 - γ) elsewhere."
@@ -122,7 +118,7 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, B, tau, gamma)
         ctx.gate = gate
         with torch.autocast(A.device.type, enabled=False):
-            update, rest = gate.forward(gate.product(A, B), tau, gamma)  # (out, in)
+            update, rest = gate.forward(dense_product(A, B, gate.mask), tau, gamma)  # (out, in)
             if x is None:
                 return update if rest == 1 else update.mul_(rest)
             return _linear_with_update(x, weight, update, rest, bias)
@@ -134,7 +130,7 @@ class _GatedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_A, need_B, need_tau = ctx.needs_input_grad[:6]
         grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_tau = None
         with torch.autocast(grad.device.type, enabled=False):
-            delta = ctx.gate.product(A, B)  # (out, in), as in forward
+            delta = dense_product(A, B, ctx.gate.mask)  # (out, in), as in forward
             if need_x:
                 update, rest = ctx.gate.forward(delta, tau, gamma)
                 grad_x = _linear_with_update(grad, None if weight is None else weight.T, update.T, rest)
@@ -154,7 +150,7 @@ class _GatedLinear(torch.autograd.Function):
 
 # %% ../../nbs/1_method/gated_linear.ipynb #d07d4e4c
 def gated_linear(
-    x: Tensor,  # (..., in)
+    x: Tensor | None,  # (..., in); None for the update alone
     weight: Tensor | None,  # W, (out, in); None for the update branch alone
     A: Tensor,  # (r, in)
     B: Tensor,  # (out, r)
@@ -166,13 +162,14 @@ def gated_linear(
     bandwidth: float = 1e-3,  # ε, above 0
     reduction: str = "mean",  # "mean" or "sum" in the gradient of τ
     mask: Tensor | None = None,  # (out, in), bool: the entries that may differ from 0; None: all
-) -> Tensor:  # (..., out), dtype of x
+) -> Tensor:  # (..., out), dtype of x; or (out, in)
     "Values and gradients of `naive_gated_linear`, without storing ΔW or ΔW_eff; `ValueError` on shapes."
     check_gate(bandwidth, reduction)
     shape = (B.shape[0], A.shape[1])
     if weight is not None and weight.shape != shape:
         raise ValueError(f"weight is {tuple(weight.shape)} and B @ A is {shape}; both must be (out, in)")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as for any linear layer
+    if x is not None and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # as for any linear layer
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
     tau = gate_scalar(threshold, A)
@@ -180,10 +177,6 @@ def gated_linear(
     return _GatedLinear.apply(x, weight, bias, A, B, tau, gamma, _Gate(scaling, bandwidth, reduction, mask))
 
 # %% ../../nbs/1_method/gated_linear.ipynb #1cf5e628
-def gated_update(A, B, threshold, interpolation, scaling=1.0, bandwidth=1e-3, reduction="mean", mask=None):
+def gated_update(A, B, threshold, interpolation, scaling=1.0, **settings):
     "Values and gradients of `naive_gated_update`, nothing of size (out, in) stored."
-    check_gate(bandwidth, reduction)
-    gate = _Gate(scaling, bandwidth, reduction, mask)
-    return _GatedLinear.apply(
-        None, None, None, A, B, gate_scalar(threshold, A), gate_scalar(interpolation, A), gate
-    )
+    return gated_linear(None, None, A, B, threshold, interpolation, scaling=scaling, **settings)

@@ -41,25 +41,24 @@ def load_parts(
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # of weights and inputs
 ) -> dict[str, pd.DataFrame]:  # part -> rows; only what was measured
-    "The records of a folder, one table per part; `attrs` holds machine, versions and commit."
+    "The records of a folder, one table per part."
     found = {}
     for file in sorted(Path(folder).glob(f"{device}-{dtype}-*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        table = found[content["part"]] = pd.DataFrame(content.pop("rows"))
-        table.attrs = content
+        found[content["part"]] = pd.DataFrame(content["rows"])
     return found
 
 
 def speed_table(
     parts: dict[str, pd.DataFrame],  # from `load_parts`
 ) -> pd.DataFrame:  # one row per variant; "" where nothing was measured
-    "All variants: milliseconds, ratio and quartiles, peak memory, seconds of a run's stages."
+    "All variants: milliseconds, ratio and quartiles, peak memory."
     rows = []
     for part, table in parts.items():
         for row in table.to_dict("records") if "variant" in table else ():
             keys = [row[key] for key in ("tokens", "model", "share", "variant") if key in row]
             rows.append(row | {"what": ", ".join(map(str, [part, *keys]))})
-    columns = "what milliseconds ratio low high peak_megabytes train evaluate".split()
+    columns = "what milliseconds ratio low high peak_megabytes".split()
     return pd.DataFrame(rows, columns=columns).set_index("what").round(2).astype(object).fillna("")
 
 # %% ../../nbs/3_results/speed.ipynb #6a30bcdb

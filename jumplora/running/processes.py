@@ -186,12 +186,6 @@ def gathered(found: object) -> list:
     return [found] if world_size() == 1 else gather_object([found])
 
 
-def check_same(value: object, what: str) -> None:
-    "`ValueError`, which names what it is, where the processes have different values."
-    if any(other != value for other in gathered(value)):
-        raise ValueError(f"the processes have different {what}; start all of them with the same command")
-
-
 @contextmanager
 def only_main_speaks() -> Iterator[None]:
     "Silence the other processes: their output, wrong usage, and a failure of the main process."

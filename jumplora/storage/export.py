@@ -160,12 +160,6 @@ class Finished:
             model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def _float_base(run, backbone):
-    "The base in float32 on the CPU; a model that was given stays as it is."
-    base, tokenizer = load_start(run, backbone=backbone, device="cpu")
-    return (copy.deepcopy(base) if isinstance(backbone, tuple) else base).float().cpu(), tokenizer
-
-
 def load_finished(
     folder: str | Path, task: str | None = None, backbone: str | Path | tuple | None = None
 ) -> Finished:
@@ -177,17 +171,19 @@ def load_finished(
         raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
-        base, tokenizer = _float_base(run, backbone)
-        start = base.get_submodule
-        updates = {name: exact_updates(end, start(name).weight) for name, end in parts["weight"].items()}
-        return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
-    i = learned.index(check_choice(task, learned, "task"))
-    if not (written := run.extra.get("archives", {}).get(task)):
-        raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
-    archive = read_archive(archive_path(folder, i, task), written["checksum"])
-    base, tokenizer = _float_base(run, backbone)
-    updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
-    return Finished(base, tokenizer, updates, run, task)
+    else:
+        i = learned.index(check_choice(task, learned, "task"))
+        if not (written := run.extra.get("archives", {}).get(task)):
+            raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
+        archive = read_archive(archive_path(folder, i, task), written["checksum"])
+    base, tokenizer = load_start(run, backbone=backbone, device="cpu")
+    base = (copy.deepcopy(base) if isinstance(backbone, tuple) else base).float().cpu()  # the given one stays
+    if task is not None:
+        updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
+        return Finished(base, tokenizer, updates, run, task)
+    start = base.get_submodule
+    updates = {name: exact_updates(end, start(name).weight) for name, end in parts["weight"].items()}
+    return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
 
 # %% ../../nbs/5_inside/export.ipynb #53bb670d
 _NEEDS = {"merged": "", "jumplora": ", PEFT and jumplora", "supertuning": " and PEFT, 0.21 or newer"}

@@ -539,7 +539,7 @@ def test_rows_of_similar_length_share_a_step_only_where_that_is_set():
     assert grouped == again != other
     assert sorted(sum(grouped, [])) == sorted(sum(drawn, [])) and len(grouped) == 32
     padding = [sum(max(batch) - min(batch) for batch in batches) for batches in (grouped, drawn)]
-    assert padding[0] < 0.3 * padding[1] and not TrainConfig.paper().group_by_length
+    assert padding[0] < 0.3 * padding[1]
 
 
 # ---- options of the Trainer -------------------------------------------------------------------------------
@@ -758,13 +758,6 @@ def test_batches_are_refused_for_models_that_read_padding_as_text(kind):
     model = attach_adapter(model, TrainConfig(**one_row), False)
     with pytest.raises(ValueError, match=refused):
         train_task(model, tokenizer, TASK, config, IncLoRA())
-
-
-def test_the_papers_settings():
-    config = TrainConfig.paper(batch_size=4)
-    assert (config.batch_size, config.max_length, config.truncation) == (4, 512, "reference")
-    assert (config.rank, config.lora_alpha, config.learning_rate) == (8, 32, 1e-3)
-    assert TrainConfig.paper().batch_size == 32
 
 
 def test_a_description_gives_the_settings_again_and_newer_ones_only_where_they_are_set():

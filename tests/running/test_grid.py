@@ -28,6 +28,7 @@ from jumplora.command_line import main
 from jumplora.conventions import write_atomic
 from jumplora.data.backbones import load_backbone
 from jumplora.data.sequences import newsroom
+from jumplora.learning.training import TrainConfig
 from jumplora.running import grid
 from jumplora.running.grid import Job, job_sequence, plan, run_grid, status
 from jumplora.running.reproduce import project
@@ -640,3 +641,10 @@ def test_a_strength_per_task_joint_training_and_one_task_are_projected(method, s
     job = Job(method, folder, 1, strength=strength, **SMALL | dict(rows={}))
     found = project([job], device="cpu", steps=(1, 2)).loc[method]
     assert found["runs"] == 1 and found["hours"] >= 0 and found["disk, GB"] > 0
+
+
+def test_the_papers_protocol_has_its_settings():
+    config = TrainConfig(**grid.PROTOCOLS["paper"]["train"])
+    assert (config.batch_size, config.max_length, config.truncation) == (32, 512, "reference")
+    assert (config.rank, config.lora_alpha, config.learning_rate) == (8, 32, 1e-3)
+    assert not config.group_by_length

@@ -18,7 +18,8 @@ from jumplora.learning.continual import learn_sequence
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig, attach_adapter, train_task
-from jumplora.method.adapter import adapter_layers, dense_update
+from jumplora.method.adapter import adapter_layers
+from jumplora.method.gated_linear import dense_product
 from jumplora.method.jumprelu import threshold_gradient
 from jumplora.running.tracking import Tracking, gate_numbers
 
@@ -95,8 +96,8 @@ def test_entries_in_the_window_are_those_that_pull_at_the_threshold():
     torch.manual_seed(0)
     pulling = total = below = 0
     for layer in adapter_layers(adapted).values():
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-        gate, x = layer.lora_gate["default"], dense_update(layer).flatten()
+        A, B = layer.lora_A["default"].weight, torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+        gate, x = layer.lora_gate["default"], dense_product(A, B).detach().flatten()
         gate.set_threshold(0.004)  # below half the width: the windows around it and its negative overlap
         alone = [threshold_gradient(one, gate.threshold, torch.ones(1), 0.02, "sum") for one in x.view(-1, 1)]
         pulling, total = pulling + sum(bool(value) for value in alone), total + len(x)
