@@ -173,7 +173,7 @@ class JumpLoraLinear(LoraLinear):
         if len(active) != 1 or self.disable_adapters or self.merged or not plain or hooks:
             return None
         if self.lora_gate[active[0]].is_dense() and "mask" not in self.gate_options[active[0]]:
-            return None  # LoRA's thin products take less
+            return None  # LoRA's thin products are faster
         return active[0] if isinstance(self.lora_dropout[active[0]], nn.Identity) else None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

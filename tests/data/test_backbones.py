@@ -88,6 +88,7 @@ def test_auto_is_float32_without_a_gpu():
 
 
 @pytest.mark.parametrize("native", [True, False])
+# differences: 39
 def test_auto_asks_the_driver_on_cuda(monkeypatch, native):
     answer = {True: True, False: native}  # to including_emulation
     monkeypatch.setattr(
@@ -131,6 +132,7 @@ def test_an_unknown_name_device_or_format_is_refused_with_those_that_are_known(n
 
 
 @pytest.mark.parametrize("name, other", [("tiny-llama", "t5-small"), ("tiny-t5", "llama")])
+# differences: 16
 def test_a_folder_is_read_by_its_config_not_by_its_name(tmp_path, name, other):
     model, tokenizer = load_backbone(name, **CPU)
     folder = save(tmp_path / other, model, tokenizer)

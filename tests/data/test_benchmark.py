@@ -88,6 +88,7 @@ def published(monkeypatch):
     return split
 
 
+# differences: 20
 def test_the_papers_split_follows_its_recipe():
     "The recipe written out a second time, with other words."
     rows = [Example(f"text {i}", "abc"[i * i % 7 % 3]) for i in range(2000)]
@@ -216,6 +217,7 @@ def test_the_benchmark_has_the_questions_options_and_rows_that_are_shipped(long_
 
 
 @needs_rows
+# differences: 19
 def test_odd_rows_of_the_benchmark_are_kept_and_reported(long_order):
     mnli, yahoo = long_order["mnli"], long_order["yahoo"]
     assert mnli.outside_options == 131 == mnli.counts()["test"]["-"]

@@ -265,6 +265,7 @@ def test_merging_methods_change_and_archive_the_adapted_layers_and_keeping_ones_
 
 
 @pytest.mark.parametrize("name", ["ELLA", "ELLA + JumpLoRA"])
+# differences: 26
 def test_ellas_memory_grows_by_the_bits_of_the_weights_and_changes_later_tasks_only(runs, name):
     plain, ella = runs[name.replace("ELLA", "IncLoRA")], runs[name]
     first, second = ella.updates
@@ -287,6 +288,7 @@ def test_olora_remembers_the_rows_that_were_learned(runs):
     assert all(np.array_equal(as64(layer["past"]), first[name]["A"]) for name, layer in second.items())
 
 
+# differences: 29
 def test_seqlora_keeps_training_one_adapter_which_load_learned_adds_to_the_weights(runs):
     first, second = runs["SeqLoRA"].updates
     loaded, _, _ = load_learned(runs["SeqLoRA"].folder, device="cpu", dtype="float32")
@@ -301,6 +303,7 @@ def test_seqlora_keeps_training_one_adapter_which_load_learned_adds_to_the_weigh
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["weights kept", "no weights"])
+# differences: 26
 def test_many_tiny_updates_add_up_in_a_bfloat16_model_where_the_float32_weights_are_kept(kept):
     model, _ = load_backbone("tiny-llama", dtype="bfloat16")
     name, tiny, weights = "model.layers.0.self_attn.q_proj", 4e-6, {}
@@ -425,6 +428,7 @@ def test_the_rows_of_the_split_are_scored_with_the_lengths_of_the_settings(monke
 
 
 @pytest.mark.parametrize("method", ["ELLA + JumpLoRA", "SeqLoRA", "EWC", "O-LoRA"])
+# differences: 28, 30
 def test_a_run_lost_in_its_second_task_ends_with_the_same_bits(method, runs, tmp_path, monkeypatch):
     whole = runs[method]
     lost_in_task(1, method, tmp_path / "lost")

@@ -137,6 +137,7 @@ def same_answers(found, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+# differences: 13, 17, 18
 def test_answers_and_scores_of_a_batch_are_those_of_one_row_at_a_time(kind):
     model, tokenizer = load(kind)
     assert len({len(prompt) for prompt in prompts(tokenizer)}) > 4
@@ -173,6 +174,7 @@ def test_texts_of_any_length_are_answered(kind, texts, cut):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+# differences: 17, 18
 def test_answers_stop_at_the_end_token_and_other_rows_continue(kind, monkeypatch):
     model, tokenizer = load(kind)
     said, _ = answer(model, tokenizer, TASK, TEXTS)
@@ -195,6 +197,7 @@ def test_answers_stop_at_the_end_token_and_other_rows_continue(kind, monkeypatch
     ],
     ids=lambda own: "+".join(own),
 )
+# differences: 38
 def test_answers_are_greedy_whatever_the_models_own_settings_are_which_come_back(kind, own, monkeypatch):
     model, tokenizer = load(kind)
     expected, scores = answer(model, tokenizer, TASK, TEXTS[:3])
@@ -311,6 +314,7 @@ def test_case_and_white_space_do_not_count_and_nothing_else_is_forgiven(monkeypa
     assert result.right == (True, True, False, False, False)
 
 
+# differences: 19
 def test_labels_outside_the_options_count_as_wrong_in_both_scores(monkeypatch):
     task = Task("outside", "", OPTIONS, [("a", "no")], [], [("a", "no"), ("b", "weather"), ("c", "NO")])
     scripted(monkeypatch, ["no", "weather", "no"], ["no", "no", "no"])
@@ -349,6 +353,7 @@ def test_scoring_counts_its_rows_and_leaves_mode_and_weights_as_they_were(traini
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
+# differences: 37
 def test_a_wrapped_and_a_merged_model_agree(kind, gated):
     model, tokenizer = load(kind)
     plain = answer(model, tokenizer, TASK, TEXTS)
@@ -404,6 +409,7 @@ def test_the_worked_example_by_hand():
 
 @settings(max_examples=60, deadline=None)
 @given(triangles())
+# differences: 21
 def test_all_metrics_equal_their_sums_written_out(a):
     last, T = a[-1], len(a)
     assert average_accuracy(a) == pytest.approx(math.fsum(last) / T, rel=1e-12, abs=1e-9)
@@ -431,6 +437,7 @@ def test_scores_of_tasks_not_learned_yet_change_nothing_and_the_matrix_stays_as_
     [(average_accuracy, (2, 1)), (just_learned, (1, 1)), (backward_transfer, (0, 0)),
      (backward_transfer, (2, 0)), (backward_transfer, (2, 2)), (forgetting, (1, 0))],
 )  # fmt: skip
+# differences: 21
 def test_a_missing_score_is_named(metric, missing):
     a = as_matrix(WORKED)
     a[missing] = NAN

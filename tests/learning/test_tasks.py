@@ -40,6 +40,7 @@ def task(name="t", options=YES_NO, train=ROWS, dev=(), test=ROWS, **more) -> Tas
 # ---------------------------------------------------------------- prompt, rows, labels
 
 
+# differences: 40
 def test_the_prompt_is_the_one_of_the_paper():
     instruction = "What is the topic? Choose one from the option.\n"
     expected = (
@@ -233,7 +234,7 @@ def test_splits_that_are_missing_are_named(data, says):
         ("a.csv", b"text,label\na, b,yes\n", "cannot be read .*Expected 2 fields in line 2, saw 3"),
         ("a.csv", b'text,label\n"a,yes\nb,no\n', "cannot be read .*EOF inside string"),
         ("a.csv", "text,label\n\xe9,yes\n".encode("latin-1"), "cannot be read .*utf-8"),
-        ("a.tsv", b'text\tlabel\n"good\tyes\na "bad" one\tno\n', 'cannot be read .*line 3: .*expected after'),
+        ("a.tsv", b'text\tlabel\n"good\tyes\na "bad" one\tno\n', "cannot be read .*line 3: .*expected after"),
         ("a.csv", b"", "cannot be read .*No columns"),
         ("a.csv", b"text,label\n", "has no train rows"),
         ("a.csv", b"text;label\na;yes\n", "train row 0: no column 'text' in .'text;label'."),
@@ -496,6 +497,7 @@ OF_ANY_KIND = pytest.mark.parametrize("kind", TOKENIZERS)
 @OF_ANY_KIND
 @pytest.mark.parametrize("truncation", ["field", "reference"])
 @pytest.mark.parametrize("max_length", [90, 400])
+# differences: 32, 33
 def test_a_text_that_spells_a_special_token_is_read_as_text(kind, truncation, max_length):
     make, before, after, spelled = TOKENIZERS[kind]
     tokenizer = make()

@@ -121,6 +121,7 @@ def test_a_prompt_that_fits_is_left_whole_and_format_characters_are_text(kind, t
 @KINDS
 @given(text=st.text(min_size=1, max_size=200), room=st.integers(8, 60))
 @settings(max_examples=40, deadline=None)
+# differences: 14
 def test_field_truncation_shortens_the_text_and_nothing_else(kind, text, room):
     tokenizer = tokenizer_of(kind)
     limit = len(tokenizer(TASK.prompt("")).input_ids) + room
@@ -154,6 +155,7 @@ def test_field_truncation_uses_all_the_room_also_where_a_cut_splits_a_token():
         assert ids == tokenizer(TASK.prompt("ab" * (more - 1))).input_ids and len(ids) == room + more
 
 
+# differences: 14
 def test_reference_truncation_cuts_from_the_right_and_keeps_t5s_closing_token():
     tokenizer, long = tokenizer_of("llama"), "word " * 200
     whole = tokenizer(TASK.prompt(long)).input_ids
@@ -174,6 +176,7 @@ def test_a_limit_without_room_for_the_text_is_refused():
 
 @pytest.mark.parametrize("option", OPTIONS)
 @KINDS
+# differences: 11, 12, 32, 33
 def test_a_target_is_the_label_and_one_end_token(kind, option):
     tokenizer = tokenizer_of(kind)
     ids = encode_answer(tokenizer, option, kind == "t5")
@@ -184,6 +187,7 @@ def test_a_target_is_the_label_and_one_end_token(kind, option):
 # ---- batches and loss -------------------------------------------------------------------------------------
 
 
+# differences: 11, 12
 def test_decoder_batches_are_padded_on_the_left_and_label_the_answers_alone():
     end, rows = tokenizer_of("llama").eos_token_id, pairs("llama")
     assert tokenizer_of("llama").pad_token_id == end
@@ -301,6 +305,7 @@ SHORT = Task("short", "", ("a", "b"), [("x", "a"), ("y", "b"), ("zz", "a"), ("w"
 
 @pytest.mark.parametrize("task", [TASK, SHORT], ids=["labels of several lengths", "labels of one token"])
 @KINDS
+# differences: 15
 def test_accumulation_changes_neither_the_tasks_gradient_nor_m(kind, task):
     lengths = [len(encode_answer(tokenizer_of(kind), row.label, kind == "t5")) for row in task.train]
     assert len(set(lengths)) == len(task.options) - (task is SHORT)  # equal lengths would hide a wrong M
@@ -312,6 +317,7 @@ def test_accumulation_changes_neither_the_tasks_gradient_nor_m(kind, task):
 
 @GATED
 @KINDS
+# differences: 15
 def test_the_penalty_counts_once_whatever_the_accumulation(kind, gated):
     (task_alone,), _, _ = gradients(kind, 1, IncLoRA(), gated)
     (one,), _, model = gradients(kind, 1, Pull(), gated)
@@ -815,6 +821,7 @@ def test_the_trainer_still_shifts_labels_of_decoders_before_it_counts_them():
 
 
 @pytest.mark.parametrize(("kind", "right"), [("llama", True), ("t5", False)])
+# differences: 15
 def test_the_trainer_by_itself_still_has_a_wrong_loss_for_t5_under_accumulation(kind, right, tmp_path):
     "Why every model gets `label_loss`; without accumulation the Trainer is right."
     losses = []

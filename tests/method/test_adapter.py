@@ -267,6 +267,7 @@ def test_the_fused_path_serves_one_active_adapter_on_a_plain_float32_layer_witho
         assert other.fused_adapter() is None
 
 
+# differences: 8
 def test_lora_dropout_falls_on_the_updates_input_alone():
     layer, x = a_layer(adapted(lora_dropout=0.5)), torch.randn(4, 64)
     base, update = layer.get_base_layer()(x), layer.get_delta_weight("default")
@@ -311,6 +312,7 @@ def test_autocast_runs_both_ways_through_pefts_own_forward(monkeypatch):
 # ---- which layers, which gates ----------------------------------------------------------------------------
 
 
+# differences: 36
 def test_query_and_value_are_the_default_targets_and_blocks_are_found_in_each_architecture():
     llama, t5 = (adapted(base, threshold_scope="block") for base in ("llama", "t5"))
     blocks = [f"model.layers.{i}" for i in range(2)]
@@ -364,6 +366,7 @@ def test_delta_weights_is_what_merging_adds_and_has_gradients(config):
         torch.testing.assert_close(merged, before[name] + deltas[name].detach(), rtol=1e-6, atol=1e-7)
 
 
+# differences: 23
 def test_a_penalty_may_leave_the_threshold_alone():
     model = adapted(bandwidth=0.02, gamma=0.5)
     theta = gates(model)[0].theta
@@ -389,6 +392,7 @@ def wrap(model, kind, attribute):
     ],
     ids=" ".join,
 )
+# differences: 25
 def test_wrapped_models_keep_their_layers_names(kinds):
     model = adapted()
     names = list(adapter_layers(model))
@@ -429,6 +433,7 @@ def test_an_adapter_that_no_layer_has_is_an_error_that_names_those_there_are():
 
 @low_memory
 @pytest.mark.parametrize("scope", SCOPES)
+# differences: 10
 def test_a_reloaded_adapter_keeps_gate_and_sharing(tmp_path, scope, low_memory):
     model = adapted(threshold_scope=scope)
     for i, gate in enumerate(gates(model)):
@@ -516,6 +521,7 @@ def test_the_gate_is_float32_in_a_bf16_model_its_file_and_its_half(tmp_path, cas
 @both_merges
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @both_models
+# differences: 27
 def test_merge_then_unmerge_gives_every_bit_back_and_unloading_leaves_a_plain_model(base, dtype, safe):
     model = adapted(base, dtype)
     before, deltas, expected = weights(model), delta_weights(model), logits(model)
@@ -705,6 +711,7 @@ def test_an_adapted_layer_compiles_in_one_piece(dropout):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+# differences: 9
 def test_settings_out_of_range_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         adapted(**bad)

@@ -105,6 +105,7 @@ def by_update(x, weight, A, B, threshold, interpolation, *, bias, **settings):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("tau", [0.0, 0.03, 0.15, 50.0])
+# differences: 5
 def test_value_and_gradients_are_the_papers_for_every_dtype_and_shape(path, layer, dtype, gamma, tau):
     wide = torch.promote_types(dtype, torch.float32)  # factors in half precision, too
     forms = (True, True, "mean", wide), (True, False, "sum", dtype), (False, True, "sum", wide)
@@ -153,6 +154,7 @@ def test_a_fresh_adapter_changes_nothing_and_never_learns_if_it_starts_gated(lay
     assert found["B"].any() == (gamma < 1)
 
 
+# differences: 37
 def test_the_layer_at_gamma_one_equals_the_merged_weight_bit_for_bit():
     given = inputs((5,))
     update = gated_update(given["A"], given["B"], given["threshold"], 1.0, SCALING)
@@ -206,6 +208,7 @@ def test_only_gradients_that_are_needed_appear_and_each_is_right_alone(path, ask
 
 @both_layers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+# differences: 26
 def test_half_precision_does_not_round_the_update_away(layer, dtype):
     "Near 1 neighbouring numbers are 8e-3 (bf16) and 1e-3 (fp16) apart; the update is 1e-4 and 3e-4."
     weight, B = torch.ones(8, 8, dtype=dtype), torch.full((8, 1), 1e-2)
@@ -222,6 +225,7 @@ def flops(function):
 
 @pytest.mark.parametrize("precision", ["highest", "high"])  # "high" may round fp32 inputs to TF32 or bf16
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# differences: 35
 def test_only_fp64_and_unrounded_fp32_take_one_product_and_frozen_inputs_none(dtype, precision):
     wide = torch.promote_types(dtype, torch.float32)
     given, one, dense = inputs((50,), dtype, wide), 2 * 50 * OUT * IN, 2 * OUT * RANK * IN

@@ -49,6 +49,7 @@ def run(x, tau, g, *settings, gate=two_sided_jumprelu):
 @both_reductions
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tau", [0.0, 0.0712, 0.7133, 50.0])  # at 0.0712 the two windows overlap
+# differences: 5
 def test_value_and_gradients_are_the_papers_for_every_dtype_and_shape(dtype, reduction, tau):
     for seed, shape in enumerate(SHAPES):
         x, g = random(shape, seed, dtype), random(shape, 100 + seed, dtype)
@@ -82,6 +83,7 @@ def test_threshold_gradient_is_the_slope_of_the_smoothed_gate(tau, reduction):
         np.testing.assert_allclose(smoothed(np.array(entry), tau, 0.4), average, atol=1e-5)
 
 
+# differences: 6
 def test_an_entry_at_the_edge_of_a_window_does_not_count_and_the_default_window_is_the_papers():
     for x in (0.25, 0.75, -0.25, -0.75):  # τ ± ε/2, exact in binary
         assert threshold_gradient(torch.tensor([x]), torch.tensor([0.5]), torch.ones(1), 0.5) == 0
@@ -148,6 +150,7 @@ def test_second_derivatives_and_settings_that_no_gate_can_use_are_refused():
 
 @pytest.mark.parametrize("form", ["log", "raw"])
 @pytest.mark.parametrize("moved", [0.0, 0.25])
+# differences: 2
 def test_theta_receives_the_chain_rule(form, moved):
     gate = Gate(0.7, parametrization=form)
     gate.theta.data.fill_(moved)
@@ -159,6 +162,7 @@ def test_theta_receives_the_chain_rule(form, moved):
     assert gate.theta.grad.item() == pytest.approx(grad_tau * (tau if form == "log" else 1), rel=1e-5)
 
 
+# differences: 5
 def test_a_shared_threshold_receives_the_sum_of_the_means():
     shared, layers = Gate(0.5), [random((6, 6), 12), random((30, 10), 13)]
     sum(two_sided_jumprelu(x, shared.threshold, 0.4).sum() for x in layers).backward()
@@ -187,6 +191,7 @@ def test_a_new_gate_is_dense_trains_theta_alone_and_starts_at_the_papers_placeho
         (lambda m: m.to(device="cpu", dtype=torch.float16), torch.float16),
     ],
 )
+# differences: 7
 def test_the_gate_keeps_its_bits_when_the_model_changes_dtype(convert, dtype):
     gate = Gate(0.0123456)
     gate.theta.data.fill_(0.123456789)
@@ -212,6 +217,7 @@ def test_the_gate_is_fp32_on_another_device_and_where_the_default_dtype_is_not()
         assert tensor.device.type == "meta" and tensor.dtype == torch.float32
 
 
+# differences: 2
 def test_setting_a_threshold_is_exact_and_forgets_what_was_learned():
     gate = Gate()
     for value in [*random((50,), 14).abs(), torch.zeros(())]:
@@ -245,6 +251,7 @@ def test_the_gate_survives_its_state_dict_and_a_copy():
         assert torch.equal(other.interpolation, gate.interpolation)
 
 
+# differences: 6
 def test_adam_moves_the_threshold_by_little():
     gate = Gate()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-3, weight_decay=0.0)

@@ -75,6 +75,7 @@ def paper_interpolation(k, K):
 
 
 @pytest.mark.parametrize("K", [*range(5, 51), 80, 999])
+# differences: 3
 def test_from_five_steps_on_the_ramp_is_the_papers(K):
     for k in range(K + 1):
         assert interpolation_factor(k, K) == paper_interpolation(k, K), k
@@ -91,6 +92,7 @@ def test_every_task_length_starts_dense_ends_gated_and_never_turns_back(start, s
         assert gammas[first] == (0 if K > 1 else 1), K  # the threshold is chosen before the gate acts
 
 
+# differences: 3
 def test_one_to_four_steps_are_defined_and_a_share_that_is_exact_on_paper_is_exact_in_floats():
     gammas = {K: [interpolation_factor(k, K) for k in range(K + 1)] for K in range(1, 5)}
     assert gammas == {1: [0, 1], 2: [0, 0, 1], 3: [0, 0, 1, 1], 4: [0, 0, 0.5, 1, 1]}
@@ -132,6 +134,7 @@ def check_threshold(layers, kept):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 63, 500, 1999, 2000])
+# differences: 1, 34
 def test_the_threshold_is_the_middle_of_the_gap_that_a_sort_finds(kept):
     torch.manual_seed(kept)
     sizes = ((20, 30), (50, 20), (400,))
@@ -145,6 +148,7 @@ def test_the_threshold_is_the_middle_of_the_gap_that_a_sort_finds(kept):
     cut=st.integers(0, 12),
     kept=st.integers(0, 30),
 )
+# differences: 1
 def test_ties_zeros_neighbours_and_any_float32_magnitudes_keep_the_largest_possible_count(values, cut, kept):
     layer = torch.tensor(values)
     check_threshold([layer[:cut], layer[cut:]], min(kept, len(values)))
@@ -209,6 +213,7 @@ def test_entries_without_an_order_and_impossible_counts_are_refused(layers, kept
 
 @pytest.mark.parametrize("scope", ["model", "block", "layer"])
 @pytest.mark.parametrize("rank", [1, 8, 40])
+# differences: 4
 def test_as_many_entries_pass_as_the_adapter_has_parameters_or_all(scope, rank):
     model = tiny(rank, scope)
     schedule = SparsitySchedule(model, 1)

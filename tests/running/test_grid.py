@@ -643,6 +643,7 @@ def test_a_strength_per_task_joint_training_and_one_task_are_projected(method, s
     assert found["runs"] == 1 and found["hours"] >= 0 and found["disk, GB"] > 0
 
 
+# differences: 31
 def test_the_papers_protocol_has_its_settings():
     config = TrainConfig(**grid.PROTOCOLS["paper"]["train"])
     assert (config.batch_size, config.max_length, config.truncation) == (32, 512, "reference")
