@@ -513,7 +513,8 @@ def parser_of(
     options = dict(description=command.__doc__, formatter_class=argparse.HelpFormatter)
     parser = ArgumentParser(prog=f"jumplora {name}", **options)
     if command is compare:
-        parser.add_argument("--config", action="config", help="read flags from a YAML file")
+        told = "read flags from a YAML file; a default in it leaves a method its own value"
+        parser.add_argument("--config", action="config", help=told)
     _add_flags(parser, command)
     if command is compare:
         from jumplora import TrainConfig

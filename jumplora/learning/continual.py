@@ -42,6 +42,8 @@ from ..storage.updates import archive_task, neutral_zeros
 def weights_of(model: nn.Module) -> dict[str, Tensor]:  # layer's name -> its weight, (out, in), float32
     "The weights under an adapter: the parameters themselves where they are float32, else copies."
     layers = adapter_layers(model)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the adapter is merged already; call model.unmerge_adapter() first")
     return {name: layer.get_base_layer().weight.detach().float() for name, layer in layers.items()}
 
 
@@ -90,6 +92,7 @@ class Method:
         finished = own.needs_fresh_adapter or type(own).finish is not Regularizer.finish
         clashes = {
             f"{kind} bars entries of a gated update; use gated=True": bars and not self.gated,
+            f"{kind} bars entries, which no kept adapter stores; use after_task='merge'": bars and keeps,
             f"{kind} remembers one adapter; use after_task='keep'": own.needs_kept_adapter and not keeps,
             f"{kind} uses finished updates; use after_task='merge'": finished and keeps,
             "Muon moves matrices, a gate has a threshold; use adamw": self.gated and self.optimizer == "muon",

@@ -94,6 +94,11 @@ def dry_check(
         for task in sequence:
             if not {row.label for row in getattr(task, split)} <= set(task.options):
                 raise ValueError(f"scoring='labels': {task.name!r} has {split} rows whose label is no option")
+    for task in sequence:
+        rows = getattr(task, split)
+        if rows and not any(row.label in task.options for row in rows):
+            what = f"{task.name!r}: no {split} row has a label among its options (hidden labels?)"
+            raise ValueError(f"{what}; score another split, or give rows with labels")
     task, text = _longest_prompt(model, tokenizer, sequence, config, split)
     if out is not None:
         needed = 8 * sum(layer.weight.numel() for layer in layers.values())

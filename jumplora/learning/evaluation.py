@@ -119,6 +119,12 @@ class Score:
         return f"<Score {percent}, rows={self.rows}>"
 
 
+def _check_scores(task, scores):
+    if scores.isnan().any():
+        fix = "load it in float32 or bfloat16, or look at what was merged"
+        raise ValueError(f"task {task.name!r}: the model's outputs are not numbers; {fix}")
+
+
 def evaluate(
     model: nn.Module,  # backbone, adapted or not
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -139,6 +145,7 @@ def evaluate(
         answers, scores = answer(model.eval(), tokenizer, task, [row.text for row in rows], **settings)
     finally:
         model.train(was_training)
+    _check_scores(task, scores)
     pairs = zip(rows, answers, strict=True)
     right = [row.label in task.options and normalize(given) == normalize(row.label) for row, given in pairs]
     best = [task.options[column] for column in scores.argmax(1)]
@@ -302,6 +309,7 @@ def _score_labels(
         chosen.append(logits[torch.arange(len(begin)), begin][:, first].float().log_softmax(-1).cpu())
         advance(len(begin))
     scores = torch.cat(chosen)  # (rows, labels), ln p among the labels
+    _check_scores(task, scores)
     column = {label: i for i, label in enumerate(tokens)}
     right = torch.tensor([column[row.label] for row in rows])
     own = [column[option] for option in task.options]

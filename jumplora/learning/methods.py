@@ -62,11 +62,19 @@ class EWC(Regularizer):
         self.anchor = {key: factor.detach().float().clone() for key, factor in factors.items()}
 
 # %% ../../nbs/2_learning/methods.ipynb #9ec5a10e
+def _check_share(kept):
+    if type(kept) not in (int, float) or not 0 < kept <= 1:
+        raise ValueError(f"kept={kept!r} is not a share; use a number above 0, at most 1")
+
+
 @dataclass(eq=False)
 class Prune(Regularizer):
     "Zero all but the largest entries of a finished update: sparsity without a gate."
 
     kept: float = 0.1  # share of the entries of all layers together that is merged, above 0 and at most 1
+
+    def __post_init__(self):
+        _check_share(self.kept)
 
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
         sizes = [update.delta.abs() for update in updates.values()]
@@ -80,6 +88,10 @@ class Scale(Regularizer):
 
     norm: float = 1.0  # Frobenius norm of the updates of all layers together, above 0
 
+    def __post_init__(self):
+        if type(self.norm) not in (int, float) or not 0 < self.norm < math.inf:
+            raise ValueError(f"norm={self.norm!r} is not allowed; use a finite number above 0")
+
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
         norm = torch.stack([update.delta.norm() for update in updates.values()]).norm()
         factor = self.norm / norm if norm > 0 else 1.0
@@ -92,6 +104,9 @@ class RandomMask(Regularizer):
 
     kept: float = 0.1  # share of the entries of each layer, above 0 and at most 1
     seed: int = 0  # which entries
+
+    def __post_init__(self):
+        _check_share(self.kept)
 
     def masks(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:  # name -> (out, in), bool
         masks = {}

@@ -281,7 +281,12 @@ def encode_prompt(
         return _encode_as_text(tokenizer, task.prompt(text), **settings)[0].input_ids
 
     if truncation == "reference":
-        return encode(text, truncation=True, max_length=max_length)
+        side = tokenizer.truncation_side
+        tokenizer.truncation_side = "right"
+        try:
+            return encode(text, truncation=True, max_length=max_length)
+        finally:
+            tokenizer.truncation_side = side
     ids = encode(text)
     if len(ids) <= max_length:
         return ids

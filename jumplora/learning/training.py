@@ -199,8 +199,8 @@ def attach_adapter(
     targets = config.target_modules
     check_model(model, config.batch_size)
     layers = target_layers(model, targets, config.top_layers)
-    if config.top_layers is not None:
-        targets = list(layers)
+    if config.top_layers is not None or not (gated or isinstance(targets, list | tuple)):
+        targets = list(layers)  # whole names: of a model with experts, PEFT reads LoRA's patterns otherwise
     gate = ("threshold_scope", "threshold_reduction", "threshold_parametrization", "bandwidth")
     peft_config = (JumpLoraConfig if gated else LoraConfig)(
         r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
@@ -210,6 +210,9 @@ def attach_adapter(
     with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, peft_config)
+    if others := sorted(adapter_layers(adapted).keys() ^ layers.keys()):
+        what = "PEFT adapts other layers than target_modules name"
+        raise ValueError(f"{what}, such as {others[0]}; give other targets, without experts")
     for group in gate_groups(adapted).values():
         group.gate.theta.requires_grad_(config.learn_threshold and not config.hold_kept)
     return adapted
@@ -401,6 +404,9 @@ def training_arguments(config: TrainConfig, device, seed, folder, optimizer="ada
         get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1, arguments.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training_arguments={config.training_arguments}: {error}") from None
+    if device.type == "cuda" and arguments.device != device:
+        fix = f"use device='cuda' with CUDA_VISIBLE_DEVICES={device.index}"
+        raise ValueError(f"the model is on {device}, and transformers trains on {arguments.device}; {fix}")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need one process each, not DataParallel
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"  # not what the environment sets
     return arguments
@@ -430,7 +436,9 @@ def train_task(
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` (see `storage.state`) by a signal, `ValueError`."
     check_model(model, config.batch_size)
-    adapter_layers(model, "default")  # `ValueError` where the adapter has another name
+    layers = adapter_layers(model, "default").values()  # `ValueError` where the adapter has another name
+    if not any(layer.lora_B["default"].weight.requires_grad for layer in layers):
+        raise ValueError("the model has no adapter that is trained; make one with attach_adapter")
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)

@@ -294,6 +294,8 @@ def delta_weight(layer: LoraLayer, adapter_name: str = "default", detach_thresho
     "What the adapter adds to a layer's weight, scaled and gated as in the forward pass: (out, in), fp32."
     if adapter_name in getattr(layer, "lora_gate", ()):
         return layer.get_delta_weight(adapter_name, detach_threshold)
+    if adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
+        raise ValueError("this adapter is more than two factors (DoRA, a bias, ...); use plain LoRA")
     product = dense_product(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
     return layer.scaling[adapter_name] * product
 

@@ -298,9 +298,10 @@ def paired_table(
     corrected = holm({key: row["p"] for key, row in found.items()})
     rows = []
     for (names, measure), row in found.items():
-        mean = f"{row['mean']:+.1f}" if row["pairs"] else "not run"
-        interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
-        if math.isnan(row["low"]):
+        missing = row["pairs"] and math.isnan(row["mean"])
+        mean = "not measured" if missing else f"{row['mean']:+.1f}" if row["pairs"] else "not run"
+        interval = "" if missing else f"{row['low']:+.1f} to {row['high']:+.1f}"
+        if math.isnan(row["low"]) and not missing:
             interval = "too few pairs" if row["pairs"] < 2 else "equal differences"
         p = "" if math.isnan(row["p"]) else f"{corrected[names, measure]:.3f}"
         rows.append([names, measure, str(row["pairs"]), mean, interval, p])

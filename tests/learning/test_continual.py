@@ -619,3 +619,11 @@ def test_a_wrong_argument_is_found_before_anything_is_computed(
     with pytest.raises(ValueError, match=message):
         learn("IncLoRA", tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_merged_already_is_not_added_twice():
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    adapted = attach_adapter(model, QUICK, gated=False)
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match="merged already; call model.unmerge_adapter"):
+        merge_adapter(adapted)

@@ -273,3 +273,27 @@ def test_a_prompt_without_the_list_of_options_shows_none_and_is_another_task():
     hidden = replace(listed, list_options=False)
     assert hidden.prompt("x") == "Task Instruction: What?\nText: x\nAnswer:"
     assert "Options: red | blue\n" in listed.prompt("x") and listed.fingerprint() != hidden.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda kind=kind, bad=bad: kind(kept=bad), "is not a share; use a number above 0, at most 1")
+     for kind in (Prune, RandomMask) for bad in (0, 1.5, 5000, math.nan, True, "10 %")]
+    + [(lambda bad=bad: Scale(norm=bad), "use a finite number above 0") for bad in (0, -1.0, math.inf)],
+)  # fmt: skip
+def test_shares_and_norms_out_of_range_are_refused_when_a_control_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_kept_adapter_with_a_mask_is_refused_since_nothing_would_store_the_mask():
+    with pytest.raises(ValueError, match="RandomMask bars entries, which no kept adapter stores"):
+        Method("m", gated=True, regularizer=RandomMask(), after_task="keep")
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_outputs_that_are_not_numbers_are_an_error_and_no_accuracy(labels):
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="task 'first': the model's outputs are not numbers; load it in"):
+        evaluate(model, whole_words(), SEQUENCE[0], labels=labels, max_length=40)

@@ -205,3 +205,14 @@ def test_a_disk_without_room_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda place: full)
     with pytest.raises(OSError, match=f"{tmp_path} has 0.0 GB free, and the state of a run needs"):
         dry_check(llama(), tokenizer(), sequence(), out=tmp_path / "new" / "runs")
+
+
+def test_a_split_whose_labels_are_hidden_is_refused():
+    model, tokens = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    rows, hidden = [("a text", "good"), ("another", "bad")], [("a text", "-"), ("another", "-")]
+    task = Task("hidden", "What is it?\n", ("good", "bad"), rows, rows, hidden)
+    assert dry_check(model, tokens, TaskSequence("one", [task]), split="dev")
+    with pytest.raises(
+        ValueError, match=r"'hidden': no test row has a label .*\(hidden labels\?\); score another"
+    ):
+        dry_check(model, tokens, TaskSequence("one", [task]))

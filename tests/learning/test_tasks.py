@@ -533,3 +533,12 @@ def test_without_offsets_as_many_characters_are_kept_as_fit(text):
     assert len(ids) <= 120 < len(tokenizer(one_more).input_ids)
     with pytest.raises(ValueError, match="max_length=20 leaves no room"):
         encode_prompt(tokenizer, question, text, 20)
+
+
+def test_reference_truncation_cuts_from_the_right_whatever_the_tokenizers_side_is():
+    tokenizer = byte_tokenizer()
+    task = Question("which", "Which?\n", YES_NO)
+    whole = encode_prompt(tokenizer, task, "a text", 100)
+    tokenizer.truncation_side = "left"
+    assert encode_prompt(tokenizer, task, "a text", 12, "reference") == whole[:12]
+    assert tokenizer.truncation_side == "left"

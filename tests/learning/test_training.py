@@ -840,3 +840,33 @@ def test_the_trainer_by_itself_still_has_a_wrong_loss_for_t5_under_accumulation(
     assert (abs(ratio - 1) < 1e-3) == right, "mend the page's list of differences"
     if not right and transformers.__version__.startswith("5.23"):
         assert 3.8 < ratio < 4.2
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_pattern_adapts_the_layers_it_names_also_in_a_model_with_experts(gated):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=16, num_attention_heads=2, num_experts=4)
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(num_hidden_layers=2, **sizes))
+    pattern = r".*layers\.1\.self_attn\.(q|v)_proj"
+    adapted = attach_adapter(model, TrainConfig(target_modules=pattern), gated)
+    assert list(adapter_layers(adapted)) == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
+
+
+def test_other_layers_than_those_named_are_an_error(monkeypatch):
+    monkeypatch.setattr(training, "get_peft_model", lambda model, config: model)
+    model, _ = make("llama")
+    with pytest.raises(ValueError, match=r"PEFT adapts other layers .* such as .*q_proj; give other targets"):
+        attach_adapter(model, TrainConfig(), False)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_model_whose_adapter_is_not_trained_or_not_there_is_refused(frozen):
+    model, tokenizer = make("llama")
+    if frozen:
+        model = attach_adapter(model, TrainConfig(), True).requires_grad_(False)
+    with pytest.raises(ValueError, match="no adapter that is trained; make one with attach_adapter"):
+        train_task(model, tokenizer, TASK, TrainConfig(), IncLoRA())
+
+
+def test_a_model_on_another_gpu_than_the_trainers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is on cuda:1, .* trains on cpu; .*CUDA_VISIBLE_DEVICES=1"):
+        training.training_arguments(TrainConfig(), torch.device("cuda:1"), 1, str(tmp_path))

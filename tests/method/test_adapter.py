@@ -787,3 +787,11 @@ def test_a_masked_entry_is_zero_in_forward_gradient_threshold_and_merge(gamma, d
     for name, delta in delta_weights(model).items():
         assert not delta[~masks[name]].any() and delta[masks[name]].any()
         assert not sizes[name][~masks[name]].any()
+
+
+@pytest.mark.parametrize("more", [dict(use_dora=True), dict(lora_bias=True)])
+def test_an_adapter_that_is_more_than_two_factors_has_no_update_to_merge(more):
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], **more))
+    with pytest.raises(ValueError, match="more than two factors"):
+        delta_weights(model)

@@ -296,6 +296,8 @@ def test_pairs_share_order_and_seed_and_each_method_is_compared_with_what_it_is_
     one = paired_table([make_order(method) for method in METHODS[:2]], measures=["overall accuracy"]).iloc[0]
     assert (one["pairs"], one["95 % interval"], one["p"]) == ("1", "too few pairs", "")
     assert paired_table(RUNS[:3]).empty
+    unknown = paired_table(runs, measures=["base loss"])
+    assert set(unknown["mean"]) == {"not measured"} and set(unknown["95 % interval"]) == {""}
 
 
 @pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (9, 2.306), (24, 2.069), (30, 2.045)])
