@@ -12,7 +12,6 @@ import inspect
 import itertools
 import json
 import os
-import pkgutil
 import re
 import shlex
 import sys
@@ -115,19 +114,6 @@ def chosen_methods(names: Sequence[str], strength: Sequence[str], past_dtype: st
         methods.append(with_settings(method, strength=known.get(base_of(name)), past_dtype=past_dtype))
     return methods
 
-
-def _import_callbacks(names: Sequence[str]) -> list:
-    "One callback of each class, also from the working directory. `ValueError` for what cannot be imported."
-    if names and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    callbacks = []
-    for name in names:
-        try:
-            callbacks.append(pkgutil.resolve_name(name)())
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"callback {name!r}: {error}; give MODULE.CLASS, without arguments") from None
-    return callbacks
-
 # %% ../nbs/command_line.ipynb #ea78175f
 _METHODS = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA")
 
@@ -149,7 +135,6 @@ def compare(
     archive: bool = True,  # keep every task's update in a file, for sparsity and rollback: true or false
     checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only when stopped
     report_to: str = "none",  # a tracker to watch the runs: none, tensorboard, trackio, wandb
-    callbacks: Sequence[str] = (),  # MODULE.CLASS, transformers callbacks to import; made without arguments
     progress: bool = True,  # show progress bars: true or false
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "float32",  # float32, bfloat16; auto takes bfloat16 on a GPU with it
@@ -165,7 +150,6 @@ def compare(
 
     check_choice(split, ("test", "dev"), "split")
     find_trackers(report_to)
-    _import_callbacks(callbacks)
     targets = train.get("target_modules") or ()
     if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):  # a regular expression, or all-linear
         train = train | dict(target_modules=targets[0])
@@ -186,7 +170,6 @@ def compare(
             model, tokenizer, tasks, one, config,
             seed=number, out=out, backbone=backbone, split=split, zero_shot=zero_shot, progress=progress,
             archive=archive, report_to=report_to, checkpoint_every=checkpoint_every,
-            callbacks=_import_callbacks(callbacks),
         )  # fmt: skip
         runs.append(run)
         tqdm.write(f"{run.name}: overall accuracy {run.average_accuracy:.1f}, {run.minutes:.1f} minutes")

@@ -62,7 +62,7 @@ class TrainConfig:
     group_by_length: bool = False  # rows of similar length share a step: less padding, another order
     gate_start: float = 0.2  # share of the steps after which γ begins to rise from 0
     gate_stop: float = 0.8  # share of the steps after which γ is 1
-    kept: int | float | None = None  # entries or share above τ when it is chosen; None: LoRA's parameters
+    kept: int | float | None = None  # entries or share above τ when it is chosen; default: LoRA's parameters
     threshold_scope: str = "model"  # who shares a threshold: "model", "block" or "layer"
     threshold_reduction: str = "mean"  # gradient of the threshold: "mean" or "sum" over entries
     bandwidth: float = 1e-3  # ε, width of the window in which the threshold learns
