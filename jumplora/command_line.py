@@ -136,7 +136,7 @@ def compare(
     checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only when stopped
     report_to: str = "none",  # a tracker to watch the runs: none, tensorboard, trackio, wandb
     progress: bool = True,  # show progress bars: true or false
-    device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
+    device: str = "auto",  # cpu or cuda; auto takes a GPU if any
     dtype: str = "float32",  # float32, bfloat16; auto takes bfloat16 on a GPU with it
     train: dict,  # fields of TrainConfig
 ) -> None:

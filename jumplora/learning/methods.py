@@ -63,7 +63,7 @@ class EWC(Regularizer):
 
 # %% ../../nbs/2_learning/methods.ipynb #9ec5a10e
 def _check_share(kept):
-    if type(kept) not in (int, float) or not 0 < kept <= 1:
+    if isinstance(kept, bool) or not isinstance(kept, int | float) or not 0 < kept <= 1:
         raise ValueError(f"kept={kept!r} is not a share; use a number above 0, at most 1")
 
 
@@ -89,7 +89,7 @@ class Scale(Regularizer):
     norm: float = 1.0  # Frobenius norm of the updates of all layers together, above 0
 
     def __post_init__(self):
-        if type(self.norm) not in (int, float) or not 0 < self.norm < math.inf:
+        if not isinstance(self.norm, int | float) or not 0 < self.norm < math.inf:
             raise ValueError(f"norm={self.norm!r} is not allowed; use a finite number above 0")
 
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged

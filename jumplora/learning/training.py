@@ -210,9 +210,13 @@ def attach_adapter(
     with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, peft_config)
-    if others := sorted(adapter_layers(adapted).keys() ^ layers.keys()):
+    found = {id(layer.get_base_layer()): name for name, layer in adapter_layers(adapted).items()}
+    wanted = {id(layer): name for name, layer in layers.items()}
+    if others := found.keys() ^ wanted.keys():
+        adapted.unload()
         what = "PEFT adapts other layers than target_modules name"
-        raise ValueError(f"{what}, such as {others[0]}; give other targets, without experts")
+        some = min((found | wanted)[other] for other in others)
+        raise ValueError(f"{what}, such as {some}; give other targets, without experts")
     for group in gate_groups(adapted).values():
         group.gate.theta.requires_grad_(config.learn_threshold and not config.hold_kept)
     return adapted
@@ -405,7 +409,7 @@ def training_arguments(config: TrainConfig, device, seed, folder, optimizer="ada
     except (TypeError, ValueError) as error:
         raise ValueError(f"training_arguments={config.training_arguments}: {error}") from None
     if device.type == "cuda" and arguments.device != device:
-        fix = f"use device='cuda' with CUDA_VISIBLE_DEVICES={device.index}"
+        fix = "use device='cuda', and choose the GPU by CUDA_VISIBLE_DEVICES"
         raise ValueError(f"the model is on {device}, and transformers trains on {arguments.device}; {fix}")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need one process each, not DataParallel
     arguments.mixed_precision = "bf16" if arguments.bf16 else "no"  # not what the environment sets

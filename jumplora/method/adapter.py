@@ -226,8 +226,10 @@ class JumpLoraModel(LoraModel):
 
     def _check_merge_allowed(self):
         super()._check_merge_allowed()
+        modules = self.model.named_modules()
+        own = {f"{path}.base_layer.weight" for path, module in modules if isinstance(module, LoraLayer)}
         for names in find_tied_parameters(self.model):
-            if any(name.endswith(".base_layer.weight") for name in names):
+            if own & set(names):
                 both = " and ".join(names).replace(".base_layer", "")
                 raise ValueError(f"{both} share a weight: a merge would alter all; untie them")
 

@@ -52,7 +52,7 @@ def _score_options(logits, options, known):
     "Summed log-probabilities of options (..., tokens), and which are the greedy answer; known 0: padding."
     picked = -F.cross_entropy(logits.float().movedim(-1, 1), options, reduction="none")
     greedy = (logits.argmax(-1) == options) | (known == 0)
-    return (picked * known).sum(-1), greedy.all(-1)
+    return picked.masked_fill(known == 0, 0).sum(-1), greedy.all(-1)
 
 
 @torch.no_grad()
