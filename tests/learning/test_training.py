@@ -856,9 +856,7 @@ def test_other_layers_than_those_named_are_an_error(monkeypatch):
     other = LoraConfig(target_modules=["q_proj"])
     with monkeypatch.context() as patch:
         patch.setattr(training, "get_peft_model", lambda model, config: get_peft_model(model, other))
-        with pytest.raises(
-            ValueError, match=r"PEFT adapts other layers .* such as .*v_proj; give other"
-        ):
+        with pytest.raises(ValueError, match=r"PEFT adapts other layers .* such as .*v_proj; give other"):
             attach_adapter(model, TrainConfig(), False)
     compiled = attach_adapter(torch.compile(model), TrainConfig(), False)  # the model is as it was
     assert len(adapter_layers(compiled)) == 2 * len(model.model.layers)
