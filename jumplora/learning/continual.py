@@ -262,7 +262,7 @@ class Learner:
         if parts is None:
             if self.run.tasks_learned:
                 found = f"{self.run.name} is complete and its state was removed"
-                warnings.warn(f"{found}: the model stays as it was given", stacklevel=4)
+                warnings.warn(f"{found}: the model stays as it was given", stacklevel=5)
             return
         self.regularizer.load_state_dict(parts["regularizer"])
         if parts["adapter"]:
