@@ -390,9 +390,9 @@ def grid(
 # %% ../nbs/command_line.ipynb #d0a90fe8
 def study(
     *,
-    seed: Sequence[int] = (),  # a round of all arms each; by default the variant's, 101 to 112 for main
+    seed: Sequence[int] = (),  # every arm is run once per seed; by default the variant's, 101 to 112 for main
     method: Sequence[str] = (),  # arms of these methods only
-    variant: str = "main",  # main; longer, deeper, unlisted, ella: beside it; quick: the front page's table
+    variant: str = "main",  # main; a follow-up: longer, deeper, unlisted, ella; quick: the front page's table
     out: str | None = None,  # folder of the runs; by default runs/study-main, runs/study-quick, ...
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
@@ -542,7 +542,7 @@ def _parse(name: str, words: Sequence[str]) -> dict[str, object]:
 # %% ../nbs/command_line.ipynb #5a1d3d04
 def main(
     argv: Sequence[str] | None = None,  # words after `jumplora`; None: those of the process
-) -> int:  # exit code: 0 fine, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal
+) -> int:  # exit code: 0 fine, 1 failed, 2 wrong input, 130 or 143 stopped by a signal
     "The command `jumplora`."
     if argv is None and sys.stdout is not None:  # a process of its own
         os.environ["MPLBACKEND"] = "agg"  # figures are written, never shown

@@ -252,7 +252,7 @@ def tokens_and_positions(drawn, most, times):
     with taken_or_refused("max_length"):
         if good:
             longest = max(len(encode_prompt(tokenizer, task, row.text, most)) for row in task.train)
-            good = family == "T5" or longest + 2 + 1 <= drawn["positions"]
+            good = family == "T5" or longest + 8 <= drawn["positions"]
     try:
         with taken_or_refused(*names):
             dry_check(model, tokenizer, TaskSequence("s", [task]), config)

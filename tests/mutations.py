@@ -139,7 +139,7 @@ MUTATIONS = [
         ("Wilson's centre is off", "(p + z * z / (2 * rows))", "(p + z * z / rows)"),
         ("the sign test has one side", "min(1.0, 2 * tail / 2**n)", "min(1.0, tail / 2**n)", "learning/test_evaluation.py results/test_sparsity.py results/test_run_tables.py|sign"),
         ("a label outside the options may be right", "row.label in task.options and normalize(given)", "normalize(given)"),
-        ("the unlikeliest option is chosen", "scores.argmax(1)", "scores.argmin(1)"),
+        ("the unlikeliest option is chosen", "(found >= found[column[row.label]])", "(found <= found[column[row.label]])"),
         ("dropout stays on while scoring", "answer(model.eval(), ", "answer(model, "),
         ("the longest option may be cut off", "longest = max([max_new_tokens, *map(len, options)])", "longest = max_new_tokens"),
     ),
@@ -183,7 +183,7 @@ MUTATIONS = [
         ("Holm corrects for the tests that are done", "(len(known) - i) * p", "(i + 1) * p"),
         ("a t interval forgets the number of pairs", "/ math.sqrt(n)\n", "\n"),
         ("bold needs one win", "bool(ahead) and all(ahead)", "any(ahead)"),
-        ("pairs are of any two runs", "ours[key] - theirs[key]", "ours[key] - max(theirs.values())"),
+        ("pairs are of any two runs", "ours[order, seed] - theirs[order, seed]", "ours[order, seed] - max(theirs.values())"),
     ),
     *of(
         "running/reproduce.py", "test_command_line.py|papers_grid",

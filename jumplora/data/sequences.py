@@ -120,11 +120,9 @@ def newsroom(
     return TaskSequence(name, tasks)
 
 
-def tales(
-    folder: str | os.PathLike | None = None,  # where the packages are; None for the usual places
-) -> tuple[str, ...]:  # 48 passages of 60 words
+def tales() -> tuple[str, ...]:  # 48 passages of 60 words
     "Passages of Andersen's tales, on which no task trains. Errors as for `newsroom`."
-    words = " ".join(row["Content"] for row in _rows("andersen.tab", folder)).split()
+    words = " ".join(row["Content"] for row in _rows("andersen.tab", None)).split()
     passages = [" ".join(words[start : start + 60]) for start in range(0, len(words) - 60, 60)]
     return tuple(passages[:: len(passages) // 48][:48])
 

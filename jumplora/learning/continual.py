@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ def merge_adapter(
     updates = named_updates(model) if updates is None else updates
     backbone = model.unload()
     for name, update in updates.items():
-        weights[name] += neutral_zeros(update.delta)  # (out, in); -0.0 for zeros: all else keeps its bits
+        weights[name] += neutral_zeros(update.delta)  # (out, in); adding -0.0 keeps every bit, even of -0.0
         backbone.get_submodule(name).weight.copy_(weights[name])
     return backbone
 
@@ -195,8 +195,6 @@ class Learner:
         self.method = method
         self.config = config = method.configure(config or TrainConfig())
         vars(self).update(_OPTIONS | options)  # self.seed, self.out, ...
-        check_choice(self.scoring, ("answers", "labels"), "scoring")
-        check_choice(self.split, ("test", "dev"), "split")
         check_seed(self.seed)
         trackers = find_trackers(self.report_to)
         if hasattr(model, "peft_config"):
@@ -206,9 +204,6 @@ class Learner:
             if not isinstance(one, TrainerCallback):
                 raise ValueError(f"callback {one!r:.80} is no instance of TrainerCallback; use MyCallback()")
         method.check_fits(sequence)
-        empty = [task.name for task in sequence if not getattr(task, self.split)]
-        if empty:
-            raise ValueError(f"no {self.split} rows to score in {empty}; give some, or score another split")
         scored = dict(split=self.split, scoring=self.scoring)
         self.layers = dry_check(model, tokenizer, sequence, config, out=self.out, **scored)  # adapted ones
         named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks, neutral=self.neutral)
@@ -255,14 +250,16 @@ class Learner:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        self.run, parts = state.find_progress(self.run, self.folder)
+        parts = None
+        if self.folder is not None:
+            self.run, parts = on_main(state.find_progress, self.run, self.folder)
         if self.zero_shot is not True and not self.run.tasks_learned:  # scores that are given, or left out
             self.run.zero_shot, self.run.zero_shot_options = self.zero_shot or (None, None)
             self.run.right.pop("", None)  # rows of scores that an earlier call began
         if parts is None:
             if self.run.tasks_learned:
                 found = f"{self.run.name} is complete and its state was removed"
-                warnings.warn(f"{found}: the model stays as it was given", stacklevel=5)
+                warnings.warn(f"{found}: the model stays as it was given", stacklevel=6)
             return
         self.regularizer.load_state_dict(parts["regularizer"])
         if parts["adapter"]:
@@ -315,8 +312,7 @@ class Learner:
         learned = named_updates(self.adapted)
         updates = self.regularizer.finish(learned)
         deltas = {name: update.delta for name, update in updates.items()}
-        broken = [name for name, delta in deltas.items() if not delta.isfinite().all()]
-        if broken:
+        if broken := [name for name, delta in deltas.items() if not delta.isfinite().all()]:
             what = f"the last step left an update that is not finite in {broken[0]}"
             raise training.Diverged(f"task {task.name!r}: {what}; lower the learning rate or the strength")
         run.seconds["train"].append(log.seconds)
@@ -330,7 +326,7 @@ class Learner:
         run.sparsity[task.name] = {name: 1 - counts[name] / delta.numel() for name, delta in deltas.items()}
         if world_size() > 1:
             split = split_batch(self.config.batch_size, self.config.gradient_accumulation)
-            run.extra.setdefault("processes", {})[task.name] = asdict(split)
+            run.extra.setdefault("processes", {})[task.name] = split
         if self.regularizer.after_rows is not None:
             with torch.enable_grad():
                 gradients = training.row_gradients(self.adapted, self.tokenizer, task, self.config)
@@ -367,8 +363,7 @@ class Learner:
         seconds = run.seconds["evaluate"]
         seconds += [0.0] * (len(run.seconds["train"]) - len(seconds))
         seen = self.sequence if i is None else self.sequence[: i + 1]
-        labels = list(dict.fromkeys(option for task in seen for option in task.options))
-        labels = labels if self.scoring == "labels" else None
+        labels = [option for one in seen for option in one.options] if self.scoring == "labels" else None
         for j, task in enumerate(seen):
             known = j < len(run.zero_shot or ()) if i is None else not math.isnan(run.accuracy[i, j])
             if known:

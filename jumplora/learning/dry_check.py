@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..conventions import check_choice
 from .evaluation import answer, label_tokens, normalize
 from .tasks import Task, TaskSequence, encode_answer, encode_prompt, is_encoder_decoder
 from .training import TrainConfig, check_model, target_layers
@@ -45,7 +46,7 @@ def _check_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence
                 raise ValueError(f"task {task.name!r}: the tokenizer {what}; use another word")
 
 # %% ../../nbs/2_learning/dry_check.ipynb #d8c4f6f5
-def _longest_prompt(model, tokenizer, sequence, config, split) -> tuple[Task, str]:
+def _longest_prompt(model, tokenizer, sequence, config, split, scoring) -> tuple[Task, str]:
     "Task and text of the longest prompt. `ValueError` where one does not fit, or ends before the answer."
     decoder = not is_encoder_decoder(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -58,6 +59,7 @@ def _longest_prompt(model, tokenizer, sequence, config, split) -> tuple[Task, st
         ]
         prompt, text = max(prompts, key=lambda found: len(found[0]))
         options = max(len(encode_answer(tokenizer, option, not decoder)) for option in task.options)
+        options = max(options, 8) if scoring == "answers" else options  # as many are generated
         if decoder and prompt[-1] == tokenizer.eos_token_id:
             what = f"the tokenizer ends every prompt with {tokenizer.eos_token!r}, before the answer"
             raise ValueError(f"{what}; set tokenizer.add_eos_token = False, or another post-processor")
@@ -82,6 +84,10 @@ def dry_check(
 ) -> list[str]:  # names of the layers that will be adapted
     "Find what would fail or be wrong in silence. `ValueError` says what to change; `OSError`: no room."
     config = config or TrainConfig()
+    check_choice(scoring, ("answers", "labels"), "scoring")
+    check_choice(split, ("test", "dev"), "split")
+    if empty := [task.name for task in sequence if not getattr(task, split)]:
+        raise ValueError(f"no {split} rows to score in {empty}; give some, or score another split")
     check_model(model, config.batch_size)
     layers = target_layers(model, config.target_modules, config.top_layers)
     for name, layer in layers.items():
@@ -99,7 +105,7 @@ def dry_check(
         if rows and not any(row.label in task.options for row in rows):
             what = f"{task.name!r}: no {split} row has a label among its options (hidden labels?)"
             raise ValueError(f"{what}; score another split, or give rows with labels")
-    task, text = _longest_prompt(model, tokenizer, sequence, config, split)
+    task, text = _longest_prompt(model, tokenizer, sequence, config, split, scoring)
     if out is not None:
         needed = 8 * sum(layer.weight.numel() for layer in layers.values())
         place = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
@@ -124,8 +130,7 @@ def dry_check(
         for watch in watches:
             watch.remove()
     kinds = {re.sub(r"\d+", "0", name) for name in read}  # an expert counts as its siblings
-    idle = [name for name in layers if re.sub(r"\d+", "0", name) not in kinds]
-    if idle:
+    if idle := [name for name in layers if re.sub(r"\d+", "0", name) not in kinds]:
         what = f"target_modules match {len(idle)} layers that read no text, such as {idle[0]}"
         fix = f"give a regular expression that matches only such as {min(read, default='none')}"
         raise ValueError(f"{what}; {fix}")

@@ -11,21 +11,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ..conventions import check_choice
 from ..data.files import check_characters
 from .tasks import Collator, Question, Task, encode_answer, encode_prompt, is_encoder_decoder
 from ..running import answers as reading
-
-# Run records load through this module: what needs transformers or accelerate imports it when it is called.
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ..running.processes import gathered, process_index, world_size
 
 # %% ../../nbs/2_learning/evaluation.ipynb #1f502520
 @torch.no_grad()
@@ -66,8 +63,6 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if share:
-        from jumplora.running.processes import gathered, process_index, world_size
-
         batches = batches[process_index() :: world_size()]
     answers = {}
     scores = torch.zeros(len(texts), len(options))
@@ -131,7 +126,7 @@ def evaluate(
     task: Task,  # what to score
     split: str = "test",  # "train", "dev" or "test"
     labels: Sequence[str] | None = None,  # score by labels, among these; None: by answers
-    **settings,  # of `answer`; with `labels` without max_new_tokens, and every process scores all rows
+    **settings,  # of `answer`; with `labels`, no max_new_tokens, and `share` has no effect
 ) -> Score:  # which rows are correct
     "Score one split. A label outside the options counts as wrong; with `labels` it is a `ValueError`."
     rows = getattr(task, check_choice(split, ("train", "dev", "test"), "split"))
@@ -148,8 +143,11 @@ def evaluate(
     _check_scores(task, scores)
     pairs = zip(rows, answers, strict=True)
     right = [row.label in task.options and normalize(given) == normalize(row.label) for row, given in pairs]
-    best = [task.options[column] for column in scores.argmax(1)]
-    likeliest = [row.label == option for row, option in zip(rows, best, strict=True)]
+    column = {option: i for i, option in enumerate(task.options)}
+    likeliest = [  # a tie is no choice
+        row.label in column and (found >= found[column[row.label]]).sum().item() == 1
+        for row, found in zip(rows, scores, strict=True)
+    ]
     return Score(tuple(answers), tuple(right), tuple(likeliest))
 
 # %% ../../nbs/2_learning/evaluation.ipynb #4e733c47
@@ -175,8 +173,7 @@ def _measured(accuracy, name, needed, min_tasks=1):
     if len(a) < min_tasks:
         raise ValueError(f"{name} needs a later task to compare with, but there is 1 task; use 2 or more")
     i, j = np.indices(a.shape)
-    missing = [f"[{i}, {j}]" for i, j in np.argwhere(needed(i, j, len(a) - 1) & np.isnan(a))]
-    if missing:
+    if missing := [f"[{i}, {j}]" for i, j in np.argwhere(needed(i, j, len(a) - 1) & np.isnan(a))]:
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
         raise ValueError(f"{name} needs scores that were not measured, [learned last, scored]: {shown}")
     return a
@@ -328,6 +325,8 @@ def text_loss(model, tokenizer, texts: Sequence[str], max_length: int = 32) -> f
     "Mean loss of the tokens of plain texts, cut to `max_length`; for a decoder."
     if is_encoder_decoder(model):
         raise ValueError("the loss of plain texts is that of a decoder; leave `neutral` out")
+    if isinstance(texts, str):
+        raise ValueError(f"neutral={texts!r:.40} is one text; give a list of texts")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -78,7 +78,7 @@ class Prune(Regularizer):
 
     def finish(self, updates: dict[str, Update]) -> dict[str, Update]:  # those that are merged
         sizes = [update.delta.abs() for update in updates.values()]
-        threshold = initial_threshold(sizes, round(self.kept * sum(size.numel() for size in sizes)))
+        threshold = initial_threshold(sizes, max(1, round(self.kept * sum(size.numel() for size in sizes))))
         return {n: replace(u, delta=u.delta * (u.delta.abs() > threshold)) for n, u in updates.items()}
 
 
@@ -113,7 +113,7 @@ class RandomMask(Regularizer):
         for name, shape in shapes.items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
             order = torch.randperm(math.prod(shape), generator=generator).view(shape)
-            masks[name] = order < round(self.kept * math.prod(shape))
+            masks[name] = order < max(1, round(self.kept * math.prod(shape)))
         return masks
 
 

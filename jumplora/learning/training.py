@@ -392,7 +392,7 @@ def training_arguments(config: TrainConfig, device, seed, folder, optimizer="ada
         if name.startswith("adam_") and optimizer != "adamw":
             raise ValueError(f"training_arguments: {name} has no effect on {optimizer}; remove it")
     options = dict(lr_scheduler_type="constant_with_warmup", weight_decay=0.0) | config.training_arguments
-    options |= split_batch(config.batch_size, config.gradient_accumulation).arguments()
+    split = split_batch(config.batch_size, config.gradient_accumulation)
     try:
         with warnings.catch_warnings():  # transformers has renamed gradient checkpointing
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
@@ -401,7 +401,10 @@ def training_arguments(config: TrainConfig, device, seed, folder, optimizer="ada
                 max_grad_norm=config.max_grad_norm, use_cpu=device.type == "cpu",
                 dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
                 gradient_checkpointing_kwargs={"use_reentrant": False}, logging_steps=1,
-                save_strategy="no", report_to="none", disable_tqdm=True, **options,
+                save_strategy="no", report_to="none", disable_tqdm=True,
+                per_device_train_batch_size=split["rows"], gradient_accumulation_steps=split["accumulation"],
+                ddp_broadcast_buffers=False, ddp_find_unused_parameters=False,  # every weight takes part
+                **options,
             )  # fmt: skip
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         dummy = kind([torch.zeros(1)], weight_decay=arguments.weight_decay, **settings)

@@ -200,8 +200,7 @@ def check_strength(strength: float | Iterable[float]) -> float | tuple[float, ..
 def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "The same in fp32, without gradients. `ValueError` for NaN or infinity."
     tensors = {name: tensor.detach().float() for name, tensor in tensors.items()}
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         what = f"the update of {bad[0]!r} ({len(bad)} of {len(tensors)} layers) holds NaN or infinity"
         raise ValueError(f"{what} and was not remembered; look at this task's loss")
     return tensors
@@ -245,7 +244,7 @@ class OLoRA(Regularizer):
 # %% ../../nbs/1_method/regularizers.ipynb #359eb24c
 @dataclass(eq=False)
 class NLoRA(Regularizer):
-    "λ · Σ |ΔW_eff|: every entry of the update by its size (arXiv 2410.10179)."
+    "λ · Σ |ΔW_eff|: every entry of the update by its magnitude (arXiv 2410.10179)."
 
     strength: float = 1e-5  # λ ≥ 0, on the sum over all entries of all layers; a start, not tuned
 

@@ -104,7 +104,7 @@ def study_table(
     return table[table["seed"].isin(whole)].reset_index(drop=True)
 
 # %% ../../nbs/3_results/interference.ipynb #e077138a
-LEVEL = 0.9779  # of intervals: three looks at the data then err in 5 % of studies (Pocock)
+LEVEL = 0.9779  # of intervals: Pocock's for three planned, equally spaced looks (5 % together)
 
 
 def jackknife(
@@ -127,6 +127,7 @@ def frontier(
     "Learning and retention of a family as the rate rises. `ValueError` for fewer than two rates."
     if len(rates) < 2:
         raise ValueError(f"rates={list(rates)}: a curve needs at least two")
+    rates, learned, kept = (np.asarray(values)[np.argsort(rates)] for values in (rates, learned, kept))
     x = np.log(rates) - np.log(rates).mean()
     grid = np.linspace(x.min(), x.max(), 201)
     if straight:
@@ -201,4 +202,4 @@ def outcome(
         word = "Undecided"
     interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
     points = f"{found['difference']:+.1f} points of retention ({interval})"
-    return f"{word}: {points}, compared where both learn {found['learning']:.1f} %."
+    return f"{word}: {points}, at equal learning ({found['learning']:.1f} %)."

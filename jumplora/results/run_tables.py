@@ -101,10 +101,10 @@ def _check_alike(runs: Sequence[Run]) -> None:
     own = [flatten({key: run.configuration.get(key, {}) for key in ("method", "train")}) for run in runs]
     names = sorted({name for found in own for name, value in found.items() if value != {}})
     for run, found in zip(runs, own, strict=True):
-        settings = {key: run.configuration.get(key) for key in ("dtype", "weights")}
-        settings["scored_split"] = run.configuration.get("scored_split", "test")
-        settings["scoring"] = run.configuration.get("scoring", "answers")
-        settings["callbacks"] = run.configuration.get("callbacks", [])
+        usual = dict(dtype=None, weights=None, scored_split="test", scoring="answers", callbacks=[])
+        settings = {key: run.configuration.get(key, value) for key, value in usual.items()}
+        if "neutral" in run.configuration:
+            settings["neutral"] = run.configuration["neutral"]
         settings["backbone"] = model_name(run.backbone)
         optimizer = found.get("method.optimizer", "adamw")
         settings[f"learning_rate of {optimizer}"] = found.get("train.learning_rate", "absent")
@@ -277,11 +277,14 @@ def holm(
 
 # %% ../../nbs/3_results/run_tables.ipynb #7defa141
 def _paired(runs: Sequence[Run], first: str, second: str, measure: str, part: str) -> dict[str, float]:
-    "`paired_t` of the first method minus the second, run by run."
+    "`paired_t` of the first method minus the second, seed by seed: the mean over the orders that both have."
     orders = _ORDERS_OF.get(part, (part,))
     ours, theirs = measured(runs, first, measure), measured(runs, second, measure)
-    both = [key for key in sorted(ours.keys() & theirs.keys()) if key[0] in orders]
-    return paired_t([ours[key] - theirs[key] for key in both])
+    both = {key for key in ours.keys() & theirs.keys() if key[0] in orders}
+    shared = sorted({order for order, _ in both})  # a seed that lacks one of these is left out
+    seeds = sorted({s for _, s in both if all((order, s) in both for order in shared)})
+    found = [[ours[order, seed] - theirs[order, seed] for order in shared] for seed in seeds]
+    return paired_t([float(np.mean(differences)) for differences in found])
 
 
 def paired_table(
@@ -400,7 +403,9 @@ def budget_text(runs: Sequence[Run], notes: bool = True) -> str:
         return " to ".join(map(str, sorted({min(values), max(values)})))
 
     counts = [rows for run in runs for rows in run.configuration["counts"].values()]
-    train, _, test = (span(column) for column in zip(*counts, strict=True))
+    train = span([count[0] for count in counts])
+    scored = span([count for run in runs for count in run.test_rows])
+    split = runs[0].configuration.get("scored_split", "test")
     length = span([run.configuration["train"]["max_length"] for run in runs])
     names = " and ".join(sorted({run.backbone for run in runs}))
     dropout = {(base_of(r.method) != r.method, r.configuration["train"].get("lora_dropout", 0)) for r in runs}
@@ -408,7 +413,7 @@ def budget_text(runs: Sequence[Run], notes: bool = True) -> str:
     if len({rate for _, rate in dropout}) > 1:
         own = [f"{'gated' if gated else 'dense'} methods {rate}" for gated, rate in sorted(dropout)]
         facts.add(f"LoRA dropout: {', '.join(own)}, as in the authors' code")
-    text = f"{len(runs)} runs of {names}; per task {train} training rows and {test} test rows, "
+    text = f"{len(runs)} runs of {names}; per task {train} training rows and {scored} {split} rows, "
     text += f"prompts of at most {length} tokens."
     return text + "".join(f" {fact}." for fact in sorted(facts))
 

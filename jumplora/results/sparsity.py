@@ -100,12 +100,12 @@ def tasks_that_fit(
     "How many more tasks find enough untouched entries, if each picks at random. `ValueError` off range."
     if not (0 <= density <= 1 and 0 <= filled <= 1 and 0 < free <= 1):
         raise ValueError(f"{density=}, {filled=}, {free=}: use shares from 0 to 1, and free above 0")
-    if 1 - filled < free:
+    if 1 - filled < free * (1 - 1e-9):  # rounding
         return 0
     if density in (0, 1):
         return 1 if density else math.inf
     tasks = math.log(free / (1 - filled)) / math.log1p(-density)
-    return 1 + math.floor(tasks + 1e-9)  # a whole number stays one in spite of rounding
+    return max(0, 1 + math.floor(tasks + 1e-9))  # a whole number stays one in spite of rounding
 
 # %% ../../nbs/3_results/sparsity.ipynb #2c905e62
 def overlap_report(run: Run, overlap: Overlap) -> str:

@@ -209,14 +209,11 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
                 str(config.target_modules), config.top_layers)  # fmt: skip
         try:
             check_seed(job.seed)
-            check_choice(job.split, ("test", "dev"), "split")
             if rows not in sequences:
                 tasks = job_sequence(job, folder)
                 sequences[rows] = (tasks, _rows_fingerprint(tasks))
             tasks, fingerprint = sequences[rows]
             method.check_fits(tasks)
-            if empty := [task.name for task in tasks if not getattr(task, job.split)]:
-                raise ValueError(f"{empty} have no {job.split} rows; allow some, or score another split")
             if name not in models:
                 loaded = load_backbone(name[0], device="cpu", dtype=name[1])
                 models[name] = (*loaded, weights_fingerprint(loaded[0]))

@@ -60,7 +60,6 @@ class Tracking(TrainerCallback):
     trackers: Sequence[TrainerCallback] = ()  # from `find_trackers`; none: nothing is done
     args: TrainingArguments | None = None  # settings that trackers show; needed where there are any
     folder: Path | None = None  # of the run; None: TensorBoard chooses one
-    every: int = 10  # steps between two counts of entries
     before: int = field(default=0, init=False)  # steps of the tasks before the current one
     _opened: bool = field(default=False, init=False)  # whether trackers have begun
 
@@ -69,7 +68,7 @@ class Tracking(TrainerCallback):
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if self.trackers and "loss" in logs and state.is_world_process_zero:
-            gate = gate_numbers(model, count=state.global_step % self.every == 0)
+            gate = gate_numbers(model, count=state.global_step % 10 == 0)
             self._pass_on("on_log", state, model=model, logs=logs | gate)
 
     def log_scores(

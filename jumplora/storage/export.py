@@ -296,8 +296,7 @@ def files_to_push(folder: str | Path) -> dict[str, int]:
     "What would be sent, name -> bytes. `ValueError` for a folder without a card, or with other files."
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_symlink() or not path.is_dir())
     sent = (".json", ".jinja", ".md", ".model", ".safetensors", ".txt")
-    odd = [path.name for path in paths if path.is_symlink() or path.suffix not in sent]
-    if odd:
+    if odd := [path.name for path in paths if path.is_symlink() or path.suffix not in sent]:
         raise ValueError(f"{folder} holds {odd}, and only {', '.join(sent)} are sent; move them away")
     if not (Path(folder) / "README.md").is_file():
         raise ValueError(f"{folder} has no README.md, so it is no export; make one with export_run")

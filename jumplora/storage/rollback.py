@@ -161,14 +161,13 @@ def rollback(
     if sequence is not None:
         model, tokenizer = load_start(run, weights, **options)
         train = run.configuration["train"]
-        lengths = {key: train[key] for key in ("max_length", "truncation")}
-        split = run.configuration["scored_split"]
-        labels = list(dict.fromkeys(option for name in names for option in sequence[name].options))
-        labels = labels if run.configuration.get("scoring") == "labels" else None
+        settings = {key: train[key] for key in ("max_length", "truncation")}
+        settings |= dict(split=run.configuration["scored_split"], batch_size=2 * train["batch_size"])
+        if run.configuration.get("scoring") == "labels":
+            settings["labels"] = [option for name in names for option in sequence[name].options]
         scores = {}
         for j, name in enumerate(names):
-            rows = 2 * train["batch_size"]  # at a time
-            after = evaluate(model, tokenizer, sequence[name], split, labels, batch_size=rows, **lengths)
+            after = evaluate(model, tokenizer, sequence[name], **settings)
             before = [matrix[len(names) - 1, j].item() for matrix in (run.accuracy, run.option_accuracy)]
             scores[name] = [before[0], after.exact_match, before[1], after.option_accuracy]
     changed = sum(len(archives[k].update(layer).indices) for layer in merged)

@@ -269,12 +269,8 @@ def write_finished(run: Run, folder: Path, tasks: int, parts: dict[str, dict[str
     run.extra |= on_main(write)
 
 
-def find_progress(asked: Run, folder: Path | None) -> tuple[Run, dict[str, dict[str, Tensor]] | None]:
+def find_progress(asked: Run, folder: Path) -> tuple[Run, dict[str, dict[str, Tensor]] | None]:
     "Where a fresh record resumes: record and state. `Damaged` if tasks were learned and no state is whole."
-    return on_main(_find_progress, asked, folder) if folder is not None else (asked, None)
-
-
-def _find_progress(asked, folder):
     records = []  # of this run, the newest first
     damaged = []  # files that are set aside, with the error of each
     for name in ["record.json", *(f"state/after-{n}.json" for n in range(len(asked.tasks), 0, -1))]:
@@ -305,7 +301,7 @@ def _find_progress(asked, folder):
     outcome = f"resumes after {run.tasks_learned} learned tasks" if records else "starts again"
     for path, error in damaged + lost:
         aside = f"now {record.set_aside(path).name}; " if path.exists() else ""
-        warnings.warn(f"{error} ({aside}the run {outcome})", stacklevel=6)
+        warnings.warn(f"{error} ({aside}the run {outcome})", stacklevel=8)  # the call of `learn_sequence`
     return run, parts
 
 # %% ../../nbs/5_inside/state.ipynb #90c60746
@@ -378,9 +374,7 @@ def new_run(
     path = Path(model.config.name_or_path)
     on_hub = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
     own_name = path.as_posix() if on_hub else path.name or type(model).__name__  # no path of this machine
-    prompts = {task.name: [task.instruction, list(task.options)] for task in sequence}
-    for task in sequence:
-        prompts[task.name] += [] if task.list_options else [False]
+    prompts = {t.name: [t.instruction, list(t.options)] + [False] * (not t.list_options) for t in sequence}
     notes = {task.name: task.note for task in sequence if task.note}
     return Run(
         method.name, backbone or own_name, sequence.name, seed,

@@ -537,9 +537,9 @@ def test_a_damaged_record_is_named_set_aside_and_not_used(damage, lost):
     if damage == "its copy too":
         (lost / "state/after-1.json").write_bytes(bad)
         first, message = 0, "the run starts again"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as caught:
         begun = lost_in_task(first, "ELLA + JumpLoRA", lost.parent, zero_shot=False)
-    assert begun == [SEQUENCE.names[first]]
+    assert begun == [SEQUENCE.names[first]] and caught[0].filename == __file__
     assert (lost / "record.damaged-1.json").read_bytes() == bad
     if damage == "its copy too":
         assert (lost / "state" / "after-1.damaged-1.json").exists()

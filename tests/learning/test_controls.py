@@ -74,6 +74,7 @@ def test_pruning_keeps_the_largest_entries_and_scaling_the_direction():
 
 def test_a_random_mask_bars_the_same_entries_in_every_task(tmp_path):
     run, moved = learn(METHODS["IncLoRA + random mask"], tmp_path)
+    assert RandomMask(kept=0.01).masks({"small": (2, 20)})["small"].sum() == 1
     masks = RandomMask().masks({name: tuple(change.shape) for name, change in moved.items()})
     other = RandomMask(seed=1).masks({name: tuple(change.shape) for name, change in moved.items()})
     for name, change in moved.items():
@@ -187,6 +188,7 @@ def test_options_of_equal_probability_are_no_choice():
     model.lm_head.weight.zero_()
     found = evaluate(model, whole_words(), SEQUENCE[0], labels=LABELS, max_length=40)
     assert not any(found.seen + found.likeliest) and found.log_loss == pytest.approx(math.log(4))
+    assert not any(evaluate(model, whole_words(), SEQUENCE[0], max_length=40).likeliest)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,8 @@ def test_labels_that_cannot_be_scored_are_found_before_anything_is_learned(monke
 
 @torch.no_grad()
 def test_texts_without_a_token_to_predict_have_no_loss():
+    with pytest.raises(ValueError, match="neutral='a text' is one text; give a list"):
+        text_loss(load_backbone("tiny-llama", dtype="float32")[0], whole_words(), "a text")
     with pytest.raises(ValueError, match="no text has two tokens"):
         text_loss(load_backbone("tiny-llama", dtype="float32")[0], whole_words(), ["a"])
 

@@ -109,7 +109,7 @@ REFUSED = {
     ),
     "positions": (
         lambda: llama(max_position_embeddings=130), tokenizer(), dict(text="long " * 40),
-        "task 'mine': a prompt of 128 tokens and an answer of 4 exceed the 130 positions.*max_length=126",
+        "task 'mine': a prompt of 128 tokens and an answer of 8 exceed the 130 positions.*max_length=122",
     ),
     "no default targets": (
         lambda: model_of("Phi3"), tokenizer(), {}, "no default target_modules for 'phi3'.*'qkv_proj'"
@@ -156,6 +156,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case, tmp_path):
     with pytest.raises(ValueError, match=says):
         learn_sequence(model, tokens, sequence(**rows), method, TrainConfig(), out=tmp_path, progress=False)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_scores_by_labels_need_no_room_for_a_generated_answer():
+    model, rows = llama(max_position_embeddings=132), sequence(text="long " * 40)
+    assert dry_check(model, tokenizer(), rows, scoring="labels")
+    with pytest.raises(
+        ValueError, match="a prompt of 128 tokens and an answer of 8 exceed the 132 positions"
+    ):
+        dry_check(model, tokenizer(), rows)
 
 
 def test_the_output_layer_of_a_model_with_tied_embeddings_is_refused_wherever_one_begins():

@@ -59,6 +59,8 @@ def test_families_that_lie_on_one_curve_do_not_differ_and_a_shift_is_found():
 def test_a_curve_ends_where_more_rate_learns_less():
     rates = [1e-4, 1e-3, 1e-2]
     curve = frontier(rates, [40, 50, 45], [20, 10, 0])
+    back = frontier(rates[::-1], [45, 50, 40], [0, 10, 20], straight=True)
+    assert np.allclose(back, frontier(rates, [40, 50, 45], [20, 10, 0], straight=True))
     assert curve[-1, 0] == curve[:, 0].max() > 50 - 1e-9 and (np.diff(curve[:, 0]) >= 0).all()
 
 
@@ -99,7 +101,7 @@ def test_families_without_common_learning_and_wide_intervals_have_their_own_outc
     assert "no learning in common" in outcome(compare_families(table, "gate", "dense"))
     found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0, level=0.95)
     points = "+1.0 points of retention (95.0 % interval -3.0 to +5.0)"
-    assert outcome(found) == f"Undecided: {points}, compared where both learn 50.0 %."
+    assert outcome(found) == f"Undecided: {points}, at equal learning (50.0 %)."
 
 
 def test_a_difference_whose_interval_fails_is_undecided_and_not_without_common_learning():

@@ -115,6 +115,7 @@ def test_the_edges_of_capacity_and_what_lies_beyond_them():
     edges = {(0, 0): math.inf, (0, 0.6): 0, (1, 0): 1, (1, 1): 0, (0.5, 0): 2, (0.5, 0.5): 1}
     assert {edge: tasks_that_fit(*edge) for edge in edges} == edges
     assert tasks_that_fit(0.2, free=0.8**3) == 4  # a whole number in spite of rounding
+    assert tasks_that_fit(0.1, filled=0.9, free=0.1) == 1  # also of what is free
     for wrong in dict(density=-0.1), dict(density=2), dict(filled=1.1), dict(free=0), dict(free=2):
         with pytest.raises(ValueError, match="use shares from 0 to 1, and free above 0"):
             tasks_that_fit(**dict(density=0.1) | wrong)

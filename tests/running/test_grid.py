@@ -543,7 +543,7 @@ def quantised(folder, monkeypatch):
 
 UNFIT = {
     "max_length=20 leaves no room": lambda folder, patch: dict(train=dict(max_length=20)),
-    "have no dev rows": lambda folder, patch: dict(split="dev"),
+    "no dev rows to score in": lambda folder, patch: dict(split="dev"),
     "rows of='trian' is not known": lambda folder, patch: dict(rows=dict(trian=4)),
     "exceed the 2048 positions": lambda folder, patch: dict(
         sequence=write_rows(folder / "mine", "word " * 3000), train=dict(max_length=5000)

@@ -1,6 +1,7 @@
 """One run on two processes: the numbers of one, one writer, stopped and killed together; what is refused."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -216,8 +217,8 @@ def test_a_split_is_the_same_rows_or_refused():
         except ValueError:
             assert batch_size * accumulation % count or batch_size % count
             continue
-        assert split.processes * split.rows * split.accumulation == batch_size * accumulation
-        assert split.rows <= batch_size and split.accumulation <= accumulation
+        assert math.prod(split.values()) == batch_size * accumulation
+        assert split["rows"] <= batch_size and split["accumulation"] <= accumulation
 
 
 # ---- what is refused ----------------------------------------

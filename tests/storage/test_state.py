@@ -553,6 +553,7 @@ def test_a_complete_run_without_its_state_says_that_the_model_stays_as_it_was(tm
     again, same = learn(tmp_path, "IncLoRA")
     assert content(again) == content(first) and same_weights(same, learned)
     shutil.rmtree(tmp_path / first.name / "state")
-    with pytest.warns(UserWarning, match="its state was removed: the model stays as it was given"):
+    with pytest.warns(UserWarning, match="its state was removed: the model stays as it was given") as caught:
         again, untouched = learn(tmp_path, "IncLoRA")
+    assert caught[0].filename == __file__
     assert content(again) == content(first) and not same_weights(untouched, learned)
