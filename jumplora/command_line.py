@@ -496,7 +496,7 @@ def parser_of(
     options = dict(description=command.__doc__, formatter_class=argparse.HelpFormatter)
     parser = ArgumentParser(prog=f"jumplora {name}", **options)
     if command is compare:
-        told = "read flags from a YAML file; a default in it leaves a method its own value"
+        told = "read flags from a YAML file; the value of a default does not override a method's own"
         parser.add_argument("--config", action="config", help=told)
     _add_flags(parser, command)
     if command is compare:
@@ -507,7 +507,7 @@ def parser_of(
 
 # %% ../nbs/command_line.ipynb #5a1d3d02
 def _parse(name: str, words: Sequence[str]) -> dict[str, object]:
-    "The arguments of a subcommand. `ValueError` for flags that the parser would accept, or a wrong file."
+    "The arguments of a subcommand. `ValueError` for an unknown or shortened flag, or a wrong file."
     parser = parser_of(name)
     given = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
     known = {flag: action for action in parser._actions for flag in action.option_strings}

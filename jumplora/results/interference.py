@@ -202,4 +202,4 @@ def outcome(
         word = "Undecided"
     interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
     points = f"{found['difference']:+.1f} points of retention ({interval})"
-    return f"{word}: {points}, at equal learning ({found['learning']:.1f} %)."
+    return f"{word}: {points}, at equal learning ({found['learning']:.1f} % right after a task)."

@@ -264,16 +264,16 @@ def paired_t(
 
 
 def holm(
-    p_values: Mapping[str, float],  # comparison -> p; nan counts as 1
+    p_values: Mapping[str, float],  # comparison -> p; nan: not tested, and not counted
 ) -> dict[str, float]:  # comparison -> p after Holm's correction
     "p-values of a group of tests after Holm's correction, each 1 at most."
-    known = {name: 1.0 if math.isnan(p) else p for name, p in p_values.items()}
+    known = {name: p for name, p in p_values.items() if not math.isnan(p)}
     corrected = {}
     largest = 0.0
     for i, (name, p) in enumerate(sorted(known.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(known) - i) * p))
         corrected[name] = largest
-    return {name: corrected[name] for name in p_values}
+    return {name: corrected.get(name, 1.0) for name in p_values}
 
 # %% ../../nbs/3_results/run_tables.ipynb #7defa141
 def _paired(runs: Sequence[Run], first: str, second: str, measure: str, part: str) -> dict[str, float]:

@@ -66,7 +66,7 @@ class Job:
     train: dict = field(default_factory=dict)  # fields of `TrainConfig` that are not at their default
     strength: float | list | None = None  # λ of the method's penalty; None: its default
     split: str = "test"  # rows that are scored: "test" or "dev"
-    dtype: str = "auto"  # of the backbone; the command asks for "float32"
+    dtype: str = "auto"  # of the backbone; `jumplora grid` asks for "float32"
     scoring: str = "answers"  # or "labels", as in `learn_sequence`
     neutral: bool = False  # True: measure the loss of `tales` before and after every task
     regularizer: dict = field(default_factory=dict)  # other settings of the method's regularizer
@@ -344,7 +344,7 @@ def run_grid(
     workers: int = 1,  # jobs at a time
     engine: str = "local",  # or "slurm"
     folder: str | None = None,  # the benchmark's rows
-    device: str = "auto",  # as in `load_backbone`; "auto" and "cuda": a GPU of its own for every worker
+    device: str = "auto",  # as in `load_backbone`; "auto" and "cuda": workers take the GPUs in turn
     processes: int = 1,  # that share one run, each with a GPU of its own if there are any
     minutes: float = float("inf"),  # then the runs of this machine save and stop; a second call resumes
     **options: object,  # of submitit, e.g. slurm_partition="gpu"

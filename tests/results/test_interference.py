@@ -101,7 +101,7 @@ def test_families_without_common_learning_and_wide_intervals_have_their_own_outc
     assert "no learning in common" in outcome(compare_families(table, "gate", "dense"))
     found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0, level=0.95)
     points = "+1.0 points of retention (95.0 % interval -3.0 to +5.0)"
-    assert outcome(found) == f"Undecided: {points}, at equal learning (50.0 %)."
+    assert outcome(found) == f"Undecided: {points}, at equal learning (50.0 % right after a task)."
 
 
 def test_a_difference_whose_interval_fails_is_undecided_and_not_without_common_learning():
