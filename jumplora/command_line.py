@@ -392,7 +392,7 @@ def study(
     *,
     seed: Sequence[int] = (),  # every arm is run once per seed; by default the variant's, 101 to 112 for main
     method: Sequence[str] = (),  # arms of these methods only
-    variant: str = "main",  # main; a follow-up: longer, deeper, unlisted, ella; quick: the front page's table
+    variant: str = "main",  # main; follow-ups: longer, deeper, unlisted, ella, gates; quick: the front page
     out: str | None = None,  # folder of the runs; by default runs/study-main, runs/study-quick, ...
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any

@@ -36,15 +36,21 @@ _THREE = {"IncLoRA": (5e-4, 1e-3), "IncLoRA + late gate": (1e-3,)}
 _QUICK = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + late gate", "ELLA + late gate")
 _STRENGTH = 1e3  # λ of ELLA; at rate 2e-3, 1e4 ended lower on dev rows of seed 4
 _NORM = 8.2  # Frobenius norm of the late gate's updates at rate 1e-3, the pilot's mean
-VARIANTS: dict[str, dict] = {  # arms, seeds, training and test rows of a task, changed settings of training
-    "main": dict(rates=_RATES, seeds=range(101, 113), rows=(320, 100), train={}),  # 40 steps a task
-    "longer": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train=dict(epochs=2)),
-    "deeper": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train=dict(top_layers=8)),
-    "unlisted": dict(rates=_THREE, seeds=range(101, 109), rows=(320, 100), train={}),  # no options in prompts
-    "ella": dict(rates=dict.fromkeys(("ELLA", "ELLA + late gate"), (7e-4, 1.4e-3)), seeds=range(101, 109),
-                 rows=(320, 100), train={}),
-    "quick": dict(  # the table of the front page: 20 steps a task
-        rates=dict.fromkeys(_QUICK, (2e-3,)), seeds=range(1, 4), rows=(80, 40), train=dict(epochs=2)
+_USUAL = dict(seeds=range(101, 109), rows=(320, 100), train={}, split="test", gates=[{}])  # 40 steps a task
+VARIANTS: dict[str, dict] = {  # arms; training and scored rows of a task; settings of training and of gates
+    "main": _USUAL | dict(rates=_RATES, seeds=range(101, 113)),
+    "longer": _USUAL | dict(rates=_THREE, train=dict(epochs=2)),
+    "deeper": _USUAL | dict(rates=_THREE, train=dict(top_layers=8)),
+    "unlisted": _USUAL | dict(rates=_THREE),  # no options in prompts
+    "ella": _USUAL | dict(rates=dict.fromkeys(("ELLA", "ELLA + late gate"), (7e-4, 1.4e-3))),
+    "gates": _USUAL | dict(  # exploratory
+        rates=_THREE | {"IncLoRA": (5e-4, 1e-3, 1.4e-3), "IncLoRA + disjoint masks": (1e-3,)},
+        seeds=range(201, 205), split="dev",
+        gates=[{}, dict(kept=0.03), dict(kept=0.3), dict(gate_start=0.4, gate_stop=0.6),
+               dict(gate_start=0.9, gate_stop=1.0), dict(threshold_scope="layer")],
+    ),
+    "quick": _USUAL | dict(  # the table of the front page: 20 steps a task
+        rates=dict.fromkeys(_QUICK, (2e-3,)), seeds=range(1, 4), rows=(80, 40), train=dict(epochs=2),
     ),
 }  # fmt: skip
 
@@ -57,17 +63,20 @@ def study_jobs(
     "The runs of the study, or of what else is tried beside it. `ValueError` for a wrong name."
     plan = VARIANTS[check_choice(variant, tuple(VARIANTS), "variant")]
     sequence = "topics-unlisted" if variant == "unlisted" else "topics"
-    train_rows, test_rows = plan["rows"]
+    rows = dict(zip(("train", plan["split"]), plan["rows"], strict=True))
+    rows = dict(train=0, dev=0, test=8) | rows
     arms = [check_choice(arm, tuple(plan["rates"]), "method") for arm in methods or plan["rates"]]
     jobs = []
     for seed, arm in itertools.product(seeds or plan["seeds"], arms):
-        for rate in plan["rates"][arm]:
-            train = dict(top_layers=4, max_length=64, batch_size=8, learning_rate=rate) | plan["train"]
+        gates = plan["gates"] if "late gate" in arm else [{}]
+        for rate, gate in itertools.product(plan["rates"][arm], gates):
+            train = dict(top_layers=4, max_length=64, batch_size=8, learning_rate=rate)
+            train |= plan["train"] | gate
             if arm.endswith(_FALLING):
                 train["training_arguments"] = dict(lr_scheduler_type="linear")
             jobs.append(Job(
                 arm.removesuffix(_FALLING), f"{sequence}-{seed}", seed, "smollm2-135m", train=train,
-                rows=dict(train=train_rows, dev=0, test=test_rows), dtype="float32",
+                rows=rows, split=plan["split"], dtype="float32",
                 scoring="labels", neutral=variant != "quick", archive=False,
                 regularizer=dict(norm=_NORM) if arm == "IncLoRA scaled" else {},
                 strength=_STRENGTH if "ELLA" in arm else None,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 
 import numpy as np
 import pandas as pd
@@ -142,8 +143,12 @@ def test_the_study_has_fourteen_arms_a_seed_that_differ_in_nothing_but_what_is_n
 def test_a_variant_has_its_own_seeds_rates_and_rows(variant):
     plan, jobs = VARIANTS[variant], study_jobs(variant)
     assert {job.seed for job in jobs} == set(plan["seeds"])
-    assert len(jobs) == len(plan["seeds"]) * sum(map(len, plan["rates"].values()))
-    assert {(job.rows["train"], job.rows["test"]) for job in jobs} == {plan["rows"]}
+    gates = [len(plan["gates"]) if "late gate" in arm else 1 for arm in plan["rates"]]
+    rates = map(len, plan["rates"].values())
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert len(jobs) == len(plan["seeds"]) * sum(map(operator.mul, rates, gates))
+    assert {(job.rows["train"], job.rows[plan["split"]]) for job in jobs} == {plan["rows"]}
+    assert {job.split for job in jobs} == {plan["split"]}
     assert all(job.train | plan["train"] == job.train for job in jobs)
     assert all((job.strength == 1e3) == ("ELLA" in job.method) for job in jobs)
 
