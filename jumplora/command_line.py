@@ -164,10 +164,9 @@ def compare(
     todo = list(itertools.product(dict.fromkeys(seed), methods))
     options = dict(disable=not progress, leave=False, mininterval=BAR_INTERVAL)
     for number, one in tqdm(todo, desc="runs", unit="run", **options):
-        model, tokenizer = load_backbone(backbone, device=device, dtype=dtype)
         zero_shot = (runs[-1].zero_shot, runs[-1].zero_shot_options) if runs else True
         run = learn_sequence(
-            model, tokenizer, tasks, one, config,
+            *load_backbone(backbone, device=device, dtype=dtype), tasks, one, config,
             seed=number, out=out, backbone=backbone, split=split, zero_shot=zero_shot, progress=progress,
             archive=archive, report_to=report_to, checkpoint_every=checkpoint_every,
         )  # fmt: skip
@@ -425,7 +424,7 @@ def reproduce(
     smoke: bool = False,  # only measure a few steps, and project hours, memory and disk
     minutes: float = float("inf"),  # stop after so many, with the runs saved
     workers: int | None = None,  # runs at a time; by default one, or as many as the GPUs' memory holds
-    device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
+    device: str = "auto",  # cpu or cuda; auto takes a GPU if any
 ) -> int:
     "The paper's comparison under its protocol, short orders first; finished runs are not repeated."
     from jumplora.data.backbones import pick_device
@@ -445,7 +444,8 @@ def reproduce(
     options = dict(workers=workers or 1, folder=folder, device=device, minutes=minutes)
     states = run_grid(jobs, out, **options)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
-    for path in write_tables(tables_of(load_runs(out, "test")), Path(out) / "tables"):
+    asked = [run for run in load_runs(out, "test") if run.backbone == backbone]
+    for path in write_tables(tables_of(asked), Path(out) / "tables"):
         print(path)
     return int((states == "failed").any())
 

@@ -316,9 +316,11 @@ def _run_here(out: Path, keys, work, workers, places, options, minutes) -> None:
                         key = waiting.pop()
                         device, visible = places[worker % len(places)]
                         usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
-                        executor = _executor(out / "jobs" / key, "local", options)
-                        job = executor.submit(partial(work, device=device, visible=visible), key)
-                        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+                        try:
+                            executor = _executor(out / "jobs" / key, "local", options)
+                            job = executor.submit(partial(work, device=device, visible=visible), key)
+                        finally:
+                            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
                         running[worker] = (key, job)
                 time.sleep(0.2)
         finally:  # workers are left after a second signal, or an error here
@@ -355,7 +357,7 @@ def run_grid(
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}={count!r} is not a whole number of at least 1")
     out = Path(out).resolve()
-    folder = folder and str(Path(folder).resolve())
+    folder = folder and str(Path(folder).expanduser().resolve())
     places = _places(device, processes) if engine == "local" else []
     options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
     _executor(tempfile.gettempdir(), engine, options)  # a trial, which makes its folder

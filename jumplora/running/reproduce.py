@@ -7,6 +7,7 @@ __all__ = ['paper_jobs', 'project', 'runs_at_a_time']
 
 # %% ../../nbs/5_inside/reproduce.ipynb #633ccb9a
 #| code-fold: true
+import gc
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -57,11 +58,11 @@ def project(
         for count in steps:
             batch = config.batch_size * config.gradient_accumulation
             few = [task.limit(train=batch * count, dev=0, test=8 * count) for task in tasks]
-            model, tokenizer = load_backbone(own[0].backbone, device=device, dtype=own[0].dtype)
             with tempfile.TemporaryDirectory() as out:
                 run = learn_sequence(
-                    model, tokenizer, TaskSequence("smoke", few), method, config, out=out,
-                    backbone=own[0].backbone, zero_shot=False, progress=False,
+                    *load_backbone(own[0].backbone, device=device, dtype=own[0].dtype),
+                    TaskSequence("smoke", few), method, config, out=out, backbone=own[0].backbone,
+                    zero_shot=False, progress=False,
                 )  # fmt: skip
                 sizes = {path: path.stat().st_size for path in Path(out).rglob("*") if path.is_file()}
             updates = sum(size for path, size in sizes.items() if path.parent.name == "updates")
@@ -90,8 +91,10 @@ def runs_at_a_time(
     peak: float,  # GB that one run holds at most, from `project`
     device: str = "auto",  # as in `load_backbone`
 ) -> int:  # at least 1
-    "How many runs fit side by side: by the memory of all GPUs, or one on a CPU."
+    "How many runs fit side by side: as many per GPU as on the smallest, or one on a CPU."
     if pick_device(device).type != "cuda":
         return 1
+    gc.collect()
+    torch.cuda.empty_cache()  # what `project` has held
     sizes = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    return max(1, sum(int(0.9 * size // (1e9 * peak)) for size in sizes))
+    return max(1, len(sizes) * int(0.9 * min(sizes) // (1e9 * peak)))

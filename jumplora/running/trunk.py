@@ -135,6 +135,8 @@ class Trunk:
             settings = {key: str(value) for key, value in model.config.to_dict().items() if "path" not in key}
             here = environment(self._device)
             machine = [here[key] for key in ("device", "threads", "processor", "versions")]
+            machine += [kind.matmul.fp32_precision for kind in (torch.backends.cuda, torch.backends.mkldnn)]
+            machine.append(model.config._attn_implementation)
             self._store = _Store(Path(folder) / digest([weights, first, settings, machine])[:32], limit)
         self.computed = 0  # without the rows of the trial
 

@@ -351,4 +351,5 @@ def push_to_hub(
     api = api or HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     options = dict(allow_patterns=names, commit_message="Add an export of jumplora")
+    options["delete_patterns"] = ["adapter_*", "model*.safetensors*"]  # of an export in another format
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))

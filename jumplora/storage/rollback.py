@@ -46,7 +46,8 @@ def load_archives(folder: Path, run: Run) -> list[UpdateArchive]:
     archives = []
     for i, task in enumerate(run.tasks[: run.tasks_learned]):
         if task not in listed:
-            raise ValueError(f"{run.name} has no archive of {task!r}; learn it again, with archive=True")
+            fix = "learn it again elsewhere, with archive=True"
+            raise ValueError(f"{run.name} has no archive of {task!r}; {fix}")
         archives.append(read_archive(archive_path(folder, i, task), listed[task]["checksum"]))
     return archives
 
@@ -104,7 +105,7 @@ def load_rows(run: Run, name: str | None = None, folder: str | None = None) -> T
     tries = itertools.product(*((n, None) for n in counts))  # a split may have been limited, or not
     found = [whole.limit(*limits) for limits in tries]
     rows = run.configuration["rows"]
-    alike = (one for one in found if all(task.fingerprint() == rows.get(task.name) for task in one))
+    alike = (one for one in found if all(rows.get(task.name) in (None, task.fingerprint()) for task in one))
     return next(alike, found[0])
 
 

@@ -130,6 +130,23 @@ def test_a_run_with_replay_has_the_losses_and_scores_of_the_run_through_all_bloc
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_states_of_another_attention_or_precision_are_not_read(tmp_path):
+    model, _ = load_backbone("tiny-llama", device="cpu", dtype="float32")
+
+    def place():
+        return Trunk(model, ["model.layers.1.self_attn.q_proj"], tmp_path)._store.folder
+
+    places = {place(), place()}
+    model.config._attn_implementation = "eager"
+    places.add(place())
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert len({*places, place()}) == 3
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_runs_share_a_folder_and_give_the_same_bits(tmp_path, monkeypatch):
     computed = []
     leave = Trunk.__exit__

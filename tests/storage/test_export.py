@@ -545,6 +545,7 @@ def test_a_push_makes_the_repository_and_then_sends_the_listed_files(hub, place,
     assert sent[0] == "upload_folder" and sent[2]["repo_id"] == "some/export"
     assert Path(sent[2]["folder_path"]) == place / "super"
     assert sent[2]["allow_patterns"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sent[2]["delete_patterns"] == ["adapter_*", "model*.safetensors*"]  # of another format
 
 
 @pytest.mark.parametrize("name", ["export", "a/b/c", "a/", "/b", "some/ex port", "some/--x", "", "a/b.git"])

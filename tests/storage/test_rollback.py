@@ -225,7 +225,7 @@ def flip_last_byte(path):
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-AGAIN = "learn it again, with archive=True"
+AGAIN = "learn it again elsewhere, with archive=True"
 REFUSED = [  # the task, the message, and what is done to the run before, or which rows are to be scored
     ("tpoics", "task='tpoics' is not known.*did you mean 'topics'", None),
     ("../x", "task='../x' is not known", None),
@@ -326,9 +326,10 @@ def test_a_damaged_or_outdated_result_is_not_loaded(gated):
 def test_the_rows_of_a_run_are_found_again_whatever_was_limited(tmp_path, limits):
     rows = [dict(text=f"text {i}", label=("yes", "no")[i % 2]) for i in range(8)]
     for split in ("train", "dev", "test"):
-        write_atomic(tmp_path / "one" / f"{split}.json", json.dumps(rows))
-    tasks = load_sequence(tmp_path, **limits)
+        for name in ("one", "two"):
+            write_atomic(tmp_path / name / f"{split}.json", json.dumps(rows))
+    tasks = load_sequence(tmp_path, **limits)[:1]  # the folder has more
     model, _ = load_backbone("tiny-llama", device="cpu", dtype="float32")
     run = new_run(model, tasks, GATED, QUICK, seed=1)
     found = page.load_rows(run, str(tmp_path))
-    assert [task.fingerprint() for task in found] == [task.fingerprint() for task in tasks]
+    assert found["one"].fingerprint() == tasks["one"].fingerprint()
