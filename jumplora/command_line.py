@@ -496,7 +496,7 @@ def parser_of(
     options = dict(description=command.__doc__, formatter_class=argparse.HelpFormatter)
     parser = ArgumentParser(prog=f"jumplora {name}", **options)
     if command is compare:
-        told = "read flags from a YAML file; the value of a default does not override a method's own"
+        told = "read flags from a YAML file; a default in it does not override a method's own value"
         parser.add_argument("--config", action="config", help=told)
     _add_flags(parser, command)
     if command is compare:
