@@ -21,7 +21,7 @@ say = @printf '\n== %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run tables test check env demo lint test-nbs check-nbs docs test-py torture mutations nbs export readme lab lock clean
+.PHONY: help run test check env demo lint test-nbs check-nbs docs test-py torture mutations nbs export readme lab lock clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -30,9 +30,9 @@ run: env demo  ## set up and run the main job (more flags: make run ARGS="--seed
 	$(call say,jumplora study --variant quick --workers 2 $(ARGS))
 	@jumplora study --variant quick --workers 2 $(ARGS)
 
-test: env demo lint test-nbs docs test-py  ## set up and test everything
+test: env demo lint test-nbs docs test-py  ## set up, lint, run the notebooks' code, build the site, run the tests
 
-check: env demo lint check-nbs docs test-py  ## the gate before a commit: test, and stored outputs are what the notebooks give
+check: env demo lint check-nbs docs test-py  ## all checks before a commit: test, and stored outputs are what the notebooks give
 
 # ---------------------------------------------------------------- set-up
 

@@ -450,7 +450,7 @@ def stage() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     SRC.mkdir(parents=True)
     nbs, raws = get_config().nbs_path, notebooks()
-    extra = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+    extra = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
     for path in extra:
         text = path.read_text(encoding="utf-8").replace("](../nbs/", "](")
         (SRC / path.name).write_text(to_myst(text), encoding="utf-8")
@@ -462,7 +462,8 @@ def stage() -> None:
             nb.cells.append(new_markdown_cell(toctree(["names", *(p.stem for p in extra)])))
         for c in nb.cells:
             c.setdefault("id", new_code_cell().id)
-            c.source = c.source.replace("../docs/", "") if c.cell_type == "markdown" else c.source
+            if c.cell_type == "markdown":  # files outside of nbs/ lie beside its pages here
+                c.source = re.sub(r"\.\./(?:docs/|(?=[A-Z]+\.md))", "", c.source)
         for out in (SRC / path, SRC / "notebooks" / path):
             out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, SRC / path)
@@ -501,7 +502,7 @@ def to_github(text: str) -> str:
 
     text = outside_code(f, CALLOUT.sub(callout, text))
     nbs = get_config().nbs_path.name
-    text = re.sub(r"\]\(([\w./-]+\.ipynb)", rf"]({nbs}/\1", text)
+    text = re.sub(r"\]\(([\w./-]+\.ipynb)", rf"]({nbs}/\1", text).replace("](../", "](")
     return re.sub(r"\]\((?!\w+:|nbs/|#|/)([\w./-]+\.(?:png|svg))", rf"]({nbs}/\1", text)
 
 

@@ -103,15 +103,19 @@ def _parse_strengths(pairs: Sequence[str]) -> dict[str, float | list[float]]:
     return found
 
 
-def chosen_methods(names: Sequence[str], strength: Sequence[str], past_dtype: str | None = None) -> list:
+def chosen_methods(
+    names: Sequence[str], strength: Sequence[str], sequence: str, past_dtype: str | None = None
+) -> list:
     "The methods to compare, each once. Raises ValueError naming the nearest one for an unknown name."
-    from jumplora.learning.methods import METHODS, base_of, with_settings
+    from jumplora.learning.methods import METHODS, with_settings
+    from jumplora.running.grid import PROTOCOLS, strength_of
 
-    known = {"ELLA": 3e5} | _parse_strengths(strength)
+    known = PROTOCOLS["reduced"]["strengths"] | _parse_strengths(strength)
     methods = []
     for name in dict.fromkeys(names):
         method = METHODS[check_choice(name, tuple(METHODS), "method")]
-        methods.append(with_settings(method, strength=known.get(base_of(name)), past_dtype=past_dtype))
+        own = strength_of(name, sequence, known)
+        methods.append(with_settings(method, strength=own, past_dtype=past_dtype))
     return methods
 
 # %% ../nbs/command_line.ipynb #ea78175f
@@ -121,7 +125,7 @@ _METHODS = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA
 def compare(
     *,
     method: Sequence[str] = _METHODS,  # e.g. "ELLA + JumpLoRA" ELLA
-    sequence: str = "newsroom",  # newsroom, newsroom20, order1 to order6, order1-hub (the Hub), or a folder
+    sequence: str = "newsroom",  # newsroom20, topics-1, order1 to order6, order1-hub (the Hub), or a folder
     folder: str | None = None,  # folder with the benchmark's rows, for order1 to order6
     backbone: str = "smollm2-135m",  # smollm2-135m, a Hub id, or a folder with a model
     seed: Sequence[int] = (42,),  # one run per method and seed
@@ -130,7 +134,7 @@ def compare(
     dev_rows: int = 40,  # dev rows of each task
     test_rows: int = 50,  # test rows of each task
     split: str = "test",  # rows that are scored: test, or dev to choose settings
-    strength: Sequence[str] = ("ELLA=3e5",),  # λ of penalties, ELLA=3e5 O-LoRA=0.5; ELLA also one per task
+    strength: Sequence[str] = (),  # λ: ELLA=3e5 O-LoRA=0.5, ELLA also one per task; by default grid's
     past_dtype: str = "float32",  # how ELLA keeps past updates: float32, or bfloat16 for half the memory
     archive: bool = True,  # keep every task's update in a file, for sparsity and rollback: true or false
     checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only when stopped
@@ -150,13 +154,12 @@ def compare(
 
     check_choice(split, ("test", "dev"), "split")
     find_trackers(report_to)
-    targets = train.get("target_modules") or ()
-    if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):  # a regular expression, or all-linear
-        train = train | dict(target_modules=targets[0])
+    if len(train.get("target_modules") or ()) == 1:  # a name, a regular expression, or all-linear
+        train = train | dict(target_modules=train["target_modules"][0])
     arguments = parse_settings(train.get("training_arguments", ()))
     config = TrainConfig(**train | dict(training_arguments=arguments))
     tasks = load_sequence(sequence, folder, train=train_rows, dev=dev_rows, test=test_rows)
-    methods = [one.given(train) for one in chosen_methods(method, strength, past_dtype)]
+    methods = [one.given(train) for one in chosen_methods(method, strength, sequence, past_dtype)]
     for one in methods:
         one.check_fits(tasks)
     print(tasks.table().to_string(), flush=True)

@@ -201,7 +201,7 @@ LISTS = st.lists(NUMBERS.map(str), min_size=1, max_size=4).map(lambda values: "E
 @check
 def methods_and_strengths(names, strengths, dtype):
     with taken_or_refused("method", "strength", "past_dtype"):
-        methods = chosen_methods(names, strengths, past_dtype=dtype)
+        methods = chosen_methods(names, strengths, "newsroom", dtype)
     for method in methods:
         assert method.name in METHODS and digest(method.describe())
         found = getattr(method.regularizer, "strength", 0.0)

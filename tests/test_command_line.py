@@ -1,5 +1,6 @@
 """The commands as a user types them: help, exit codes, a whole comparison, and what is printed."""
 
+import gc
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
+import jumplora as package
 from jumplora.command_line import COMMANDS, _parse, chosen_methods, main, parser_of
 from jumplora.data.backbones import load_backbone
 from jumplora.data.sequences import DEMO_COMMAND
@@ -25,7 +28,7 @@ from jumplora.learning.evaluation import answer
 from jumplora.learning.tasks import Question
 from jumplora.learning.training import Diverged
 from jumplora.results.run_tables import load_runs
-from jumplora.running import grid
+from jumplora.running import grid, reproduce
 from jumplora.storage.record import Run
 from jumplora.storage.state import load_learned
 
@@ -216,13 +219,13 @@ NO_METHOD = {
 def test_what_is_no_strength_is_refused(pair, message):
     shown = pair if message in NO_NUMBER.values() else pair.removesuffix("=1")
     with pytest.raises(ValueError, match=re.escape(message.format(shown))):
-        chosen_methods(["ELLA"], [pair])
+        chosen_methods(["ELLA"], [pair], "newsroom")
 
 
 def test_a_strength_for_one_method_leaves_that_of_another_as_it_is():
-    chosen = chosen_methods(["ELLA", "O-LoRA"], ["O-LoRA=2"])
+    chosen = chosen_methods(["ELLA", "O-LoRA"], ["O-LoRA=2"], "newsroom")
     assert [method.regularizer.strength for method in chosen] == [3e5, 2.0]
-    ella, ewc = chosen_methods(["ELLA + JumpLoRA", "EWC"], ["EWC=3e5", "ELLA=0,1,2"])
+    ella, ewc = chosen_methods(["ELLA + JumpLoRA", "EWC"], ["EWC=3e5", "ELLA=0,1,2"], "newsroom")
     assert ella.gated and ella.regularizer.strength == (0, 1, 2) and ewc.regularizer.strength == 3e5
 
 
@@ -635,6 +638,48 @@ def test_the_papers_grid_is_projected_then_run_and_ends_with_its_tables(jumplora
         run.method: run.configuration["train"].get("lora_dropout", 0) for run in load_runs(tmp_path / "out")
     }
     assert runs == {"IncLoRA": 0.1, "IncLoRA + JumpLoRA": 0.0}  # as in the authors' code
+    words[words.index("tiny-t5")] = "tiny-llama"
+    other = jumplora(*words, "--minutes", "0")  # tables are of the asked backbone alone
+    assert other.out == "2 waiting\n"
+
+
+@pytest.mark.parametrize("command", ["compare", "reproduce"])
+def test_methods_are_learned_with_one_model_in_memory(command, jumplora, tasks, tmp_path, monkeypatch):
+    module, alive, most = package if command == "compare" else reproduce, weakref.WeakSet(), []
+    load = module.load_backbone
+
+    def load_and_count(*names, **options):
+        gc.collect()
+        loaded = load(*names, **options)
+        alive.add(loaded[0])
+        most.append(len(alive))
+        return loaded
+
+    monkeypatch.setattr(module, "load_backbone", load_and_count)
+    words = [
+        "--sequence",
+        tasks,
+        "--backbone",
+        "tiny-t5",
+        "--method",
+        "IncLoRA",
+        "SeqLoRA",
+        "--out",
+        tmp_path,
+    ]
+    smoke = ["--smoke", "--seed", "1"] if command == "reproduce" else ["--lora-dropout", "0"]
+    done = jumplora(command, *words, *smoke, "--device", "cpu")
+    assert done.code == 0 and len(most) >= 2 and set(most) == {1}, (most, done.err)
+
+
+def test_as_many_runs_fit_as_the_smallest_gpu_holds_once_memory_is_free(monkeypatch):
+    free, kept = [30e9, 18e9], [8e9]  # what an earlier measurement left counts as used
+    monkeypatch.setattr(reproduce, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free[i] - sum(kept), 80e9))
+    assert reproduce.runs_at_a_time(5.0, "cuda") == 2 * 3
+    assert reproduce.runs_at_a_time(50.0, "cuda") == reproduce.runs_at_a_time(5.0, "cpu") == 1
 
 
 def test_the_main_job_is_the_study_with_five_methods_three_seeds_and_fewer_rows(

@@ -51,6 +51,8 @@ def read_rows(source, where: str, text: str | None = None, label: str = "label")
     names = getattr((getattr(source, "features", None) or {}).get(label), "names", None)
     if hasattr(source, "to_list"):  # datasets.Dataset
         source = source.to_list()
+    elif hasattr(source, "to_dicts"):  # polars.DataFrame
+        source = source.to_dicts()
     elif hasattr(source, "to_dict"):  # pandas.DataFrame
         again = source.columns.duplicated()
         if twice := {text, label, "sentence", "text"} & set(source.columns[again]):

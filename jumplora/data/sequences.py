@@ -126,6 +126,11 @@ def tales() -> tuple[str, ...]:  # 48 passages of 60 words
     passages = [" ".join(words[start : start + 60]) for start in range(0, len(words) - 60, 60)]
     return tuple(passages[:: len(passages) // 48][:48])
 
+# %% ../../nbs/5_inside/sequences.ipynb #seqname1
+def sequence_name(name: str | int | os.PathLike) -> str:
+    "The name of a sequence, which may be the number of an order."
+    return f"order{name}" if str(name) in map(str, benchmark.ORDERS) else str(name)
+
 # %% ../../nbs/5_inside/sequences.ipynb #a53da852
 _FIXED = [name for name in NEWSROOMS if name != "topics"]  # whose tasks do not depend on a seed
 _NAMES = (*_FIXED, *(f"order{n}{rows}" for rows in ("", benchmark.HUB) for n in benchmark.ORDERS))
@@ -141,7 +146,7 @@ def load_sequence(
     seed: int = 0,  # which rows
 ) -> TaskSequence:  # the tasks in their order
     "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
-    name = f"order{name}" if str(name) in map(str, benchmark.ORDERS) else str(name)
+    name = sequence_name(name)
     if match := re.fullmatch(r"topics-(unlisted-)?(\d{1,7})", name):
         drawn = newsroom("topics", folder, int(match[2]))
         found = TaskSequence(name, [replace(task, list_options=not match[1]) for task in drawn])
@@ -160,5 +165,5 @@ def load_sequence(
     else:
         if not Path(name).expanduser().is_dir():
             check_choice(name, (*_NAMES, "topics-0", "the path of a folder"), "sequence")
-        found = benchmark.read_folder(name)
+        found = TaskSequence.load(name)
     return found.limit(train, dev, test, seed)

@@ -241,6 +241,8 @@ class Learner:
             total = steps * self._rows_per_step + sum(sum(rows[: i + 1]) for i in self.remaining())
             total += sum(rows) if self.zero_shot is True and not done else 0
             hidden = not self.progress or self.run.complete or not is_main()
+            if hasattr(self.model.config, "use_cache"):  # which the Trainer switches off
+                stack.callback(setattr, self.model.config, "use_cache", self.model.config.use_cache)
             bar = tqdm(total=total, unit="row", disable=hidden, leave=False, mininterval=BAR_INTERVAL)
             self.bar = stack.enter_context(bar)
             stack.enter_context(closing(self.tracking))
@@ -292,7 +294,8 @@ class Learner:
             layers = adapter_layers(self.adapted)
             shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
             for name, mask in self.regularizer.masks(shapes).items():
-                layers[name].gate_options["default"]["mask"] = mask  # entries that may change
+                place = layers[name].get_base_layer().weight.device
+                layers[name].gate_options["default"]["mask"] = mask.to(place)  # entries that may change
         self.weights = self.weights or weights_of(self.adapted)
         self.tracking.before = self._steps(before=i)
         progress = training.Progress(lambda steps: self.bar.update(steps * self._rows_per_step))
@@ -310,11 +313,11 @@ class Learner:
         run = self.run
         task = self.sequence[i]
         learned = named_updates(self.adapted)
-        updates = self.regularizer.finish(learned)
-        deltas = {name: update.delta for name, update in updates.items()}
-        if broken := [name for name, delta in deltas.items() if not delta.isfinite().all()]:
+        if broken := [name for name, update in learned.items() if not update.delta.isfinite().all()]:
             what = f"the last step left an update that is not finite in {broken[0]}"
             raise training.Diverged(f"task {task.name!r}: {what}; lower the learning rate or the strength")
+        updates = self.regularizer.finish(learned)
+        deltas = {name: update.delta for name, update in updates.items()}
         run.seconds["train"].append(log.seconds)
         run.thresholds[task.name] = log.gate
         run.extra["loss"][task.name] = log.loss

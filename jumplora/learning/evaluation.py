@@ -33,7 +33,7 @@ def answer(
     texts: list[str],  # what to classify
     max_length: int = 128,  # longest prompt, in tokens
     truncation: str = "field",  # how a longer one is cut: "field" or "reference"
-    batch_size: int = 16,  # rows per forward pass
+    batch_size: int = 16,  # rows per forward pass; fewer where rows times options would exceed 256
     max_new_tokens: int = 8,  # longest answer; raised to the longest option
     advance: Callable[[int], None] = lambda rows: None,  # called with the rows done, for a progress bar
     share: bool = False,  # True: every process calls this, and answers a part of the batches
@@ -57,7 +57,8 @@ def answer(
     together = reading.reads_together(model, longest + max(map(len, prompts), default=0))
     if not together:
         batch_size = 1
-    elif not encoder_decoder:
+    elif not encoder_decoder:  # all options of a batch are read at once
+        batch_size = max(1, min(batch_size, 256 // len(options)))
         read = partial(reading.read_decoder, prefix=reading.read_prefix(model, prompts))
 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))

@@ -92,9 +92,14 @@ class Regularizer:
             setattr(self, part, value)
 
     def describe(self) -> dict:  # its class and settings, ready for JSON
-        "What a run record keeps of a regularizer."
+        "What a run record keeps of a regularizer. `ValueError` for a setting that is no field."
         about = {"name": type(self).__name__}
-        for setting in fields(self) if is_dataclass(self) else ():
+        settings = fields(self) if is_dataclass(self) else ()
+        lost = vars(self).keys() - {setting.name for setting in settings} - set(self.memory)
+        if lost := sorted(name for name in lost if not name.startswith("_")):
+            what = f"{about['name']}.{lost[0]} is no field of a dataclass, so no record would tell its value"
+            raise ValueError(f"{what}; write @dataclass(eq=False) above the class, its settings as fields")
+        for setting in settings:
             if setting.init:
                 value = getattr(self, setting.name)
                 about[setting.name] = list(value) if isinstance(value, tuple) else value
@@ -136,7 +141,7 @@ class ELLA(Regularizer):
     def __post_init__(self):
         self.strength = check_strength(self.strength)
         check_choice(self.reduction, ("mean", "sum"), "reduction")
-        self.dtype = getattr(torch, check_choice(self.past_dtype, ("float32", "bfloat16"), "past_dtype"))
+        check_choice(self.past_dtype, ("float32", "bfloat16"), "past_dtype")
 
     def before_task(self, shapes: dict[str, tuple[int, int]], device: torch.device | str) -> None:
         "Move W_past to the device. `ValueError` unless it holds the same layers with the same shapes."
@@ -167,7 +172,8 @@ class ELLA(Regularizer):
             shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
             self.before_task(shapes, zero_penalty(updates).device)
             deltas = {name: delta + self.past[name].to(delta.device) for name, delta in deltas.items()}
-        self.past = {name: total.to(self.dtype, copy=True) for name, total in deltas.items()}
+        dtype = getattr(torch, self.past_dtype)
+        self.past = {name: total.to(dtype, copy=True) for name, total in deltas.items()}
         self.tasks += 1
 
 # %% ../../nbs/1_method/regularizers.ipynb #cd8184b3

@@ -89,7 +89,7 @@ def study_table(
     arms: int = 14,  # of a seed; seeds with another number are left out
     score: str = "seen_accuracy",  # of L and R; or option_accuracy: the likeliest of a task's own labels
 ) -> pd.DataFrame:  # one row per run
-    "Method, rate, seed, L, R, exact matches and loss, kept share, norm. `ValueError`: an arm twice."
+    "Method, rate, seed, L, R, exact matches, losses, kept share, norm. `ValueError`: an arm twice."
     rows = []
     for run in runs:
         if not run.complete:
@@ -101,6 +101,8 @@ def study_table(
             "method": run.method + falling, "rate": train["learning_rate"], "seed": run.seed,
             "learning": just_learned(getattr(run, score)), "retention": retention(getattr(run, score)),
             "exact": retention(run.accuracy),
+            "log loss": np.mean([x for now, row in run.extra["log_loss"].items()
+                                 for task, x in row.items() if task != now]),
             "kept": 100 * updates["kept"], "norm": updates["norm"],
             "base loss": run.base_loss, "minutes": run.minutes,
         })  # fmt: skip

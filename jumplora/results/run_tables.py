@@ -296,7 +296,7 @@ def paired_table(
     methods = in_order(None, [run for run in runs if run.complete])
     others = {method: "IncLoRA" if base_of(method) == method else base_of(method) for method in methods}
     pairs = [(a, b) for a, b in others.items() if b in methods and a not in (b, "single task", "multi-task")]
-    found = {(f"{a} − {b}", measure): _paired(runs, a, b, measure, part)
+    found = {(f"{a} vs {b}", measure): _paired(runs, a, b, measure, part)
              for a, b in pairs for measure in measures}  # fmt: skip
     corrected = holm({key: row["p"] for key, row in found.items()})
     rows = []

@@ -27,7 +27,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from ..conventions import check_choice, write_atomic
 from ..data.backbones import load_backbone, pick_device
 from ..data.benchmark import HUB_SEQUENCES, ORDERS
-from ..data.sequences import load_sequence, tales
+from ..data.sequences import load_sequence, sequence_name, tales
 from ..learning.continual import Method, check_seed, learn_sequence
 from ..learning.dry_check import dry_check
 from ..learning.methods import METHODS, base_of, with_settings
@@ -52,6 +52,12 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
                                 order5=[5e6] * 12 + [5e7] * 3, order6=5e5)},
     ),
 }  # fmt: skip
+
+# %% ../../nbs/5_inside/grid.ipynb #strength1
+def strength_of(method: str, sequence: str, strengths: dict) -> float | list | None:
+    "λ of a method on a sequence, of its base's entry; None: its default."
+    found = strengths.get(base_of(method))
+    return found.get(sequence_name(sequence).removesuffix("-hub")) if isinstance(found, dict) else found
 
 # %% ../../nbs/5_inside/grid.ipynb #bdcf36bf
 @dataclass(frozen=True)
@@ -97,12 +103,10 @@ def plan(
     methods = [check_choice(name, tuple(METHODS), "method") for name in methods]
     orders = HUB_SEQUENCES | _ORDERS
     jobs = {}
-    for seed, sequence, method in product(seeds, sequences, methods):
+    for seed, sequence, method in product(seeds, map(sequence_name, sequences), methods):
         alone = METHODS[method].training == "isolated"
         for name in orders.get(sequence, (sequence,)) if alone else (sequence,):
-            strength = (strengths or {}).get(base_of(method))
-            if isinstance(strength, dict):
-                strength = strength.get(name.removesuffix("-hub"))
+            strength = strength_of(method, name, strengths or {})
             jobs[method, name, repr(seed)] = Job(method, name, seed, strength=strength, **shared)
     return list(jobs.values())
 
@@ -124,7 +128,8 @@ def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
     alone = METHODS[job.method].training == "isolated"
     name = next((order for order, names in _ORDERS.items() if alone and job.sequence in names), job.sequence)
     tasks = load_sequence(name, folder if name in _ORDERS else None, **job.rows)
-    return TaskSequence(job.sequence, [tasks[job.sequence]]) if alone else tasks
+    one = alone and job.sequence in tasks.names
+    return TaskSequence(job.sequence, [tasks[job.sequence]]) if one else tasks
 
 
 def _rows_fingerprint(tasks: TaskSequence) -> str:
@@ -161,7 +166,7 @@ def _job_state(out: Path, key: str) -> tuple[str, str]:
             progress = "no record that can be read"
         lock = out / name / "state" / "lock"
         if lock.exists():
-            with held_lock(lock) as free:
+            with suppress(OSError), held_lock(lock) as free:  # a folder of others may only be read
                 if not free:
                     return "running", progress
     return ("failed", str(note["error"])) if "error" in note else ("waiting", progress)

@@ -231,7 +231,8 @@ def _model_card(finished: Finished, format: str, origin: _Origin, place: str) ->
         note = _cell(run.extra.get("notes", {}).get(name, ""))
         scores += f"| {name} | {run.test_rows[j]} | {first} | {last} | {note} |\n"
     if run.complete:
-        mean = f"{run.just_learned:.1f} | {run.average_accuracy:.1f}"
+        first = "" if math.isnan(run.just_learned) else f"{run.just_learned:.1f}"
+        mean = f"{first} | {run.average_accuracy:.1f}"
         scores += f"| mean of {len(final)} | {sum(run.test_rows)} | {mean} | |\n"
     asked = task or run.tasks[0]
     question = ""

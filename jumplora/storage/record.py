@@ -124,8 +124,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping) -> 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict, str]:
-    "Tensors on the CPU, their plain values, the verified checksum; `Damaged` if they cannot be trusted."
+    "Tensors on the CPU, their plain values, the verified checksum; `Damaged`, or `OSError` if unreadable."
     try:
+        open(path, "rb").close()  # safetensors calls missing what cannot be opened
         with safe_open(path, "pt") as file:
             note = json.loads((file.metadata() or {}).get("jumplora", "{}"))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -136,7 +137,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict, str]:
         return tensors, about, note["checksum"]
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (SafetensorError, ValueError, AttributeError, RecursionError, OSError) as error:
+    except (SafetensorError, ValueError, AttributeError, RecursionError, IsADirectoryError) as error:
         raise Damaged(f"{path} is damaged ({error})") from None
 
 # %% ../../nbs/5_inside/record.ipynb #083a0dc8

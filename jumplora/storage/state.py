@@ -62,13 +62,13 @@ class StopRequest:
     since: float = 0.0  # seconds on a clock, when the signal came
 
     def receive(self, number: int, frame: object = None) -> None:
-        "Store the first signal; raise `Stopped` at the second, unless a launcher repeats the first."
+        "Store the first signal; raise `Stopped` at the second, unless it may be the first one again."
         if self.number is None:
             self.number = number
             self.since = time.monotonic()
             if is_main():
                 os.write(2, b"\njumplora: stops after this step or score; a second signal stops at once\n")
-        elif world_size() == 1 or time.monotonic() - self.since > 3:
+        elif (number == signal.SIGINT and world_size() == 1) or time.monotonic() - self.since > 3:
             raise Stopped(number)
 
     def obey(self) -> None:

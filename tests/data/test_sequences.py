@@ -42,6 +42,14 @@ def test_any_folder_of_tasks_is_opened(tmp_path):
     assert load_sequence(tmp_path / "my data", train=4, seed=1)["mine"].train != found["mine"].train
 
 
+def test_a_folder_of_ones_own_has_its_own_labels_also_where_a_task_has_a_benchmarks_name(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "yelp").mkdir(exist_ok=True)
+        (tmp_path / "yelp" / f"{split}.csv").write_text("text,label\nfine,positive\nawful,negative\n")
+    (task,) = load_sequence(tmp_path)
+    assert task.options == ("negative", "positive") and task.note == "with a general instruction"
+
+
 def test_the_notes_are_in_the_record():
     yes_no = dict(instruction="?", options=("yes", "no"), train=[("x", "yes")], dev=[], test=[("y", "no")])
     noted = Task("a", **yes_no, note="other rows")

@@ -395,7 +395,16 @@ def test_a_base_that_was_loaded_from_a_folder_is_asked_for_by_name_and_opened_wh
         assert same_weights(found, base[0])
 
 
-def test_an_update_that_the_last_step_broke_is_neither_merged_nor_recorded(tmp_path, monkeypatch):
+def test_the_model_is_given_back_with_its_own_use_of_a_cache(tmp_path):
+    for use_cache in (True, False):
+        model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+        model.config.use_cache = use_cache
+        learn_sequence(model, tokenizer, SEQUENCE, METHODS["IncLoRA"], QUICK, zero_shot=False, progress=False)
+        assert model.config.use_cache is use_cache
+
+
+@pytest.mark.parametrize("method", ["IncLoRA", "IncLoRA pruned"])
+def test_an_update_that_the_last_step_broke_is_neither_merged_nor_recorded(method, tmp_path, monkeypatch):
     real = continual.train_task
 
     def broken(adapted, *rest, **given):
@@ -405,7 +414,7 @@ def test_an_update_that_the_last_step_broke_is_neither_merged_nor_recorded(tmp_p
 
     monkeypatch.setattr(continual, "train_task", broken)
     with pytest.raises(Diverged, match=f"task '{SEQUENCE.names[0]}': the last step left .* not finite in"):
-        learn("IncLoRA", tmp_path)
+        learn(method, tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -151,6 +151,17 @@ def test_answers_and_scores_of_a_batch_are_those_of_one_row_at_a_time(kind):
         assert found[1].shape == (len(TEXTS), 3) and not found[1].requires_grad
 
 
+def test_a_pass_over_many_options_reads_fewer_rows(monkeypatch):
+    model, tokenizer = load("llama")
+    many = Question("many", "Which?\n", tuple(map(str, range(100))), list_options=False)
+    forward, rows = model.forward, []
+    monkeypatch.setattr(
+        model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
+    )
+    scores = answer(model, tokenizer, many, TEXTS[:5], max_new_tokens=1)[1]
+    assert max(rows) == 200 and scores.shape == (5, 100)
+
+
 LONG = "the team won {again} " * 2000
 
 

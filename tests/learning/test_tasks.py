@@ -6,6 +6,7 @@ import random
 import string
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -110,6 +111,12 @@ def test_labels_of_any_type_become_the_same_text_in_rows_and_options(labels, opt
         "t", {"train": rows, "test": rows}, "Which?\n", labels[:1] + labels[1:2] + list(options[2:])
     )
     assert json.loads(json.dumps(found.train)) == [list(row) for row in found.train]
+
+
+def test_a_polars_table_is_read_by_its_rows():
+    rows = [dict(text="a", label="x"), dict(text="b", label="y")]
+    table = SimpleNamespace(to_dicts=lambda: rows, to_dict=None, columns=["text", "label"])
+    assert Task.load("t", {"train": table, "test": table}).train == (("a", "x"), ("b", "y"))
 
 
 def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):

@@ -495,12 +495,12 @@ class GoesWrong(Regularizer):
     "Fine until the step, then not finite."
 
     def __init__(self, value, step):
-        self.value, self.left = value, step
+        self._value, self._left = value, step
 
     def penalty(self, updates):
-        self.left -= 1
+        self._left -= 1
         total = sum(update.delta.sum() for update in updates.values())
-        return total * 0 if self.left else total * 0 + self.value
+        return total * 0 if self._left else total * 0 + self._value
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -508,6 +508,30 @@ class GoesWrong(Regularizer):
 def test_a_loss_that_is_not_finite_stops_the_task_and_names_the_step(value, step):
     with pytest.raises(Diverged, match=rf"task 'topics'.*{value} at step {step}\b.*lower the learning rate"):
         trained(regularizer=GoesWrong(value, step))
+
+
+class BreaksFactors(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_threshold_of_an_update_that_is_not_finite_is_a_training_that_diverged(hold):
+    model, tokenizer = make("llama")
+    config = TrainConfig(rank=2, hold_kept=hold, gate_start=0.0, training_arguments=dict(bf16=True))
+    adapted = attach_adapter(model, config, True)
+    with pytest.raises(Diverged, match="holds NaN or infinity; lower the learning rate or the strength"):
+        train_task(adapted, tokenizer, TASK, config, IncLoRA(), callbacks=[BreaksFactors()])
+    assert not adapted.training and "_original_forward" not in vars(adapted)
+
+
+def test_a_setting_may_be_a_number_of_numpy_and_one_target_a_name():
+    config = TrainConfig(learning_rate=np.float64(1e-3), rank=np.int64(4), target_modules="q_proj")
+    assert config == TrainConfig(learning_rate=1e-3, rank=4, target_modules=("q_proj",))
+    assert (
+        json.dumps(config.describe())
+        and TrainConfig(target_modules="all-linear").target_modules == "all-linear"
+    )
 
 
 def test_an_adapter_of_another_name_is_refused_instead_of_trained_without_its_gate():
@@ -751,7 +775,7 @@ def test_what_cannot_be_trained_is_found_before_anything_is_computed(options, op
         train_task(model, tokenizer, TASK, config, IncLoRA(), optimizer=method.optimizer)
 
 
-@pytest.mark.parametrize("kind", ["prophetnet", "rwkv", "xlstm"])
+@pytest.mark.parametrize("kind", ["prophetnet", "recurrent_gemma", "rwkv", "xlstm"])
 def test_batches_are_refused_for_models_that_read_padding_as_text(kind):
     tokenizer, refused = tokenizer_of("llama"), rf"batch_size=2: .*{kind!r}.*use batch_size=1"
     model, config = make("llama")[0], TrainConfig(rank=2, batch_size=2)

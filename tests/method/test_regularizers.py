@@ -309,6 +309,17 @@ def test_settings_are_json_and_the_memory_is_not_among_them():
 # ---- in training ------------------------------------------------------------------------------------------
 
 
+def test_a_setting_that_no_record_would_tell_is_refused():
+    class Price(Regularizer):
+        def __init__(self, strength):
+            self.strength, self._seen = strength, 0
+
+    with pytest.raises(
+        ValueError, match=r"Price.strength is no field of a dataclass.*@dataclass\(eq=False\)"
+    ):
+        Price(0.1).describe()
+
+
 class Direction(Regularizer):
     "A penalty with a matrix product, which autocast would round."
 

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from jumplora.data.backbones import load_backbone
 from jumplora.method.adapter import JumpLoraConfig, delta_weights, gate_groups
 from jumplora.method.schedule import (
+    Diverged,
     SparsityCallback,
     SparsitySchedule,
     initial_threshold,
@@ -207,7 +208,7 @@ def test_two_passes_over_one_layer_at_a_time_are_enough():
     ],
 )
 def test_entries_without_an_order_and_impossible_counts_are_refused(layers, kept, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Diverged if "NaN" in message else ValueError, match=message):
         initial_threshold(layers, kept)
 
 

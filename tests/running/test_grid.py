@@ -115,6 +115,7 @@ def test_a_plan_has_every_combination_once_and_single_tasks_once():
     assert [(job.sequence, job.seed) for job in jobs[::2]] == [
         ("order1", 1), ("order2", 1), ("order1", 2), ("order2", 2),
     ]  # fmt: skip
+    assert plan(["ELLA"], [1, "2"], [1], **SMALL) == plan(["ELLA"], ["order1", "order2"], [1], **SMALL)
     tasks = [job.sequence for job in plan(["single task"], ["order1", "order2", "order3"], [1], **SMALL)]
     assert tasks == ["dbpedia", "amazon", "yahoo", "agnews"]
     mixed = plan(["ELLA", "single task"], ["order1", "order2"], [1], **SMALL)
@@ -140,7 +141,7 @@ def test_the_command_plans_a_protocol_and_flags_override_it(monkeypatch):
     for name, value in (expected | {"order6-hub": 5e5}).items():
         assert paper["ELLA", name] == paper["ELLA + JumpLoRA", name] == value
     assert paper["IncLoRA", "order1"] is None
-    chosen = strengths("--method ELLA --sequence order3 newsroom newsroom20")
+    chosen = strengths("--method ELLA --sequence 3 newsroom newsroom20")
     assert list(chosen.values()) == [3e6, 3e5, None]
     flags = strengths("--method ELLA 'O-LoRA + JumpLoRA' --strength ELLA=7 --sequence order2")
     assert flags == {("ELLA", "order2"): 7.0, ("O-LoRA + JumpLoRA", "order2"): 0.5}
@@ -206,6 +207,9 @@ def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
         here.submit.reset_mock()
         run_grid(JOBS, tmp_path)  # somebody is at it
         assert not here.submit.called
+    with pytest.MonkeyPatch.context() as patch:  # somebody else's, which may only be read
+        patch.setattr(grid, "held_lock", Mock(side_effect=PermissionError("no")))
+        assert states(tmp_path) == ["failed", "waiting"]
     record.write_text(text)
     assert states(tmp_path) == ["failed", "done"]
 
@@ -310,6 +314,28 @@ def test_ctrl_c_stops_the_workers(here, tmp_path, monkeypatch):
         run_grid(seeds(1, 2, 3), tmp_path, workers=2)
     stopped = here.submit.return_value._process.terminate
     assert stopped.call_count == 2 and states(tmp_path) == ["waiting"] * 3
+
+
+def test_ctrl_c_works_again_after_a_worker_could_not_start(here, tmp_path):
+    here.submit.side_effect = OSError("no process is left")
+    with pytest.raises(OSError, match="no process is left"):
+        run_grid(JOBS, tmp_path)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_single_task_is_one_that_the_sequence_has_alone(tmp_path):
+    (alone,) = plan(["single task"], [write_rows(tmp_path / "one", "text")], [1], **SMALL)
+    assert job_sequence(alone).names == ("a",)
+    (several,) = plan(["single task"], [ROWS], [1], **SMALL)
+    with pytest.raises(ValueError, match="'single task' learns one task; 'mine' has 2"):
+        grid.job_method(several)[0].check_fits(job_sequence(several))
+
+
+def test_the_benchmarks_folder_may_begin_with_a_tilde(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here.works = False
+    run_grid(JOBS, tmp_path / "out", folder="~/rows")
+    assert here.given("folder") == [str(tmp_path / "rows")]
 
 
 def test_when_its_minutes_are_over_a_grid_starts_nothing_and_stops_what_runs(here, tmp_path):

@@ -31,6 +31,7 @@ from jumplora.data.backbones import load_backbone
 from jumplora.learning import continual
 from jumplora.learning.continual import Method, learn_sequence
 from jumplora.learning.evaluation import Score
+from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
 from jumplora.storage import export
@@ -525,6 +526,12 @@ def test_a_run_that_was_stopped_is_exported_as_far_as_it_got(place, monkeypatch,
     del fresh.extra["state_tasks"]
     with pytest.raises(ValueError, match="has finished no task yet"):
         load_finished(fresh.save(tmp_path / "none").parent)
+
+
+def test_the_card_of_joint_training_leaves_out_what_was_just_learned(place, tmp_path):
+    folder, _ = learn(place, METHODS["multi-task"], out=tmp_path)
+    text = parts_of(export_run(tmp_path / folder.name, tmp_path / "out", "merged"))[1]
+    assert "| mean of 2 | 8 |  | 50.0 | |" in text and "nan" not in text
 
 
 # ---- the Hub ---------------------------------------------------------------------------------------------

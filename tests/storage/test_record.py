@@ -6,6 +6,7 @@ import math
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,17 @@ from jumplora.learning.evaluation import Score
 from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import TrainConfig
-from jumplora.storage.record import Damaged, Run, digest, environment, flatten, plain, set_aside
+from jumplora.storage.record import (
+    Damaged,
+    Run,
+    digest,
+    environment,
+    flatten,
+    plain,
+    read_tensors,
+    set_aside,
+    write_tensors,
+)
 
 
 def make(**changes):
@@ -193,6 +204,20 @@ def test_records_set_aside_do_not_replace_each_other_and_a_missing_one_is_not_ca
         with pytest.raises(FileNotFoundError):
             Run.load(path)
     assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_file_that_may_not_be_read_is_neither_missing_nor_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    write_tensors(path, {"weight": torch.ones(2)}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", Mock(side_effect=PermissionError(13, "Permission denied")))
+        with pytest.raises(PermissionError):
+            read_tensors(path)
+    assert read_tensors(path)[0]["weight"].tolist() == [1, 1]
+    for damage, message in ((path.unlink, "is missing"), (path.mkdir, "is damaged")):
+        damage()
+        with pytest.raises(Damaged, match=message):
+            read_tensors(path)
 
 
 def test_plain_knows_arrays_tensors_tuples_and_nan():
