@@ -2,6 +2,8 @@
 #   make run     set up, then learn six real tasks one after another with and without a gate
 #   make test    set up, then lint, execute the notebooks, build the site, run the tests
 # `make help` lists the others. Another Python: make run PYTHON=python3.12
+# With /bin/sh the make of macOS (3.81) would look commands up in its own PATH, not in the one exported here.
+SHELL := $(shell command -v bash)
 PYTHON ?= python3
 BASE := $(shell command -v $(PYTHON))
 VENV := .venv
@@ -24,7 +26,7 @@ say = @printf '\n== %s\n' "$(1)"
 .PHONY: help run test check env demo lint test-nbs check-nbs docs test-py torture mutations nbs export readme lab lock clean
 
 help:  ## list the commands
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-12s%s\n", $$1, $$2}' Makefile
 
 run: env demo  ## set up and run the main job (more flags: make run ARGS="--seed 7")
 	$(call say,jumplora study --variant quick --workers 2 $(ARGS))
@@ -108,6 +110,7 @@ readme: env  ## write README.md from nbs/index.ipynb
 lab: env demo  ## open the notebooks in Jupyter
 	@jupyter lab nbs
 
+# torch keeps its version: to raise it, edit its line in requirements.txt first.
 # soupsieve is held back in settings.ini: from 3 on it needs Python 3.11.5.
 lock:  ## resolve settings.ini again and write requirements.txt
 	$(call say,Resolving the requirements of settings.ini in .venv.lock)

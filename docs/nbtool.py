@@ -136,7 +136,7 @@ def nearly(a: str, b: str) -> bool:
     if NUMBER.sub("#", a).split() != NUMBER.sub("#", b).split():
         return False
     pairs = zip(NUMBER.findall(a), NUMBER.findall(b), strict=True)
-    return all(abs(float(x) - float(y)) <= 1e-4 + 1e-2 * abs(float(y)) for x, y in pairs)
+    return all(abs(float(x) - float(y)) <= 1e-4 + 1e-3 * abs(float(y)) for x, y in pairs)
 
 
 def nearly_image(a: str, b: str) -> bool:
@@ -145,7 +145,7 @@ def nearly_image(a: str, b: str) -> bool:
     from PIL import Image
 
     x, y = (np.asarray(Image.open(io.BytesIO(base64.b64decode(o))).convert("RGB"), float) for o in (a, b))
-    return x.shape == y.shape and abs(x - y).mean() < 2
+    return x.shape == y.shape and (abs(x - y).max(2) > 64).mean() < 1e-3
 
 
 def difference(old: dict, new: dict) -> str:

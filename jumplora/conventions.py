@@ -55,11 +55,13 @@ METHOD_COLORS: dict[str, str] = {
 def method_style(
     method: str,  # a method's name, a key of `METHOD_COLORS` or any other
 ) -> dict[str, str]:  # keyword arguments for matplotlib's `plot`
-    "Colour, line and marker: gated forms are solid, all others dashed; a late gate has JumpLoRA's colour."
+    "Gated forms have solid lines and filled markers, half filled on the published schedule."
     gated = method.replace("late gate", "JumpLoRA")
-    marker = "D" if gated != method else "o" if "JumpLoRA" in method else "s"
-    line = "-" if "JumpLoRA" in gated else "--"
-    return {"color": METHOD_COLORS.get(gated, "#707070"), "linestyle": line, "marker": marker}
+    fill = "full" if gated != method else "left" if "JumpLoRA" in method else "none"
+    shapes = {"SeqLoRA": "v", "IncLoRA": "s", "ELLA": "o", "O-LoRA": "^"}  # of what a method is built on
+    marker = shapes.get(gated.removesuffix(" + JumpLoRA"), "D")
+    look = dict(linestyle="--" if fill == "none" else "-", marker=marker, fillstyle=fill)
+    return {"color": METHOD_COLORS.get(gated, "#707070"), **look}
 
 # %% ../nbs/conventions.ipynb #17cdc334
 @contextmanager

@@ -79,17 +79,22 @@ def test_the_compared_methods_have_colours_that_stay_apart(sight):
         assert np.linalg.norm(seen[a] - seen[b]) > 20, (a, b)
 
 
-def test_colours_are_readable_on_white_and_gated_forms_are_darker_solid_and_round():
+def test_colours_are_readable_on_white_and_gated_forms_are_darker_solid_and_filled():
     assert len(set(METHOD_COLORS.values())) == len(METHOD_COLORS)
     for method, color in METHOD_COLORS.items():
         assert 1.05 / (linear(color) @ [0.2126, 0.7152, 0.0722] + 0.05) >= 3, method
         gated = "JumpLoRA" in method
-        look = dict(linestyle="-", marker="o") if gated else dict(linestyle="--", marker="s")
-        assert method_style(method) == {"color": color, **look}
-        base = method.removesuffix(" + JumpLoRA")
+        look, base = method_style(method), method.removesuffix(" + JumpLoRA")
+        assert (look["color"], look["linestyle"]) == (color, "-" if gated else "--")
+        assert (
+            look["fillstyle"] == ("left" if gated else "none")
+            and look["marker"] == method_style(base)["marker"]
+        )
         assert not gated or lab(linear(color))[0] < lab(linear(METHOD_COLORS[base]))[0] - 20, method
-    other = method_style("a method of my own")
-    assert other.pop("color") not in METHOD_COLORS.values() and other == dict(linestyle="--", marker="s")
+    late, published = method_style("ELLA + late gate"), method_style("ELLA + JumpLoRA")
+    assert late == published | {"fillstyle": "full"}
+    marks = {method_style(name)["marker"] for name in ("SeqLoRA", "IncLoRA", "ELLA", "O-LoRA")}
+    assert len(marks) == 4 and method_style("a method of my own")["color"] not in METHOD_COLORS.values()
 
 
 def test_the_figure_style_ends_with_its_block_even_after_an_error():

@@ -159,7 +159,7 @@ def load_sequence(
         place = folder or os.environ.get("JUMPLORA_DATA")
         if not place:
             what = f"the rows of {name} are not shipped"
-            raise FileNotFoundError(f"{what}: give folder=…, or set JUMPLORA_DATA")
+            raise FileNotFoundError(f"{what}: give folder=… (--folder), or set JUMPLORA_DATA")
         read = benchmark.read_folder(place, benchmark.ORDERS[int(name.removeprefix("order"))], name)
         found = TaskSequence(name, [benchmark.as_in_the_paper(task) for task in read])
     else:

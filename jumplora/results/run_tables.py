@@ -277,13 +277,13 @@ def holm(
 
 # %% ../../nbs/3_results/run_tables.ipynb #7defa141
 def _paired(runs: Sequence[Run], first: str, second: str, measure: str, part: str) -> dict[str, float]:
-    "`paired_t` of the first method minus the second, seed by seed: the mean over the orders that both have."
-    orders = _ORDERS_OF.get(part, (part,))
+    "`paired_t` of the first method minus the second, seed by seed: the mean over all orders that any has."
+    known = {sequence_of(run) for run in runs if run.complete}
+    orders = [order for order in _ORDERS_OF.get(part, (part,)) if order in known]
     ours, theirs = measured(runs, first, measure), measured(runs, second, measure)
-    both = {key for key in ours.keys() & theirs.keys() if key[0] in orders}
-    shared = sorted({order for order, _ in both})  # a seed that lacks one of these is left out
-    seeds = sorted({s for _, s in both if all((order, s) in both for order in shared)})
-    found = [[ours[order, seed] - theirs[order, seed] for order in shared] for seed in seeds]
+    both = ours.keys() & theirs.keys()  # a seed that lacks an order is left out
+    seeds = sorted({s for o, s in both if o in orders and all((order, s) in both for order in orders)})
+    found = [[ours[order, seed] - theirs[order, seed] for order in orders] for seed in seeds]
     return paired_t([float(np.mean(differences)) for differences in found])
 
 
@@ -321,8 +321,9 @@ def clear_best(
 ) -> pd.DataFrame:  # True where a cell is significantly better than all others of its column
     "Which cells of a table are printed bold."
     best = pd.DataFrame(False, index=table.index, columns=table.columns)
-    methods = [m for m in table.index if m not in ("single task", "multi-task")]
     for measure, good in ((name, COLUMNS.get(name, ("", 0))[1]) for name in table):
+        lacking = table.index[table[measure].isin(["unfinished", "not run", "not measured"])]
+        methods = [m for m in table.index if m not in ("single task", "multi-task", *lacking)]
         pairs = itertools.combinations(methods if good else (), 2)
         found = {pair: _paired(runs, *pair, measure, part) for pair in pairs}
         p = holm({pair: row["p"] for pair, row in found.items()})
@@ -353,12 +354,12 @@ def accuracy_figure(
             accuracy = np.mean([run.accuracy for run in runs if run.method == name], axis=0)  # (T, T)
             ax.imshow(accuracy, cmap="Blues", vmin=0, vmax=100)
             for i, j in np.argwhere(~np.isnan(accuracy)):
-                color = "white" if accuracy[i, j] > 60 else "black"
+                color = "white" if accuracy[i, j] > 75 else "black"
                 ax.text(j, i, f"{accuracy[i, j]:.0f}", ha="center", va="center", color=color, fontsize=9)
             ax.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", fontsize=8)
             ax.set_yticks(range(len(tasks)), tasks, fontsize=8)
             ax.grid(False)
-            ax.set_title(name, fontsize=10, color=method_style(name)["color"])
+            ax.set_title(name, fontsize=10)
         figure.supylabel("after learning", fontsize=9)
         about = labelled(f"{sequence_of(runs[0])}, {runs[0].backbone}, seeds: {seeds}", runs)
         figure.suptitle(f"A task is forgotten where its column fades\n({about})", fontsize=11)

@@ -193,7 +193,7 @@ def status(
     "Every job of a grid and its state. Raises ValueError where there is no grid, or a damaged one."
     jobs = _read_jobs(Path(out))
     if not (Path(out) / "jobs.json").exists():
-        raise ValueError(f"{out} holds no grid; `jumplora grid --out {out}` starts one")
+        raise ValueError(f"{out} holds no grid; `jumplora grid --sequence newsroom --out {out}` starts one")
     rows = []
     for key, job in jobs.items():
         strength = "" if job.strength is None else str(job.strength)

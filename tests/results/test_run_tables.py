@@ -285,9 +285,9 @@ def test_a_gate_and_the_rate_of_another_optimizer_are_no_other_budget_but_forwar
 def test_a_pair_is_a_seed_over_the_orders_of_both_and_each_method_is_compared_with_what_it_is_built_on():
     runs = [run for run in RUNS if (run.method, run.seed) != ("IncLoRA", 3)]
     table = paired_table(runs, measures=("overall accuracy", "forgetting"))
-    assert list(dict.fromkeys(table.index)) == ["ELLA − IncLoRA", "IncLoRA + JumpLoRA − IncLoRA"]
+    assert list(dict.fromkeys(table.index)) == ["ELLA vs IncLoRA", "IncLoRA + JumpLoRA vs IncLoRA"]
     for name, row in table.iterrows():
-        first = name.split(" − ")[0]
+        first = name.split(" vs ")[0]
         ours, theirs = (measured(runs, method, row["measure"]) for method in (first, "IncLoRA"))
         seeds = {seed: [ours[o, seed] - theirs[o, seed] for o in ORDERS] for _, seed in theirs}
         differences = np.mean(list(seeds.values()), axis=1)
@@ -403,6 +403,23 @@ def test_bold_is_better_than_all_others_in_pairs_and_references_do_not_count():
     assert not clear_best(three, table.reindex(["ELLA"])).any().any()  # one of one
 
 
+def test_a_method_that_lacks_an_order_is_in_no_pair_and_not_bold():
+    names = ["IncLoRA", "ELLA", "IncLoRA + JumpLoRA"]
+    scores = {"IncLoRA": 50.0, "ELLA": 70.0, "IncLoRA + JumpLoRA": 90.0}
+    runs = [
+        make(name, (scores[name] + seed, scores[name]), seed, order)
+        for name, order, seed in itertools.product(names, ORDERS, range(3))
+        if order == "order1" or "JumpLoRA" not in name
+    ]
+    table = summary_table(runs)[["overall accuracy"]]
+    pairs = paired_table(runs, measures=("overall accuracy",))
+    assert pairs["mean"].tolist() == ["+20.0", "not run"] and table.loc[names[2]].item() == "unfinished"
+    runs = [replace(run, accuracy=run.accuracy + i % 5 / 10) for i, run in enumerate(runs)]
+    assert clear_best(runs, table)["overall accuracy"].to_dict() == {name: name == "ELLA" for name in names}
+    alone = [run for run in runs if run.sequence == "order1"]
+    assert float(paired_table(alone)["mean"].iloc[-3]) > 30  # of what was run
+
+
 def test_of_equal_methods_at_most_one_column_in_twenty_has_a_bold_cell():
     rng = np.random.default_rng(0)
     names = [f"method {m}" for m in range(5)]
@@ -501,7 +518,7 @@ def test_runs_of_the_papers_model_fill_the_tables_by_whatever_name_it_was_loaded
             assert grid.loc[method].tolist() == [*map(text, scores.values()), *means]
             lost = [np.mean([of[method, o + hub, seed].forgetting for o in orders]) for seed in seeds]
             assert tables[f"{part}{hub}-summary"].loc[method, "forgetting"] == text(lost)
-        pairs = tables[f"{part}{hub}-pairs"].loc["ELLA + JumpLoRA − ELLA", "pairs"]
+        pairs = tables[f"{part}{hub}-pairs"].loc["ELLA + JumpLoRA vs ELLA", "pairs"]
         assert set(pairs) == {str(len(seeds))}
     assert "not run" not in grid_table(runs, f"SC{hub}", methods=COMPARED).to_numpy()
 
