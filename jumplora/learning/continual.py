@@ -204,6 +204,8 @@ class Learner:
             if not isinstance(one, TrainerCallback):
                 raise ValueError(f"callback {one!r:.80} is no instance of TrainerCallback; use MyCallback()")
         method.check_fits(sequence)
+        if any(getattr(method.regularizer, part) for part in method.regularizer.memory):
+            raise ValueError("the method's regularizer remembers tasks already; make a new one for this run")
         scored = dict(split=self.split, scoring=self.scoring)
         self.layers = dry_check(model, tokenizer, sequence, config, out=self.out, **scored)  # adapted ones
         named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks, neutral=self.neutral)

@@ -211,7 +211,7 @@ class TaskSequence(Sequence):
         tasks = []
         for task in wanted:
             check_choice(task, sorted(found), f"the folder {folder} lacks a task; task")
-            question = (questions or {}).get(task)
+            question = {name.lower(): asked for name, asked in (questions or {}).items()}.get(task)
             tasks.append(Task.load(task, **files.task_arguments(folder, task, found[task], question)))
         return cls(name or files.safe_name(Path(folder).expanduser().resolve().name), tasks)
 

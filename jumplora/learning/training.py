@@ -448,6 +448,8 @@ def train_task(
     layers = adapter_layers(model, "default").values()  # `ValueError` where the adapter has another name
     if not any(layer.lora_B["default"].weight.requires_grad for layer in layers):
         raise ValueError("the model has no adapter that is trained; make one with attach_adapter")
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapter is merged, so nothing would be learned; call model.unmerge_adapter()")
     chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)

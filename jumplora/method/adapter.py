@@ -52,6 +52,8 @@ class JumpLoraConfig(LoraConfig):
             kinds, noun = ((int,), "whole number") if name == "r" else ((int, float), "number")
             if type(value) not in kinds or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} is not positive; give a {noun} above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} is not a share from 0 to below 1")
         without = "lora_bias fan_in_fan_out use_qalora megatron_config target_parameters lora_ga_config"
         for name in without.split() + [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]:
             if (name == "use_jumplora") != bool(value := getattr(self, name, None)):
@@ -273,11 +275,11 @@ def adapter_layers(
             parent, _, child = path.rpartition(".")
             wrapped = any(_WRAPPERS.get(cls.__name__) == child for cls in type(modules[parent]).__mro__)
             names[path] = names[parent] if wrapped else f"{names[parent]}.{child}".lstrip(".")
-        if isinstance(module, LoraLayer) and len(module.lora_A) > 0:
-            layers[names[path]] = module
-    found = {n: o for n, o in layers.items() if adapter_name is None or adapter_name in o.lora_A}
+        if isinstance(module, LoraLayer) and (owned := {*module.lora_A, *module.lora_embedding_A}):
+            layers[names[path]] = module, owned
+    found = {n: o for n, (o, owned) in layers.items() if adapter_name is None or adapter_name in owned}
     if layers and not found:
-        known = sorted({name for layer in layers.values() for name in layer.lora_A})
+        known = sorted(set().union(*(owned for _, owned in layers.values())))
         raise ValueError(f"no layer has an adapter {adapter_name!r}; this model has {known}")
     return found
 
@@ -296,9 +298,12 @@ def delta_weight(layer: LoraLayer, adapter_name: str = "default", detach_thresho
     "What the adapter adds to a layer's weight, scaled and gated as in the forward pass: (out, in), fp32."
     if adapter_name in getattr(layer, "lora_gate", ()):
         return layer.get_delta_weight(adapter_name, detach_threshold)
-    if adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
-        raise ValueError("this adapter is more than two factors (DoRA, a bias, ...); use plain LoRA")
-    product = dense_product(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+    A = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else torch.empty(0)
+    odd = adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name)
+    if odd or A.ndim != 2 or len(A) != layer.r[adapter_name]:
+        what = "more than two factors of a linear layer (DoRA, a bias, an embedding, experts, ...)"
+        raise ValueError(f"this adapter is {what}; use plain LoRA")
+    product = dense_product(A, layer.lora_B[adapter_name].weight)
     return layer.scaling[adapter_name] * product
 
 # %% ../../nbs/1_method/adapter.ipynb #3a8aa984

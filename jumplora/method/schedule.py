@@ -143,16 +143,16 @@ class SparsitySchedule:
 
     def state_dict(self) -> dict:  # ready for JSON
         "What a resumed schedule needs; the thresholds themselves are saved with the adapter."
-        names = ("total_steps", "start", "stop", "kept_entries", "step")
+        names = ("total_steps", "start", "stop", "kept_entries", "hold", "step")
         state = {name: getattr(self, name) for name in names}
         return state | {"started": list(self.started), "history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:  # from `state_dict`
         "Resume where the state was taken; `ValueError` where it belongs to another schedule."
-        for name in ("total_steps", "start", "stop", "kept_entries"):
+        for name in ("total_steps", "start", "stop", "kept_entries", "hold"):
             here = getattr(self, name)
-            if state[name] != here:
-                raise ValueError(f"saved schedule has {name}={state[name]}, this one {here}; use the same")
+            if (saved := state.get(name, here)) != here:
+                raise ValueError(f"saved schedule has {name}={saved}, this one {here}; use the same")
         self.started = list(state["started"])
         self.history = list(state["history"])
         self.set_step(state["step"])

@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict] = {  # arms; training and scored rows of a task; setti
 
 def study_jobs(
     variant: str = "main",  # a key of `VARIANTS`
-    seeds: Iterable[int] = (),  # a round of all arms each, 0 to 9999999; by default the variant's
+    seeds: Iterable[int] = (),  # a round of all arms each, 0 to 4294966; by default the variant's
     methods: Iterable[str] = (),  # only these arms
 ) -> list[Job]:  # seed by seed
     "The runs of the study, or of what else is tried beside it. `ValueError` for a wrong name."

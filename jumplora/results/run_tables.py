@@ -77,10 +77,11 @@ def model_name(backbone: str) -> str:
     return [backbone, *parts, *cached][-1].lower()
 
 
-def sequence_of(run: Run) -> str:
-    "Name of a run's sequence: `topics-7` with seed 7 is `topics`, whose rows and order the seed draws."
+def sequence_of(run: Run, runs: Iterable[Run]) -> str:
+    "Its name: `topics-7` with seed 7 is `topics`, drawn by the seed, unless it was run with others too."
     drawn = run.sequence.startswith("topics-")
-    return run.sequence.removesuffix(f"-{run.seed}") if drawn else run.sequence
+    fixed = drawn and any(one.sequence == run.sequence and one.seed != run.seed for one in runs)
+    return run.sequence.removesuffix(f"-{run.seed}") if drawn and not fixed else run.sequence
 
 
 def labelled(words: str, runs: Iterable[Run]) -> str:
@@ -109,12 +110,12 @@ def _check_alike(runs: Sequence[Run]) -> None:
         optimizer = found.get("method.optimizer", "adamw")
         settings[f"learning_rate of {optimizer}"] = found.get("train.learning_rate", "absent")
         for name in names:
-            order = f" on {sequence_of(run)}" if name.endswith(".strength") else ""  # the paper's λ differ
+            order = f" on {sequence_of(run, runs)}" if name.endswith(".strength") else ""  # the paper's λ
             settings[f"{name} of {run.method}{order}"] = found.get(name, "absent")
             group, _, field = name.partition(".")
             if group == "train" and field not in _METHOD_SETTINGS:
                 settings[field] = found.get(name, "absent")
-        drawn = "" if sequence_of(run) == run.sequence else f" of {run.sequence}"
+        drawn = "" if sequence_of(run, runs) == run.sequence else f" of {run.sequence}"
         for task, rows in run.configuration.get("rows", {}).items():
             settings[f"rows of {task}{drawn}"] = rows
         settings |= {f"{key} of {run.sequence}": getattr(run, key) for key in ("tasks", "test_rows")}
@@ -158,7 +159,7 @@ def measured(
     if method == "single task":
         own = _assembled(own, runs)
     if measure != "forward transfer":
-        return {(sequence_of(run), run.seed): getattr(run, COLUMNS[measure][0]) for run in own}
+        return {(sequence_of(run, runs), run.seed): getattr(run, COLUMNS[measure][0]) for run in own}
     transfer = {}
     for run in own:
         train = run.configuration["train"] | {"learning_rate": None}  # each optimizer has its own
@@ -169,7 +170,8 @@ def measured(
                     alone[other.tasks[0]].append(other.average_accuracy)
         known = all(alone.values())
         scores = [float(np.mean(scores)) for scores in alone.values() if known]
-        transfer[sequence_of(run), run.seed] = forward_transfer(run.accuracy, scores) if known else math.nan
+        found = forward_transfer(run.accuracy, scores) if known else math.nan
+        transfer[sequence_of(run, runs), run.seed] = found
     return transfer
 
 # %% ../../nbs/3_results/run_tables.ipynb #270515a6
@@ -178,7 +180,7 @@ def _table_of_part(runs, methods, orders: Sequence[str], columns: dict[str, dict
     rows = {}
     for method in in_order(methods, runs):
         row = rows[method] = {}
-        begun = {sequence_of(run) for run in runs if run.method == method}
+        begun = {sequence_of(run, runs) for run in runs if run.method == method}
         for measure, headings in columns.items():
             found = measured(runs, method, measure)
             started = begun | {order for order, _ in found}
@@ -194,7 +196,7 @@ def _table_of_part(runs, methods, orders: Sequence[str], columns: dict[str, dict
                     average = round(float(np.mean(values)), digits) + 0.0  # no minus zero
                     row[heading] = f"{average:.{digits}f}{spread}"
         row["runs"] = str(sum(order in orders for order, _ in found))
-    heading = labelled("method", [run for run in runs if sequence_of(run) in orders])
+    heading = labelled("method", [run for run in runs if sequence_of(run, runs) in orders])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(heading)
 
 
@@ -278,7 +280,7 @@ def holm(
 # %% ../../nbs/3_results/run_tables.ipynb #7defa141
 def _paired(runs: Sequence[Run], first: str, second: str, measure: str, part: str) -> dict[str, float]:
     "`paired_t` of the first method minus the second, seed by seed: the mean over all orders that any has."
-    known = {sequence_of(run) for run in runs if run.complete}
+    known = {sequence_of(run, runs) for run in runs if run.complete}
     orders = [order for order in _ORDERS_OF.get(part, (part,)) if order in known]
     ours, theirs = measured(runs, first, measure), measured(runs, second, measure)
     both = ours.keys() & theirs.keys()  # a seed that lacks an order is left out
@@ -294,6 +296,7 @@ def paired_table(
 ) -> pd.DataFrame:  # text: a row per pair of methods and measure
     "Every method minus what it is built on; p-values are corrected over the table (Holm)."
     methods = in_order(None, [run for run in runs if run.complete])
+    within = [run for run in runs if sequence_of(run, runs) in _ORDERS_OF.get(part, (part,))]
     others = {method: "IncLoRA" if base_of(method) == method else base_of(method) for method in methods}
     pairs = [(a, b) for a, b in others.items() if b in methods and a not in (b, "single task", "multi-task")]
     found = {(f"{a} vs {b}", measure): _paired(runs, a, b, measure, part)
@@ -302,15 +305,17 @@ def paired_table(
     rows = []
     for (names, measure), row in found.items():
         missing = row["pairs"] and math.isnan(row["mean"])
-        mean = "not measured" if missing else f"{row['mean']:+.1f}" if row["pairs"] else "not run"
+        begun = set(names.split(" vs ")) <= {run.method for run in within}
+        none = "unfinished" if begun else "not run"
+        mean = "not measured" if missing else f"{row['mean']:+.1f}" if row["pairs"] else none
         interval = "" if missing else f"{row['low']:+.1f} to {row['high']:+.1f}"
         if math.isnan(row["low"]) and not missing:
             interval = "too few pairs" if row["pairs"] < 2 else "equal differences"
         p = "" if math.isnan(row["p"]) else f"{corrected[names, measure]:.3f}"
         rows.append([names, measure, str(row["pairs"]), mean, interval, p])
     columns = ["compared", "measure", "pairs", "mean", "95 % interval", "p"]
-    heading = labelled("compared", [run for run in runs if sequence_of(run) in _ORDERS_OF.get(part, (part,))])
-    return pd.DataFrame(rows, columns=columns).set_index("compared").rename_axis(heading)
+    table = pd.DataFrame(rows, columns=columns).set_index("compared")
+    return table.rename_axis(labelled("compared", within))
 
 # %% ../../nbs/3_results/run_tables.ipynb #df437113
 def clear_best(
@@ -361,7 +366,7 @@ def accuracy_figure(
             ax.grid(False)
             ax.set_title(name, fontsize=10)
         figure.supylabel("after learning", fontsize=9)
-        about = labelled(f"{sequence_of(runs[0])}, {runs[0].backbone}, seeds: {seeds}", runs)
+        about = labelled(f"{sequence_of(runs[0], runs)}, {runs[0].backbone}, seeds: {seeds}", runs)
         figure.suptitle(f"A task is forgotten where its column fades\n({about})", fontsize=11)
     plt.close(figure)
     return figure
@@ -385,7 +390,7 @@ def learned_figure(
             axis.plot(*points.mean(0), label=method, **style | {"markersize": 9})
             means.append(points.mean(0))
         axis.set(xlabel="just learned, percent", ylabel="retention, percent")
-        about = labelled(f"{sequence_of(runs[0])}, {runs[0].backbone}", runs)
+        about = labelled(f"{sequence_of(runs[0], runs)}, {runs[0].backbone}", runs)
         if len(means) > 1 and np.isfinite(means).all():
             learned, kept = np.ptp(means, axis=0)
             about = f"Learning differs by {learned:.0f} points, retention by {kept:.0f}\n({about})"
@@ -421,13 +426,14 @@ def budget_text(runs: Sequence[Run], notes: bool = True) -> str:
 
 def tables_of(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     "By name: the tables of the benchmark's orders, and two for each other sequence; runs of one budget."
-    parts = [part for part, orders in _ORDERS_OF.items() if any(sequence_of(run) in orders for run in runs)]
+    names = {sequence_of(run, runs): None for run in runs}
+    parts = [part for part, orders in _ORDERS_OF.items() if names.keys() & set(orders)]
     known = {order for part in parts for order in _ORDERS_OF[part]}
     known |= {run.sequence for run in runs if parts and run.method == "single task"}
-    others = [name for name in dict.fromkeys(map(sequence_of, runs)) if name not in known]
+    others = [name for name in names if name not in known]
     tables = {}
     for part in (*parts, *others):
-        own = [run for run in runs if sequence_of(run) in (known if part in parts else (part,))]
+        own = [run for run in runs if sequence_of(run, runs) in (known if part in parts else (part,))]
         tables[f"{part}-summary"] = summary_table(own, part)
         for measure in ("overall accuracy", "backward transfer") if part in parts else ():
             tables[f"{part}-{measure.replace(' ', '-')}"] = grid_table(own, part, measure)

@@ -55,9 +55,12 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
 
 # %% ../../nbs/5_inside/grid.ipynb #strength1
 def strength_of(method: str, sequence: str, strengths: dict) -> float | list | None:
-    "λ of a method on a sequence, of its base's entry; None: its default."
-    found = strengths.get(base_of(method))
-    return found.get(sequence_name(sequence).removesuffix("-hub")) if isinstance(found, dict) else found
+    "λ of a method on a sequence, of its own entry or its base's; None: its default. `ValueError`."
+    for name in strengths:
+        check_choice(name, tuple(METHODS), "method with a strength")
+    found = strengths.get(method, strengths.get(base_of(method)))
+    name = sequence_name(sequence)
+    return found.get(name, found.get(name.removesuffix("-hub"))) if isinstance(found, dict) else found
 
 # %% ../../nbs/5_inside/grid.ipynb #bdcf36bf
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def plan(
     strengths: dict[str, float | list | dict] | None = None,  # λ by method, or by method and sequence
     **shared: object,  # other fields of `Job`, the same for all
 ) -> list[Job]:  # seed by seed, sequence by sequence
-    "The jobs of a grid, each once. Raises ValueError for an unknown method."
+    "The jobs of a grid, each once. Raises ValueError for an unknown method, also among the strengths."
     methods = [check_choice(name, tuple(METHODS), "method") for name in methods]
     orders = HUB_SEQUENCES | _ORDERS
     jobs = {}

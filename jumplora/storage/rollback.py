@@ -6,6 +6,7 @@
 __all__ = ['TakenOut', 'rollback', 'load_without']
 
 # %% ../../nbs/5_inside/rollback.ipynb #4112b526
+import copy
 import itertools
 import json
 import tempfile
@@ -160,7 +161,11 @@ def rollback(
         raise ValueError("without the last task the weights are not those that it began with")
     scores = None
     if sequence is not None:
-        model, tokenizer = load_start(run, weights, **options)
+        model, tokenizer = load_start(run, **options)
+        if isinstance(options.get("backbone"), tuple):  # a given model stays as it is
+            model = copy.deepcopy(model)
+        for layer, weight in weights.items():
+            model.get_submodule(layer).weight.copy_(weight)
         train = run.configuration["train"]
         settings = {key: train[key] for key in ("max_length", "truncation")}
         settings |= dict(split=run.configuration["scored_split"], batch_size=2 * train["batch_size"])

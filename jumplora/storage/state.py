@@ -416,7 +416,7 @@ def load_learned(
     folder: str | Path,  # a run's folder, with record and state
     **options,  # backbone: where its base is now, or (model, tokenizer), changed in place; device, dtype, ...
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # the finished model, its tokenizer, the record
-    "The model that a run ended with. `ValueError` for a lost state or a changed backbone; `OSError`."
+    "The model that a run ended with, a kept adapter added to its weights. `ValueError`, `OSError`."
     folder = Path(folder)
     run = Run.load(folder)
     if not run.tasks_learned:

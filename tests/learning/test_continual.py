@@ -23,7 +23,7 @@ from jumplora.learning.methods import METHODS
 from jumplora.learning.tasks import Task, TaskSequence
 from jumplora.learning.training import Diverged, TrainConfig, attach_adapter, named_updates, train_task
 from jumplora.method.adapter import adapter_layers, delta_weights, gate_groups
-from jumplora.method.regularizers import ELLA, Regularizer
+from jumplora.method.regularizers import ELLA, Regularizer, Update
 from jumplora.storage.record import Run
 from jumplora.storage.state import load_learned
 
@@ -393,6 +393,13 @@ def test_a_base_that_was_loaded_from_a_folder_is_asked_for_by_name_and_opened_wh
     for where in (tmp_path / "base", (model, tokenizer)):
         found, _, _ = load_learned(folder, backbone=where, device="cpu")
         assert same_weights(found, base[0])
+
+
+def test_a_regularizer_that_remembers_another_run_is_refused():
+    used = ELLA(1.0)
+    used.after_task({"layer": Update(torch.ones(2, 2))})
+    with pytest.raises(ValueError, match="remembers tasks already; make a new one"):
+        learn(Method("ELLA", regularizer=used))
 
 
 def test_the_model_is_given_back_with_its_own_use_of_a_cache(tmp_path):

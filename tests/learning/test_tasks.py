@@ -352,6 +352,8 @@ def test_a_folder_is_read_whatever_its_capitals_with_the_benchmarks_questions(tm
     assert found["agnews"].options == BENCHMARK["agnews"].options
     assert "dev equals test" in found["agnews"].note and not found["sst-2"].note
     assert read_folder(tmp_path).names == ("sst-2", "agnews")  # as the paths are sorted
+    (asked,) = TaskSequence.load(tmp_path, ["sst-2"], questions={"SST-2": ("Good?\n", ("Good", "Bad"))})
+    assert asked.instruction == "Good?\n" and asked.options == ("Good", "Bad")
     plain = TaskSequence.load(tmp_path, ["sst-2"])[0]
     assert plain.options == ("Good",) and "general instruction" in plain.note
 

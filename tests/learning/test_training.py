@@ -40,7 +40,7 @@ from jumplora.learning.training import (
     train_task,
 )
 from jumplora.method.adapter import JumpLoraConfig, adapter_layers, delta_weights, gate_groups
-from jumplora.method.regularizers import ELLA, IncLoRA, Regularizer, Update, zero_penalty
+from jumplora.method.regularizers import ELLA, IncLoRA, NLoRA, Regularizer, Update, zero_penalty
 
 OPTIONS = ("no", "natural science", "a sport that is played with a ball")  # 1, a few and many tokens
 TEXTS = ("goal", "an atom", "x", "two teams met on the field", "ice", "a b c d e", "cells divide", "offside!")
@@ -884,6 +884,14 @@ def test_other_layers_than_those_named_are_an_error(monkeypatch):
             attach_adapter(model, TrainConfig(), False)
     compiled = attach_adapter(torch.compile(model), TrainConfig(), False)  # the model is as it was
     assert len(adapter_layers(compiled)) == 2 * len(model.model.layers)
+
+
+def test_a_merged_adapter_is_refused_instead_of_trained_on_its_penalty_alone():
+    model, tokenizer = make("llama")
+    model = attach_adapter(model, TrainConfig(rank=2), False)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapter is merged.*model.unmerge_adapter\(\)"):
+        train_task(model, tokenizer, TASK, TrainConfig(rank=2), NLoRA(1.0))
 
 
 @pytest.mark.parametrize("frozen", [True, False])

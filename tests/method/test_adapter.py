@@ -695,6 +695,9 @@ def test_an_adapted_layer_compiles_in_one_piece(dropout):
         (dict(lora_alpha=0), "lora_alpha=0 is not positive"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan is not positive"),
         (dict(lora_bias=True), "lora_bias"),
+        (dict(lora_dropout=1.0), "lora_dropout=1.0 is not a share from 0 to below 1"),
+        (dict(lora_dropout=-0.5), "lora_dropout=-0.5"),
+        (dict(lora_dropout=float("nan")), "lora_dropout=nan"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out=True does not go with a gate; leave it out"),
         (dict(use_qalora=True), "use_qalora=True does not go with a gate"),
         (dict(megatron_config={"a": 1}), "megatron_config"),
@@ -794,4 +797,12 @@ def test_an_adapter_that_is_more_than_two_factors_has_no_update_to_merge(more):
     base = nn.Sequential(nn.Linear(8, 8))
     model = get_peft_model(base, LoraConfig(target_modules=["0"], **more))
     with pytest.raises(ValueError, match="more than two factors"):
+        delta_weights(model)
+
+
+def test_an_adapted_embedding_is_no_layer_that_is_left_out():
+    base = nn.ModuleDict({"words": nn.Embedding(9, 8), "read": nn.Linear(8, 8)})
+    model = get_peft_model(base, LoraConfig(target_modules=["words", "read"], r=2))
+    assert set(adapter_layers(model, "default")) == {"words", "read"}
+    with pytest.raises(ValueError, match="an embedding"):
         delta_weights(model)

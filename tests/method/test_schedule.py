@@ -347,10 +347,13 @@ def test_the_state_of_another_schedule_is_refused():
         "start=0.2, this one 0.3": SparsitySchedule(tiny(), 8, start=0.3),
         "stop=0.8, this one 0.7": SparsitySchedule(tiny(), 8, stop=0.7),
         "kept_entries": SparsitySchedule(tiny(scope="block"), 8),
+        "hold=False, this one True": SparsitySchedule(tiny(), 8, hold=True),
     }
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
+    del state["hold"]  # as it was saved before
+    SparsitySchedule(tiny(), 8, hold=True).load_state_dict(state)
 
 
 @pytest.mark.parametrize("total, gamma, message", [(6, 0, "made for 6 steps.*will do 3"), (3, 1, "γ = 1")])

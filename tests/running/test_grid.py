@@ -116,6 +116,16 @@ def test_a_plan_has_every_combination_once_and_single_tasks_once():
         ("order1", 1), ("order2", 1), ("order1", 2), ("order2", 2),
     ]  # fmt: skip
     assert plan(["ELLA"], [1, "2"], [1], **SMALL) == plan(["ELLA"], ["order1", "order2"], [1], **SMALL)
+    gated = plan(
+        ["ELLA + JumpLoRA"],
+        ["order1-hub"],
+        [1],
+        {"ELLA + JumpLoRA": {"order1-hub": 7.0}, "ELLA": 3.0},
+        **SMALL,
+    )
+    assert gated[0].strength == 7.0
+    with pytest.raises(ValueError, match="method with a strength='Ella'.*did you mean 'ELLA'"):
+        plan(["ELLA"], ["order1"], [1], {"Ella": 3.0}, **SMALL)
     tasks = [job.sequence for job in plan(["single task"], ["order1", "order2", "order3"], [1], **SMALL)]
     assert tasks == ["dbpedia", "amazon", "yahoo", "agnews"]
     mixed = plan(["ELLA", "single task"], ["order1", "order2"], [1], **SMALL)

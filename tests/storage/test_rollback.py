@@ -128,6 +128,15 @@ def rewrite(result, i, factor=1, **about):
     run.save(result.folder.parent)
 
 
+def test_a_model_that_is_given_as_base_is_not_changed(copied):
+    result = copied("gated")
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for task in result.run.tasks[:2]:
+        found = rollback(result.folder, task, SEQUENCE, backbone=(model, tokenizer))
+        assert found.scores and all(torch.equal(before[n], w) for n, w in model.state_dict().items())
+
+
 # ---- what is left ----------------------------------------------------------------------------------------
 
 
