@@ -422,7 +422,7 @@ def surrounded(compared, tasks, root, tmp_path_factory):
 def test_a_foreign_backend_of_figures_and_an_encoding_without_greek_change_nothing(surrounded):
     lines, err = surrounded
     assert "figures" not in err and any("learned.png" in line for line in lines)
-    assert any("? of penalties" in line for line in lines)  # the help of `--strength`, which begins with a λ
+    assert any("?: ELLA=3e5" in line for line in lines)  # the help of `--strength`, which begins with a λ
 
 
 def test_without_resource_fcntl_and_a_home_folder_the_package_imports_and_explains_itself(surrounded):
