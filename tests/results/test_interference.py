@@ -1,8 +1,10 @@
 "The statistics of the study against counting by hand, and its plan."
 
 import itertools
+import json
 import math
 import operator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,9 +21,42 @@ from jumplora.results.interference import (
     study_jobs,
     study_table,
 )
-from jumplora.results.run_tables import paired_t
+from jumplora.results.run_tables import load_runs, paired_t
 from jumplora.running.grid import job_method
 from jumplora.storage.record import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
+    cells = json.loads((ROOT / "nbs/3_results/interference.ipynb").read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    page = " ".join(" ".join(texts).split())
+
+    def lead(folder, arms, score, column, first, second):
+        table = study_table(load_runs(ROOT / "results" / folder, "test"), arms, score)
+        table = table.set_index(["method", "rate", "seed"])[column].sort_index()
+        return paired_t((table.loc[first] - table.loc[second]).to_numpy())
+
+    late, dense, seen, own = (
+        ("IncLoRA + late gate", 1e-3),
+        ("IncLoRA", 1e-3),
+        "seen_accuracy",
+        "option_accuracy",
+    )
+    found = {score: lead("longer", 3, score, "retention", late, dense)["mean"] for score in (seen, own)}
+    assert f"it keeps {found[seen]:.1f} more, and {found[own]:.1f} more among own labels" in page
+    found = lead("interference", 14, own, "retention", ("IncLoRA pruned", 1.4e-3), (late[0], 7e-4))
+    assert f"in favour of pruning ({found['low']:.1f} to {found['high']:.1f}; none planned)" in page
+    found = lead("interference", 14, seen, "retention", ("SeqLoRA", 1e-3), dense)
+    assert (
+        f"keeps {found['mean']:.1f} more ({found['low']:+.1f} to {found['high']:+.1f}, not planned)" in page
+    )
+    found = lead("interference", 14, seen, "base loss", late, dense)
+    assert f"by {found['mean']:.2f} more with it" in page
+    assert f"(at 1e-3 {found['low']:.2f} to {found['high']:.2f}, not planned)" in page
+    found = lead("interference", 14, seen, "retention", late, ("IncLoRA scaled", 1e-3))
+    assert f"keeps {found['mean']:.1f} less" in page
 
 
 def test_the_interval_of_a_mean_is_students():

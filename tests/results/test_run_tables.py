@@ -565,6 +565,12 @@ def test_tables_are_written_in_three_forms_that_agree(tmp_path):
     assert all(cell in markdown for cell in tables["SC-summary"].to_numpy().ravel())
 
 
+def test_the_tables_that_are_kept_are_those_of_the_records(tmp_path):
+    made = write_tables(tables_of(load_runs(ROOT / "results" / "reduced")), tmp_path)
+    kept = {path.name: path.read_text() for path in (ROOT / "results" / "tables").iterdir()}
+    assert kept == {path.name: path.read_text() for path in made}
+
+
 def test_the_command_prints_and_writes_tables_and_figures_that_say_that_rows_are_a_different_sample(
     tmp_path, capsys
 ):
