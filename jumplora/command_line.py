@@ -28,6 +28,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .conventions import check_choice
 
 # %% ../nbs/command_line.ipynb #08dc7694
+def number(text: str | float) -> float:
+    "As Python reads it; jsonargparse's own type does not know `inf`."
+    return float(text)
+
+
 def _add_flags(parser: ArgumentParser, source: Callable) -> None:
     "Add a flag per parameter or field: its type, its default, and the comment behind it as help."
     comments = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(source), re.M))
@@ -38,7 +43,7 @@ def _add_flags(parser: ArgumentParser, source: Callable) -> None:
         default = parameter.default
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         kinds = [one for one in kinds if one is not types.NoneType]
-        options = dict(type=kinds[0] if len(kinds) == 1 else kind)
+        options = dict(type=number if kinds == [float] else kinds[0] if len(kinds) == 1 else kind)
         if kinds[0] is dict or typing.get_origin(kinds[0]) is not None:  # several words
             options = dict(type=(*typing.get_args(kinds[0]), str)[0], nargs="+")
             default = list(default) if isinstance(default, tuple) else [] if default is not None else None
@@ -158,7 +163,8 @@ def compare(
         train = train | dict(target_modules=train["target_modules"][0])
     arguments = parse_settings(train.get("training_arguments", ()))
     config = TrainConfig(**train | dict(training_arguments=arguments))
-    tasks = load_sequence(sequence, folder, train=train_rows, dev=dev_rows, test=test_rows)
+    rows = folder if sequence.startswith("order") else None
+    tasks = load_sequence(sequence, rows, train=train_rows, dev=dev_rows, test=test_rows)
     methods = [one.given(train) for one in chosen_methods(method, strength, sequence, past_dtype)]
     for one in methods:
         one.check_fits(tasks)
@@ -412,7 +418,8 @@ def study(
     states = run_grid(jobs, place, workers=workers, device=device)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
     if variant == "quick" and (states == "done").all():
-        _report([run for run in load_runs(place) if run.method in methods], place)
+        asked = {(job.method, job.seed) for job in jobs}
+        _report([run for run in load_runs(place) if run.complete and (run.method, run.seed) in asked], place)
     return int((states == "failed").any())
 
 
@@ -456,7 +463,7 @@ def reproduce(
 def speed(
     *,
     parts: Sequence[str] = (),  # layer step; else both
-    quick: bool = False,  # fewer rounds and smaller sizes
+    quick: bool = False,  # fewer rounds, the smaller model; records in OUT/quick
     out: str = "runs/speed",  # folder of the records
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
     dtype: str = "auto",  # float32, bfloat16; auto takes bfloat16 on a GPU with it
@@ -468,8 +475,9 @@ def speed(
 
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    measure(parts or PARTS, Path(out), quick, place, kind)
-    found = load_parts(out, place.type, str(kind).removeprefix("torch."))
+    folder = Path(out, "quick") if quick else Path(out)
+    measure(parts or PARTS, folder, quick, place, kind)
+    found = load_parts(folder, place.type, str(kind).removeprefix("torch."))
     print("\n" + speed_table(found).to_string())
 
 

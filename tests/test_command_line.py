@@ -11,10 +11,12 @@ import subprocess
 import sys
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -470,6 +472,35 @@ def test_a_table_leaves_a_damaged_record_out_and_names_it(compared, run_folders,
     assert len(re.findall("^IncLoRA", done.out, re.M)) == 1
 
 
+def test_the_folder_of_the_benchmark_is_for_its_orders_alone(jumplora, tmp_path, monkeypatch):
+    given = {}
+
+    def load(name, folder, **rows):
+        given[name] = folder
+        raise ValueError("enough")
+
+    monkeypatch.setattr("jumplora.load_sequence", load)
+    for name in ("newsroom", "topics-1", "order1"):
+        assert jumplora("compare", "--sequence", name, "--folder", tmp_path).code == 2
+    assert given == {"newsroom": None, "topics-1": None, "order1": str(tmp_path)}
+
+
+def test_quick_measurements_lie_beside_full_ones(jumplora, tmp_path, monkeypatch):
+    monkeypatch.setattr("jumplora.results.speed.PARTS", {"layer": lambda *_: [dict(variant="x", ms=1.0)]})
+    for words in ([], ["--quick"]):
+        jumplora("speed", "--out", tmp_path, "--device", "cpu", *words)
+    records = {path.parent.name: json.loads(path.read_text())["quick"] for path in tmp_path.rglob("*.json")}
+    assert records == {tmp_path.name: False, "quick": True}
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint-every", "inf"], ["--config", "FILE"]], ids=str)
+def test_a_number_may_be_infinite_where_the_help_says_so(flags, tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("checkpoint_every: inf")
+    found = _parse("compare", [str(file) if flag == "FILE" else flag for flag in flags])
+    assert found["checkpoint_every"] == float("inf")
+
+
 @pytest.fixture
 def gated_run(run_folders, tmp_path):
     "A copy of the finished run with a gate."
@@ -694,6 +725,19 @@ def test_the_main_job_is_the_study_with_five_methods_three_seeds_and_fewer_rows(
     monkeypatch.setattr(grid, "run_grid", run_grid)
     assert jumplora("study", "--variant", "quick", "--out", tmp_path / "quick").out == "15 waiting\n"
     assert jumplora("study", "--seed", "7", "--variant", "deeper", "--out", tmp_path / "other").code == 0
+    reported = []
+    monkeypatch.setattr("jumplora.results.run_tables.load_runs", lambda place: runs)
+    monkeypatch.setattr("jumplora.command_line._report", lambda found, place: reported.extend(found))
+    monkeypatch.setattr(grid, "run_grid", lambda jobs, *_, **__: pd.DataFrame({"state": ["done"]}))
+    one = Run("ELLA", "a model", "topics-1", 1, ["a"], [1], {}, [[50.0]])
+    runs = [
+        one,
+        replace(one, seed=2),
+        replace(one, accuracy=np.array([[np.nan]])),
+        replace(one, method="EWC"),
+    ]
+    words = ("--variant", "quick", "--seed", "1", "--out", tmp_path / "quick")
+    assert jumplora("study", *words).code == 0 and reported == runs[:1]
     quick, other = asked["quick"], asked["other"]
     assert [job.seed for job in quick] == [1, 2, 3] * 5 and len({job.method for job in quick}) == 5
     assert quick[0].rows["train"] < other[0].rows["train"] and len(other) == 3

@@ -44,7 +44,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:  # layer's name -> its we
     layers = adapter_layers(model)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the adapter is merged already; call model.unmerge_adapter() first")
-    return {name: layer.get_base_layer().weight.detach().float() for name, layer in layers.items()}
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    for name, base in bases.items():
+        if not isinstance(base, nn.Linear) or base.weight.element_size() < 2:
+            raise ValueError(f"an update cannot be merged into {name}: {base} is no full-precision nn.Linear")
+    return {name: base.weight.detach().float() for name, base in bases.items()}
 
 
 @torch.no_grad()
@@ -108,7 +112,7 @@ class Method:
         return replace(config, **own)
 
     def given(self, names: Iterable[str]) -> "Method":  # fields of `TrainConfig` that the caller has set
-        "The method without settings of its own for these: a value counts also where it is the default."
+        "The method without its own settings for these: the caller's value wins, even if it is the default."
         return replace(self, settings={k: v for k, v in self.settings.items() if k not in names})
 
     def check_fits(self, sequence: TaskSequence) -> None:
@@ -199,6 +203,8 @@ class Learner:
         trackers = find_trackers(self.report_to)
         if hasattr(model, "peft_config"):
             raise ValueError("the model still carries an adapter; load the backbone again")
+        if learned := getattr(model, "jumplora_run", None):
+            raise ValueError(f"the model holds what run {learned} has learned; load the backbone again")
         check_processes(model, config.batch_size, config.gradient_accumulation)
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):
@@ -270,6 +276,7 @@ class Learner:
             self.adapted = attach_adapter(self.model, self.config, self.method.gated)
             set_peft_model_state_dict(self.adapted, parts["adapter"])
             return
+        self.model.jumplora_run = self.run.name
         for name, weight in parts["weight"].items():
             target = self.model.get_submodule(name).weight
             target.copy_(weight)
@@ -344,6 +351,7 @@ class Learner:
                 changed = None if updates is learned else updates
                 archive_task(self.folder, run, i, self.adapted, weights, changed)
             self.model = merge_adapter(self.adapted, weights, updates)
+            self.model.jumplora_run = run.name  # no other run may begin with it
             self.adapted = None
         elif self.folder is not None:
             weights = {name: weight + deltas[name] for name, weight in weights.items()}  # for `load_learned`

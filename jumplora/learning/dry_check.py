@@ -52,14 +52,16 @@ def _longest_prompt(model, tokenizer, sequence, config, split, scoring) -> tuple
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = (0, sequence[0], "")
     for task in sequence:
-        texts = {row.text for rows in (task.train, getattr(task, split)) for row in rows}
-        prompts = [
-            (encode_prompt(tokenizer, task, text, config.max_length, config.truncation), text)
-            for text in heapq.nlargest(8, sorted(texts), key=len)
-        ]
-        prompt, text = max(prompts, key=lambda found: len(found[0]))
         options = max(len(encode_answer(tokenizer, option, not decoder)) for option in task.options)
         options = max(options, 8) if scoring == "answers" else options  # as many are generated
+        texts = {row.text for rows in (task.train, getattr(task, split)) for row in rows}
+        if positions is None or config.max_length + options * decoder <= positions:
+            texts = heapq.nlargest(8, sorted(texts), key=len)
+        prompts = [
+            (encode_prompt(tokenizer, task, text, config.max_length, config.truncation), text)
+            for text in sorted(texts)
+        ]
+        prompt, text = max(prompts, key=lambda found: len(found[0]))
         if decoder and prompt[-1] == tokenizer.eos_token_id:
             what = f"the tokenizer ends every prompt with {tokenizer.eos_token!r}, before the answer"
             raise ValueError(f"{what}; set tokenizer.add_eos_token = False, or another post-processor")

@@ -223,8 +223,6 @@ def attach_adapter(
         what = "PEFT adapts other layers than target_modules name"
         some = min((found | wanted)[other] for other in others)
         raise ValueError(f"{what}, such as {some}; give other targets, without experts")
-    for group in gate_groups(adapted).values():
-        group.gate.theta.requires_grad_(config.learn_threshold and not config.hold_kept)
     return adapted
 
 # %% ../../nbs/2_learning/training.ipynb #4c3cf5bc
@@ -440,7 +438,7 @@ def train_task(
     also: Sequence[Task] = (),  # further tasks whose training rows are mixed in
     optimizer: str = "adamw",  # or "muon", which takes matrices only, so not a gate's threshold
     seed: int = 42,  # order of the rows and dropout
-    callbacks: Sequence[TrainerCallback] = (),  # resumed too if they have `state_dict` and `load_state_dict`
+    callbacks: Sequence[TrainerCallback] = (),  # resumed too with `load_state_dict` and JSON `state_dict`
     checkpoint: Checkpoint | None = None,  # where training is saved, and resumed from; None: nowhere
 ) -> TaskLog:  # losses, penalties and gate over the steps
     "Train the adapter on one task. `Diverged`, `Stopped` (see `storage.state`) by a signal, `ValueError`."
@@ -472,7 +470,9 @@ def train_task(
                          if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")}  # fmt: skip
         trainer.parts["log"] = log
         trainer.add_callback(log)  # first: an error where the schedule would only warn
-        if gate_groups(model):
+        if groups := gate_groups(model):
+            for group in groups.values():
+                group.gate.theta.requires_grad_(config.learn_threshold and not config.hold_kept)
             ramp = (config.gate_start, config.gate_stop)
             schedule = SparsitySchedule(model, log.steps, *ramp, config.kept, hold=config.hold_kept)
             trainer.add_callback(SparsityCallback(schedule))

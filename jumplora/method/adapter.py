@@ -101,7 +101,7 @@ class JumpLoraVariant(LoraVariant):
     @staticmethod
     @torch.no_grad()
     def merge_safe(module, active_adapter, orig_weight):
-        if not orig_weight.is_floating_point():
+        if not orig_weight.is_floating_point() or orig_weight.element_size() < 2:
             kind = str(orig_weight.dtype).removeprefix("torch.")
             raise ValueError(f"weights of {kind} are quantised; merge into the full-precision checkpoint")
         gamma = module.lora_gate[active_adapter].interpolation.item()

@@ -111,7 +111,7 @@ class Gate(nn.Module):
         self.theta.zero_()
 
     def is_dense(self) -> bool:
-        "Whether γ is 0. Its value is read once after every change: reading waits for a GPU."
+        "Whether γ is 0. The answer is cached until γ changes, since reading γ waits for a GPU."
         gamma = self.interpolation
         if gamma.is_meta or torch.compiler.is_compiling():
             return False

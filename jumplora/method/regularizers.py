@@ -84,9 +84,8 @@ class Regularizer:
                 found[part][name] = tensor.clone()
             else:
                 found[key] = tensor.tolist()
-        layers = {tuple(sorted(value)) for value in found.values() if isinstance(value, dict)}
         kinds = {part: type(getattr(self, part)) for part in self.memory}
-        if {part: type(value) for part, value in found.items()} != kinds or len(layers) > 1:
+        if {part: type(value) for part, value in found.items()} != kinds:
             raise ValueError(f"not the memory of {type(self).__name__}, {list(kinds)}: {sorted(state)[:3]}")
         for part, value in found.items():
             setattr(self, part, value)
@@ -196,6 +195,8 @@ def check_layers(names: Iterable[str], past: dict[str, Tensor]) -> None:
 
 def check_strength(strength: float | Iterable[float]) -> float | tuple[float, ...]:
     "λ, one or one per task, a list made a tuple. `ValueError` unless each is finite and not negative."
+    if getattr(strength, "ndim", 1) == 0:  # a number of NumPy or torch
+        strength = strength.item()
     values = (strength,) if isinstance(strength, int | float) else tuple(strength)
     for value in values:
         if not (isinstance(value, int | float) and 0 <= value < math.inf):

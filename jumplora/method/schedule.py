@@ -54,7 +54,7 @@ def initial_threshold(
     magnitudes: Iterable[Tensor],  # |BA| of each layer that shares the threshold; iterated twice
     kept: int,  # P: how many entries should pass, 0 to the number of entries
 ) -> float:  # τ ≥ 0, an fp32 number
-    "τ that exactly `kept` entries exceed; where equal entries forbid that, the largest count below it."
+    "τ that exactly `kept` entries exceed; with ties, the largest possible count below `kept`."
     if kept < 0:
         raise ValueError(f"kept={kept} is negative; use 0 to the number of entries")
     if iter(magnitudes) is magnitudes:
@@ -102,7 +102,7 @@ class SparsitySchedule:
     total_steps: int  # K ≥ 1: optimizer steps of the task
     start: float = 0.2  # share of the steps that stay dense, 0 to 1
     stop: float = 0.8  # share of the steps after which the update is fully gated, start to 1
-    kept: int | float | None = None  # P per threshold: None, its LoRA parameters; int, entries; float, share
+    kept: int | float | None = None  # P per threshold: an int, a share (float), or None: its LoRA parameters
     adapter_name: str = "default"  # the adapter that is trained
     hold: bool = False  # True: τ is chosen again after every step, so that exactly P entries pass at the end
 

@@ -86,7 +86,7 @@ def study_jobs(
 # %% ../../nbs/3_results/interference.ipynb #28df9104
 def study_table(
     runs: Iterable[Run],  # of `study_jobs`
-    arms: int = 14,  # of a seed; seeds with another number are left out
+    arms: int = 14,  # arms per seed; seeds with more or fewer are left out
     score: str = "seen_accuracy",  # of L and R; or option_accuracy: the likeliest of a task's own labels
 ) -> pd.DataFrame:  # one row per run
     "Method, rate, seed, L, R, exact matches, losses, kept share, norm. `ValueError`: an arm twice."

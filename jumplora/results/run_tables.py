@@ -12,7 +12,6 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +58,12 @@ COMPARED = ("SeqLoRA", "IncLoRA", "ELLA", "IncLoRA + JumpLoRA", "ELLA + JumpLoRA
 PARTS = {"SC": ("order1", "order2", "order3"), "LS": ("order4", "order5", "order6")}  # short, long sequences
 _ORDERS_OF = {part + rows: tuple(order + rows for order in orders)  # the paper's rows, then the Hub's
               for rows in ("", HUB) for part, orders in PARTS.items()}  # fmt: skip
+
+
+def _orders(part: str, runs: Iterable[Run]) -> tuple[str, ...]:
+    "The orders of a part of the benchmark; of a sequence, also one named SC or LS, itself."
+    own = any(run.sequence == part for run in runs)
+    return (part,) if own else _ORDERS_OF.get(part, (part,))
 
 
 def in_order(methods: Iterable[str] | None, runs: Iterable[Run] = ()) -> list[str]:
@@ -124,9 +129,13 @@ def _check_alike(runs: Sequence[Run]) -> None:
             if value != expected:
                 differ = f"{other.name} and {run.name} differ in {key}: {expected} / {value}"
                 raise ValueError(f"{differ}; a table takes runs that agree in it")
-    for (method, sequence, seed), count in Counter((r.method, r.sequence, r.seed) for r in runs).items():
-        if count > 1:
-            raise ValueError(f"two runs of {method} on {sequence} with seed {seed}; keep one")
+    one: dict[tuple, Run] = {}
+    for run in (run for run in runs if run.complete):
+        key = run.method, run.sequence, run.seed
+        if other := one.get(key):
+            what = f"two runs of {run.method} on {run.sequence} with seed {run.seed}"
+            raise ValueError(f"{other.name} and {run.name} are {what}; keep one")
+        one[key] = run
 
 # %% ../../nbs/3_results/run_tables.ipynb #bf445e95
 def _assembled(alone: Sequence[Run], runs: Iterable[Run]) -> list[Run]:
@@ -218,7 +227,7 @@ def summary_table(
     methods: Iterable[str] | None = None,  # to list even if they were not run
 ) -> pd.DataFrame:  # text: a row per method, a column per measure, and the number of runs
     "Every measure, averaged over the orders of a part; forward transfer where tasks were learned alone."
-    orders = _ORDERS_OF.get(part, (part,))
+    orders = _orders(part, runs)
     measures = list(COLUMNS)
     if all(math.isnan(run.base_loss) for run in runs):
         measures.remove("base loss")
@@ -281,7 +290,7 @@ def holm(
 def _paired(runs: Sequence[Run], first: str, second: str, measure: str, part: str) -> dict[str, float]:
     "`paired_t` of the first method minus the second, seed by seed: the mean over all orders that any has."
     known = {sequence_of(run, runs) for run in runs if run.complete}
-    orders = [order for order in _ORDERS_OF.get(part, (part,)) if order in known]
+    orders = [order for order in _orders(part, runs) if order in known]
     ours, theirs = measured(runs, first, measure), measured(runs, second, measure)
     both = ours.keys() & theirs.keys()  # a seed that lacks an order is left out
     seeds = sorted({s for o, s in both if o in orders and all((order, s) in both for order in orders)})
@@ -296,7 +305,7 @@ def paired_table(
 ) -> pd.DataFrame:  # text: a row per pair of methods and measure
     "Every method minus what it is built on; p-values are corrected over the table (Holm)."
     methods = in_order(None, [run for run in runs if run.complete])
-    within = [run for run in runs if sequence_of(run, runs) in _ORDERS_OF.get(part, (part,))]
+    within = [run for run in runs if sequence_of(run, runs) in _orders(part, runs)]
     others = {method: "IncLoRA" if base_of(method) == method else base_of(method) for method in methods}
     pairs = [(a, b) for a, b in others.items() if b in methods and a not in (b, "single task", "multi-task")]
     found = {(f"{a} vs {b}", measure): _paired(runs, a, b, measure, part)
@@ -432,12 +441,13 @@ def tables_of(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     known |= {run.sequence for run in runs if parts and run.method == "single task"}
     others = [name for name in names if name not in known]
     tables = {}
-    for part in (*parts, *others):
-        own = [run for run in runs if sequence_of(run, runs) in (known if part in parts else (part,))]
-        tables[f"{part}-summary"] = summary_table(own, part)
-        for measure in ("overall accuracy", "backward transfer") if part in parts else ():
-            tables[f"{part}-{measure.replace(' ', '-')}"] = grid_table(own, part, measure)
-        tables[f"{part}-pairs"] = paired_table(own, part)
+    for part, among in [(part, known) for part in parts] + [(name, {name}) for name in others]:
+        own = [run for run in runs if sequence_of(run, runs) in among]
+        title = f"folder {part}" if part in parts and among is not known else part
+        tables[f"{title}-summary"] = summary_table(own, part)
+        for measure in ("overall accuracy", "backward transfer") if among is known else ():
+            tables[f"{title}-{measure.replace(' ', '-')}"] = grid_table(own, part, measure)
+        tables[f"{title}-pairs"] = paired_table(own, part)
     return {name: table for name, table in tables.items() if len(table)}
 
 

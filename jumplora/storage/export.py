@@ -96,7 +96,7 @@ class _Origin:
 
 
 def _check_repo_id(repo_id: str, what: str = "repo_id"):
-    "`ValueError` unless the Hub would take the name; one to write to needs its owner, a base may have none."
+    "`ValueError` unless the Hub would accept the name; a target needs an owner, a base may have none."
     try:
         validate_repo_id(repo_id)
         if "/" not in repo_id and what == "repo_id":
@@ -346,7 +346,7 @@ def push_to_hub(
     private: bool | None = None,  # of a new repository; None: as the owner's settings say
     api: HfApi | None = None,  # None: the Hub, with the token that `hf auth login` has saved
 ) -> str:  # address of the commit
-    "Send an export to the Hub. `ValueError` for a folder that is none, or an impossible name."
+    "Send an export to the Hub. `ValueError` for a folder that is no export, or an impossible name."
     _check_repo_id(repo_id)
     names = list(files_to_push(folder))
     api = api or HfApi()

@@ -13,7 +13,9 @@ import pytest
 import torch
 from equal_runs import content, files, same_weights
 from golden import CONTROLS
-from transformers import TrainerCallback
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from jumplora.data.backbones import load_backbone
 from jumplora.learning import continual
@@ -621,20 +623,62 @@ NO_CALLBACK = r"no instance of TrainerCallback; use MyCallback\(\)"
         (dict(split="dev", sequence=NO_DEV), r"no dev rows to score in \['topics', 'weather'\]"),
         (dict(callbacks=[TrainerCallback]), NO_CALLBACK),
         (dict(callbacks=[print]), NO_CALLBACK),
-        ({}, "still carries an adapter; load the backbone again"),
+        (dict(left="adapter"), "still carries an adapter; load the backbone again"),
+        (dict(left="update"), "holds what run topics.*_inclora_.* has learned; load the backbone again"),
     ],
     ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
 )
 def test_a_wrong_argument_is_found_before_anything_is_computed(
     options, message, tmp_path, no_training, monkeypatch
 ):
-    if not options:
+    left = options.pop("left", "") if "left" in (options := dict(options)) else ""
+    if left:
         model, tokenizer = load_backbone("tiny-llama", dtype="float32")
-        attach_adapter(model, QUICK, gated=False)  # what an interrupted call leaves in the model
+        if left == "adapter":
+            attach_adapter(model, QUICK, gated=False)  # what an interrupted call leaves in the model
+        else:
+            model.jumplora_run = "topics_tiny-llama_inclora_seed42_0"  # see the next test
         monkeypatch.setattr(f"{__name__}.load_backbone", lambda *a, **o: (model, tokenizer))
     with pytest.raises(ValueError, match=message):
         learn("IncLoRA", tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["learned", "resumed"])
+def test_a_model_that_holds_what_a_run_learned_begins_no_other(again, tmp_path):
+    model, tokenizer = load_backbone("tiny-llama", device="cpu", dtype="float32")
+    options = dict(config=QUICK, seed=1, backbone="tiny-llama", out=tmp_path, progress=False)
+    two = TaskSequence("two", SEQUENCE[:2])
+    run = learn_sequence(model, tokenizer, two, METHODS["IncLoRA"], **options)
+    if again:  # the model that a complete run is restored into
+        model, _ = load_backbone("tiny-llama", device="cpu", dtype="float32")
+        assert learn_sequence(model, tokenizer, two, METHODS["IncLoRA"], **options).name == run.name
+    for method in ("IncLoRA", "ELLA"):
+        with pytest.raises(ValueError, match=f"holds what run {run.name} has learned"):
+            learn_sequence(model, tokenizer, two, METHODS[method], **options)
+    fresh, _, _ = load_learned(tmp_path / run.name)  # on purpose
+    on = learn_sequence(fresh, tokenizer, two, METHODS["IncLoRA"], **options)
+    assert on.name != run.name and on.complete
+
+
+@pytest.mark.parametrize(("change", "kind"), [
+    (lambda layer: nn.Parameter(layer.weight.to(torch.int8), requires_grad=False), "q_proj"),
+    (lambda layer: nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False), "q_proj"),
+    (None, "c_proj"),
+])  # fmt: skip
+def test_an_update_is_merged_into_full_precision_linear_layers_only(change, kind):
+    if change is None:
+        base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32))
+        lora = LoraConfig(target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    else:
+        base, lora = load_backbone("tiny-llama", device="cpu", dtype="float32")[0], LoraConfig()
+    model = get_peft_model(base, lora)
+    for layer in adapter_layers(model).values():
+        if change is not None:
+            layer.get_base_layer().weight = change(layer.get_base_layer())
+    with pytest.raises(ValueError, match=f"merged into .*{kind}: .* is no full-precision nn.Linear"):
+        merge_adapter(model)
+    assert adapter_layers(model)  # the adapter is still there
 
 
 def test_an_adapter_that_is_merged_already_is_not_added_twice():

@@ -17,7 +17,7 @@ from jumplora.data.backbones import byte_tokenizer, load_backbone
 from jumplora.learning.continual import learn_sequence
 from jumplora.learning.dry_check import dry_check
 from jumplora.learning.methods import METHODS
-from jumplora.learning.tasks import Task, TaskSequence
+from jumplora.learning.tasks import Task, TaskSequence, encode_prompt
 from jumplora.learning.training import TrainConfig, attach_adapter
 from jumplora.method.adapter import adapter_layers
 
@@ -156,6 +156,18 @@ def test_what_cannot_work_is_refused_before_anything_is_written(case, tmp_path):
     with pytest.raises(ValueError, match=says):
         learn_sequence(model, tokens, sequence(**rows), method, TrainConfig(), out=tmp_path, progress=False)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_where_prompts_can_exceed_the_positions_every_text_is_encoded():
+    tokens, words = tokenizer(), "internationalisation " * 20
+    rare = "漢" * 150  # three tokens each
+    assert len(rare) < len(words) and len(tokens(rare).input_ids) > len(tokens(words).input_ids)
+    rows = [(f"{words}{i}", "good") for i in range(20)] + [(rare, "bad")]
+    tasks = TaskSequence("one", [Task("mine", "Good or bad?\n", ("good", "bad"), rows, (), rows[:4])])
+    longest = len(encode_prompt(tokens, tasks[0], rare, 4096, "field"))
+    model, config = llama(max_position_embeddings=longest), TrainConfig(max_length=4096)
+    with pytest.raises(ValueError, match=f"a prompt of {longest} tokens and an answer of 8 exceed"):
+        dry_check(model, tokens, tasks, config)
 
 
 def test_scores_by_labels_need_no_room_for_a_generated_answer():

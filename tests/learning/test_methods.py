@@ -118,7 +118,6 @@ def test_ewc_remembers_through_a_state_and_refuses_others():
     assert torch.equal(other.penalty(updates(5)), ewc.penalty(updates(5)))
     for message, wrong in (
         ("not the memory of EWC", lambda: other.load_state_dict({"past.a": torch.zeros(1)})),
-        ("not the memory of EWC", lambda: other.load_state_dict({"anchor.a.A": torch.zeros(1)})),
         ("different layers", lambda: ewc.penalty(updates(5, (("c", (3, 2)),)))),
         ("at least one training row", lambda: EWC().after_rows([])),
         ("strength=-1.0 is not allowed", lambda: EWC(-1.0)),

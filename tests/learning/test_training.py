@@ -823,10 +823,17 @@ def test_gate_settings_reach_the_adapter():
         assert {group.gate.parametrization for group in gate_groups(made).values()} == {kind}
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["attach_adapter", "get_peft_model"])
 @pytest.mark.parametrize("learns", [True, False])
-def test_a_threshold_that_does_not_learn_stays_where_it_was_chosen(learns):
+def test_a_threshold_that_does_not_learn_stays_where_it_was_chosen(learns, own):
     changes = dict(kept=0.5, threshold_reduction="sum", bandwidth=0.01, epochs=6.0)
-    _, log = trained(gated=True, learn_threshold=learns, **changes)
+    if own:
+        model, tokenizer = make("llama", torch.float32)
+        config = TrainConfig(batch_size=4, learning_rate=1e-2, learn_threshold=learns, **changes)
+        lora = JumpLoraConfig(r=2, lora_alpha=32, threshold_reduction="sum", bandwidth=0.01)
+        log = train_task(get_peft_model(model, lora), tokenizer, TASK, config, IncLoRA())
+    else:
+        _, log = trained(gated=True, learn_threshold=learns, **changes)
     way = [point["threshold"]["model"] for point in log.gate if point["interpolation"] > 0]
     assert len(way) > 3 and (len(set(way)) > 1) == learns
 

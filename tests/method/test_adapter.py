@@ -562,13 +562,15 @@ def test_a_merge_changes_no_zero_update_and_two_that_overlap_are_taken_back_bit_
 
 
 @both_merges
-def test_a_merge_into_quantised_weights_is_refused_and_leaves_them_alone(safe):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_merge_into_quantised_weights_is_refused_and_leaves_them_alone(safe, dtype):
     layer = a_layer(adapted())
-    quantised = torch.ones(64, 64, dtype=torch.int8)
+    quantised = torch.ones(64, 64).to(dtype)
     layer.get_base_layer().weight = nn.Parameter(quantised.clone(), requires_grad=False)
-    with pytest.raises(ValueError, match="int8 are quantised; merge into the full-precision checkpoint"):
+    with pytest.raises(ValueError, match="are quantised; merge into the full-precision checkpoint"):
         layer.merge(safe_merge=safe)
-    assert torch.equal(layer.get_base_layer().weight, quantised) and not layer.merged
+    left = layer.get_base_layer().weight
+    assert torch.equal(left.view(torch.int8), quantised.view(torch.int8)) and not layer.merged
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "save_pretrained", "layer"])

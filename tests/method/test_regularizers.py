@@ -266,18 +266,20 @@ def test_the_memory_moves_before_a_task_and_with_a_penalty():
 
 def test_a_regularizer_of_ones_own_is_saved_by_naming_its_memory():
     class Largest(Regularizer):
-        memory = ("largest", "seen")
+        memory = ("largest", "seen", "factors", "rare")
 
         def __init__(self):
-            self.largest, self.seen = {}, 0
+            self.largest, self.seen, self.factors, self.rare = {}, 0, {}, {}
 
         def after_task(self, updates):
             self.largest = {name: update.delta.detach().abs().max() for name, update in updates.items()}
+            self.factors = {f"{name}.A": update.delta.detach()[0] for name, update in updates.items()}
             self.seen += 1
 
     again = Largest()
     again.load_state_dict(load(save(after(Largest(), 0).state_dict())))
     assert again.seen == 1 and again.largest == after(Largest(), 0).largest
+    assert again.factors.keys() == {f"{name}.A" for name in SHAPES} and again.rare == {}
 
 
 # ---- settings ---------------------------------------------------------------------------------------------
@@ -288,6 +290,14 @@ def test_a_regularizer_of_ones_own_is_saved_by_naming_its_memory():
 def test_a_strength_that_is_not_a_finite_positive_number_is_refused(make, strength):
     with pytest.raises(ValueError, match="strength="):
         make(strength)
+
+
+@pytest.mark.parametrize("ten", [np.int64(10), np.float32(10), torch.tensor(10.0)], ids=repr)
+def test_a_strength_may_be_a_number_of_numpy_or_torch(ten):
+    ella = ELLA(ten)
+    assert ella.strength == 10 and json.dumps(ella.describe()) == json.dumps(
+        ELLA(type(ella.strength)(10)).describe()
+    )
 
 
 def test_unknown_choices_are_refused_with_the_nearest_name():

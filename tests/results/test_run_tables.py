@@ -236,6 +236,26 @@ def test_a_seed_without_all_orders_does_not_count_in_the_mean_of_orders():
     assert grid_table(two).loc["ELLA", ["order3", "SC", "runs"]].tolist() == ["not run", "unfinished", "6"]
 
 
+def test_an_unfinished_run_is_no_second_one_and_two_whole_ones_are_named():
+    half = make(accuracy=[[80, None], [None, None]], configuration={"device": "cuda"})
+    assert summary_table([half, make()]).equals(summary_table([make()]))
+    second = make(configuration={"device": "cuda"})
+    assert second.name != make().name
+    with pytest.raises(ValueError, match=f"{make().name} and {second.name} are two runs of ELLA"):
+        summary_table([make(), second])
+
+
+def test_a_sequence_named_like_a_part_of_the_benchmark_has_its_own_table():
+    own = [make(method, sequence="SC", seed=seed) for method in ("IncLoRA", "ELLA") for seed in (1, 2)]
+    tables = tables_of(own)
+    assert set(tables) == {"SC-summary", "SC-pairs"}
+    assert tables["SC-summary"]["runs"].tolist() == ["2", "2"]
+    assert tables["SC-pairs"]["pairs"].tolist() == ["2"] * 3
+    both = tables_of([*own, *RUNS])
+    assert both["SC-summary"].equals(tables_of(RUNS)["SC-summary"])
+    assert both["folder SC-summary"].equals(tables["SC-summary"])
+
+
 def test_a_run_that_was_not_finished_counts_nowhere_and_is_called_unfinished_where_it_stands_alone():
     nothing = np.full((4, 4), np.nan)
     unfinished = make_order("ELLA", "order1", 9, accuracy=nothing)
