@@ -47,14 +47,16 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     found = {score: lead("longer", 3, score, "retention", late, dense)["mean"] for score in (seen, own)}
     assert f"it keeps {found[seen]:.1f} more, and {found[own]:.1f} more among own labels" in page
     found = lead("interference", 14, own, "retention", ("IncLoRA pruned", 1.4e-3), (late[0], 7e-4))
-    assert f"in favour of pruning ({found['low']:.1f} to {found['high']:.1f}; none planned)" in page
+    assert (
+        f"in favour of pruning ({found['low']:.1f} to {found['high']:.1f}; none of this was planned)" in page
+    )
     found = lead("interference", 14, seen, "retention", ("SeqLoRA", 1e-3), dense)
     assert (
         f"keeps {found['mean']:.1f} more ({found['low']:+.1f} to {found['high']:+.1f}, not planned)" in page
     )
     found = lead("interference", 14, seen, "base loss", late, dense)
-    assert f"by {found['mean']:.2f} more with it" in page
-    assert f"(at 1e-3 {found['low']:.2f} to {found['high']:.2f}, not planned)" in page
+    assert f"by {found['mean']:.2f} more with the gate" in page
+    assert f"(interval at 1e-3: {found['low']:.2f} to {found['high']:.2f}; not planned)" in page
     found = lead("interference", 14, seen, "retention", late, ("IncLoRA scaled", 1e-3))
     assert f"keeps {found['mean']:.1f} less" in page
 
