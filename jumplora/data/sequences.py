@@ -137,13 +137,13 @@ _NAMES = (*_FIXED, *(f"order{n}{rows}" for rows in ("", benchmark.HUB) for n in 
 
 
 def load_sequence(
-    name: str | int | os.PathLike,  # "newsroom", "newsroom20", "order1" to "order6", "order1-hub", a folder
+    name: str | int | os.PathLike,  # "newsroom", "topics-1", "order1" to "order6", "order1-hub", a folder
     folder: str | os.PathLike | None = None,  # rows of an order ($JUMPLORA_DATA), or the demo packages
     *,
     train: int | None = None,  # rows of each task at most, balanced over the labels; None for all
     dev: int | None = None,  # the same
     test: int | None = None,  # the same
-    seed: int = 0,  # which rows
+    seed: int = 0,  # which rows, where there is a choice (`topics-1`: the 1 says it)
 ) -> TaskSequence:  # the tasks in their order
     "`ValueError` for an unknown name, with the nearest; `OSError` where rows are missing."
     name = sequence_name(name)

@@ -115,7 +115,7 @@ def study_table(
     return table[table["seed"].isin(whole)].reset_index(drop=True)
 
 # %% ../../nbs/3_results/interference.ipynb #e077138a
-LEVEL = 0.9779  # of intervals: Pocock's for three planned, equally spaced looks (5 % together)
+LEVEL = 0.9779  # of intervals: Pocock's for three equally spaced looks (5 % together)
 
 
 def jackknife(
