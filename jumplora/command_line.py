@@ -139,7 +139,7 @@ def compare(
     dev_rows: int = 40,  # dev rows of each task
     test_rows: int = 50,  # test rows of each task
     split: str = "test",  # rows that are scored: test, or dev to choose settings
-    strength: Sequence[str] = (),  # λ: ELLA=3e5 O-LoRA=0.5, ELLA also one per task; by default grid's
+    strength: Sequence[str] = (),  # λ: ELLA=3e5 O-LoRA=0.5; ELLA: also one per task; by default as in grid
     past_dtype: str = "float32",  # how ELLA keeps past updates: float32, or bfloat16 for half the memory
     archive: bool = True,  # keep every task's update in a file, for sparsity and rollback: true or false
     checkpoint_every: float = 60.0,  # seconds of training between checkpoints; inf: only when stopped

@@ -214,7 +214,7 @@ VALUES = TEXTS | NUMBERS.map(str) | DEEP.map(bytes.decode) | JUNK.map(repr)
 @given(st.lists(pairs(st.sampled_from(TRAIN) | TEXTS, VALUES) | TEXTS, max_size=3))
 @check
 def settings_that_are_swept(words):
-    names = [word.partition("=")[0] or word for word in words]
+    names = [repr(word) for word in words] + [n for w in words if len((n := w.partition("=")[0]).strip()) > 1]
     with taken_or_refused("NAME=VALUE", "setting", *TRAIN, "start=", *names):
         jobs = []
         for train in swept(words):

@@ -35,7 +35,8 @@ from jumplora.learning.training import TrainConfig
 STORED = Path(__file__).resolve().parent / "golden" / "runs.json"
 ADVICE = "Only a commit that means to alter numbers freezes them anew, with `python tests/golden.py`."
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
-BEGINNING = re.compile(r"zero_shot\b|loss\.\w+\[[01]\]$")  # what another machine must find too,
+SCHEDULE = r"thresholds\..*\.(step|interpolation)$"
+BEGINNING = re.compile(rf"zero_shot\b|loss\.\w+\[[01]\]$|{SCHEDULE}")  # what another machine must find too,
 TOLERANCE = 1e-4  # relative and absolute; Muon computes in bfloat16
 
 # ---- what is run ------------------------------------------------------------------------------------------
@@ -182,10 +183,10 @@ def leaves(value, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def differences(stored: dict, found: dict, exact: bool) -> list[str]:  # "FIELD: stored …, found …"
-    "Where two projections differ. Where not exact: in form, or in numbers of the beginning."
+    "Where two projections differ. Where not exact: in form, schedule, or numbers of the beginning."
     old, new = dict(leaves(stored)), dict(leaves(found))
     first = f"loss.{next(iter(stored.get('loss', {})), '')}["
-    near = [key for key in old if BEGINNING.match(key) and (key.startswith(first) or key[0] == "z")]
+    near = [key for key in old if BEGINNING.match(key) and (key.startswith(first) or key[0] in "zt")]
 
     def same(key: str) -> bool:
         if key not in old or key not in new:

@@ -63,7 +63,7 @@ def refused(name: str, values, what: str) -> list:
         *(
             case
             for name in ("rank", "batch_size", "gradient_accumulation", "max_length")
-            for case in refused(name, [0, -1, 2.5, "8", None, True], " is not a whole number")
+            for case in refused(name, [0, -1, 2.0, 2.5, "8", None, True], " is not a whole number")
         ),
         *(
             case

@@ -501,6 +501,44 @@ def test_a_number_may_be_infinite_where_the_help_says_so(flags, tmp_path):
     assert found["checkpoint_every"] == float("inf")
 
 
+def test_the_flags_of_compare_reach_the_run(tasks, jumplora, tmp_path, monkeypatch):
+    learn = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(continual, "learn_sequence", learn)
+    more = "--split dev --checkpoint-every 7 --train-rows 6 --dev-rows 1 --test-rows 3 --gate-start 0.2"
+    words = flags_for(tasks, tmp_path / "out", "IncLoRA + late gate")
+    assert jumplora(*words, *more.split(), "--archive", "false").code == 130
+    (_, _, rows, method, config), given = learn.call_args
+    assert (given["split"], given["checkpoint_every"], given["archive"]) == ("dev", 7.0, False)
+    assert {(len(task.train), len(task.dev), len(task.test)) for task in rows} == {(6, 1, 3)}
+    used = method.configure(config)  # what was typed wins over the method's own
+    assert used.gate_start == 0.2 and used.gate_stop == 0.9 and used.hold_kept
+
+
+def test_the_flags_of_other_commands_reach_their_work(jumplora, tmp_path, run_folders, monkeypatch):
+    run_grid = Mock(return_value=pd.DataFrame({"state": ["waiting"]}))
+    monkeypatch.setattr(grid, "run_grid", run_grid)
+    jumplora("study", "--seed", "7", "--workers", "3", "--device", "cpu", "--out", tmp_path / "study")
+    assert run_grid.call_args.kwargs == dict(workers=3, device="cpu")
+    words = ("--sequence", "order1", "--seed", "1", "--folder", tmp_path, "--minutes", "5", "--device", "cpu")
+    jumplora("reproduce", *words, "--out", tmp_path / "tables")
+    given = run_grid.call_args.kwargs
+    assert (given["folder"], given["minutes"], given["device"]) == (str(tmp_path), 5.0, "cpu")
+    export = Mock(side_effect=ValueError("enough"))
+    monkeypatch.setattr("jumplora.storage.export.export_run", export)
+    said = ("--license", "mit", "--base-model", "me/it", "--format", "supertuning", "--out", tmp_path / "x")
+    assert jumplora("export", run_folders[0], *said).code == 2
+    assert export.call_args.kwargs.items() >= dict(license="mit", base_model="me/it").items()
+    assert "supertuning" in export.call_args.args
+
+
+def test_show_puts_each_number_in_its_place(jumplora, tmp_path):
+    matrices = [[25, None], [0, 75]], [[50, None], [25, 100]]
+    path = Run("m", "b", "s", 1, ["a", "b"], [4, 4], {}, *matrices).save(tmp_path)
+    shown = jumplora("show", path).out
+    assert re.search(r"exact match, percent\n.*\n.*\nafter b +0\.0 +75\.0", shown)
+    assert re.search(r"option accuracy, percent\n.*\n.*\nafter b +25\.0 +100\.0", shown)
+
+
 @pytest.fixture
 def gated_run(run_folders, tmp_path):
     "A copy of the finished run with a gate."

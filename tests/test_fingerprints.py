@@ -14,10 +14,10 @@ from real_rows import DATA, ROOT, needs_rows
 
 from jumplora.data.backbones import load_backbone
 from jumplora.data.benchmark import ORDERS
-from jumplora.data.sequences import load_sequence
+from jumplora.data.sequences import load_sequence, tales
 from jumplora.learning.continual import Method
 from jumplora.learning.methods import METHODS, with_settings
-from jumplora.learning.tasks import TaskSequence
+from jumplora.learning.tasks import TaskSequence, fingerprint
 from jumplora.learning.training import TrainConfig
 from jumplora.running.grid import PROTOCOLS, Job, job_sequence, plan
 from jumplora.storage.record import Run, plain
@@ -134,6 +134,18 @@ def records(learned: bool = False) -> list:
     shipped = {name for name in RECORDS if Path(name).name.split("_")[0] in SHIPPED}
     marks = {name: needs_rows if learned and name not in shipped else () for name in RECORDS}
     return [pytest.param(name, marks=marks[name]) for name in RECORDS]
+
+
+@pytest.mark.parametrize("folder", ["quick", "interference", "unlisted"])
+def test_drawn_rows_are_those_that_the_records_name(folder):
+    run = Run.load(min(ROOT.glob(f"results/{folder}/*/record.json")))
+    counts = map(max, zip(*run.configuration["counts"].values(), strict=True))
+    found = load_sequence(run.sequence, **dict(zip(("train", "dev", "test"), counts, strict=True)))
+    assert list(found.names) == run.tasks and fingerprints(found) == run.configuration["rows"]
+
+
+def test_the_neutral_texts_are_those_of_the_study():
+    assert len(tales()) == 48 and fingerprint(text.encode() for text in tales()) == "2abf6fd0913f826a"
 
 
 def test_all_records_are_found():

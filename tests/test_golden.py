@@ -98,6 +98,14 @@ def test_another_machine_may_round_the_first_steps_and_nothing_more():
 
 
 @pytest.mark.parametrize("exact", [True, False])
+def test_another_schedule_of_the_gate_is_seen_everywhere(exact):
+    assert golden.differences(
+        *altered(["thresholds", "topics", 2, "interpolation"], lambda g: g + 0.1), exact
+    )
+    assert golden.differences(*altered(["thresholds", "weather", 0, "step"], lambda step: step + 1), exact)
+
+
+@pytest.mark.parametrize("exact", [True, False])
 def test_a_field_or_step_that_is_gone_or_new_is_seen_everywhere(exact):
     assert golden.differences(*altered(["loss", "weather"], lambda steps: steps[:-1]), exact)
     assert golden.differences(*altered(["sparsity"], lambda tasks: tasks | {"more": {}}), exact)

@@ -112,3 +112,6 @@ def test_every_mutation_of_the_table_still_fits_the_code_and_was_noticed():
         name: (found["module"], found["old"], found["new"]) for name, found in record["mutations"].items()
     }
     assert record["counts"] == {"killed": len(mutations.MUTATIONS)}
+    for name, found in record["mutations"].items():
+        file, _, test = found["by"].partition("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{name}: run make mutations"

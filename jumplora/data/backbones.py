@@ -56,7 +56,7 @@ def load_backbone(
     name: str = "smollm2-135m",  # a local folder, a Hub id, or one of `BACKBONES`
     *,
     device: str | torch.device = "auto",  # "auto": CUDA if there is one; "meta": shapes without weights
-    dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on a GPU with it, float32 for tiny models
+    dtype: str | torch.dtype = "auto",  # "auto": float32; bfloat16 on a GPU with it, except for tiny models
     trust_remote_code: bool = False,  # True runs code that comes with a Hub model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # model in eval mode, tokenizer
     "Load a model and its tokenizer; `BACKBONES` need no network. `ValueError`, `OSError` if it fails."

@@ -204,7 +204,7 @@ def hub_task(
         data = datasets.load_dataset(source.repo_id, source.config, revision=source.revision)
     except (OSError, ValueError, RuntimeError) as error:
         what = f"the dataset {source.repo_id} of the task {name!r} could not be read ({error})"
-        raise OSError(f"{what}; connect to the Hub once, or use a folder of rows without {HUB!r}") from error
+        raise OSError(f"{what}; connect to the Hub once, or drop {HUB!r} and use a folder of rows") from error
     for split in ("train", source.test):
         check_choice(split, list(data), f"{source.repo_id}: split")
     train, dev, test = known.rows

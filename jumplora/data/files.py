@@ -23,7 +23,7 @@ from ..conventions import check_choice, check_name
 
 # %% ../../nbs/5_inside/files.ipynb #9309f3e6
 def label_text(value: object, where: str, names: Sequence[str] | None = None) -> str:
-    "A label as text; `names` are those of numbered labels; -1 becomes '-', no label. `ValueError`."
+    "A label as text; `names` are those of integer labels; -1 (no label) becomes '-'. `ValueError`."
     if isinstance(value, str) and value.strip():
         check_characters(value, where)
         return value
@@ -191,7 +191,7 @@ def safe_name(name: str) -> str:
 
 
 def task_arguments(folder: str | os.PathLike, name: str, entry: dict, question: tuple | None = None) -> dict:
-    "Arguments of `Task.load` for an entry of `find_tasks`; (instruction, options) if the folder gives none."
+    "Arguments of `Task.load` for an entry of `find_tasks`; `question` (instruction, options) if it has none."
     folder = Path(folder).expanduser()
     where = f"task {name!r}"
     if entry["twice"]:

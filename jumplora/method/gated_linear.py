@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .jumprelu import check_gate, gate_scalar, threshold_gradient, two_sided_jumprelu
+from jumplora.method.jumprelu import (
+    check_gate,
+    gate_scalar,
+    on_accelerator,
+    threshold_gradient,
+    two_sided_jumprelu,
+)
 
 # %% ../../nbs/1_method/gated_linear.ipynb #bab85196
 def dense_product(A, B, mask=None):
@@ -58,7 +64,7 @@ class _Gate(NamedTuple):
 
     def forward(self, delta, tau, gamma):
         "ΔW_eff, as a matrix and a number that is still to be multiplied with it."
-        if _on_accelerator(delta):
+        if on_accelerator(delta):
             return delta * self.factor(delta, tau, gamma), 1.0
         gated = F.hardshrink(delta, tau.item())
         share = gamma.item()
@@ -67,7 +73,7 @@ class _Gate(NamedTuple):
     def backward(self, delta, tau, gamma, G, need_tau):
         "From G: ∂ΔW, again as a matrix and a number, and ∂τ or None."
         grad_tau = None
-        if _on_accelerator(delta):
+        if on_accelerator(delta):
             if need_tau:
                 at_gate = G * (self.scaling * gamma)
                 grad_tau = threshold_gradient(delta, tau, at_gate, self.bandwidth, self.reduction)
@@ -84,11 +90,6 @@ class _Gate(NamedTuple):
         passed = torch.ops.aten.hardshrink_backward(G, delta, tau.item())  # G where |ΔW| > τ, else 0
         share = gamma.item()
         return (passed if share == 1 else torch.lerp(G, passed, share, out=passed)), self.scaling, grad_tau
-
-
-def _on_accelerator(tensor):
-    "Whether reading a number from a tensor would wait for a device, or break a compiled graph."
-    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 # %% ../../nbs/1_method/gated_linear.ipynb #85365dd4
 @torch.compiler.assume_constant_result

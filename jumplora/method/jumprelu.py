@@ -78,6 +78,11 @@ def check_gate(bandwidth: float, reduction: str) -> None:
     if not 0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth={bandwidth!r} is not allowed; use a finite number above 0, like 1e-3")
 
+
+def on_accelerator(tensor: Tensor) -> bool:
+    "Whether reading a number from a tensor would wait for a device, or break a compiled graph."
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
+
 # %% ../../nbs/1_method/jumprelu.ipynb #bfe1d969
 class Gate(nn.Module):
     "A learned threshold τ and a scheduled interpolation γ, both fp32 in a model of any dtype."
@@ -115,7 +120,7 @@ class Gate(nn.Module):
         gamma = self.interpolation
         if gamma.is_meta or torch.compiler.is_compiling():
             return False
-        if gamma.device.type == "cpu":  # elsewhere reading it waits for the device
+        if not on_accelerator(gamma):
             return gamma.item() == 0
         version = -1 if gamma.is_inference() else gamma._version
         if self._last_read[0] is not gamma or self._last_read[1] != version or version < 0:

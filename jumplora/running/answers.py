@@ -58,7 +58,7 @@ def read_decoder(
     pad_token_id: int,
     prefix: "DynamicCache",  # from `read_prefix`; stays as it is
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], dict]]:
-    "Option scores and which are the greedy answer, both (batch, options); the inputs of `generate` by rows."
+    "Option scores and which are the greedy answer, both (batch, options); rows -> inputs of `generate`."
     device = next(model.parameters()).device
     shared = prefix.get_seq_length()
     count = len(options)

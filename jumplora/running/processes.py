@@ -141,7 +141,7 @@ def on_main(
     work: Callable,  # called in the main process alone
     *arguments: object,  # its arguments
 ) -> object:  # its result, in every process
-    "Call something once. Raises what `work` raises; `MainFailed`, which repeats it, in the other processes."
+    "Call `work` in the main process alone. Its error is raised there, and in the others as `MainFailed`."
     if world_size() == 1:
         return work(*arguments)
     answer = [None, None]  # the result, or the message of an error
@@ -173,7 +173,7 @@ def gathered(found: object) -> list:
 
 @contextmanager
 def only_main_speaks() -> Iterator[None]:
-    "Silence the other processes: their output, wrong usage, and a failure of the main process."
+    "Silence all but the main process: output, usage errors and `MainFailed`."
     if is_main():
         yield
         return

@@ -58,7 +58,7 @@ class Tracking(TrainerCallback):
     "Forwards to trackers what Trainers log, with steps counted over all tasks."
 
     trackers: Sequence[TrainerCallback] = ()  # from `find_trackers`; none: nothing is done
-    args: TrainingArguments | None = None  # settings that trackers show; needed where there are any
+    args: TrainingArguments | None = None  # settings that trackers show; needed if there are trackers
     folder: Path | None = None  # of the run; None: TensorBoard chooses one
     before: int = field(default=0, init=False)  # steps of the tasks before the current one
     _opened: bool = field(default=False, init=False)  # whether trackers have begun

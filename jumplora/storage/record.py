@@ -286,7 +286,7 @@ class Run:
         _check(self)
 
     def add_score(self, i: int | None, j: int, score: evaluation.Score) -> None:
-        "Store how task j does after learning task i (None: before the first). `ValueError` for other rows."
+        "Store task j's score after task i (None: before the first). `ValueError` if the row count differs."
         task = self.tasks[j]
         if score.rows != self.test_rows[j]:
             raise ValueError(f"{score.rows} rows of {task!r} were scored, not {self.test_rows[j]}")
@@ -307,7 +307,7 @@ class Run:
 
     @property
     def seen_accuracy(self) -> np.ndarray:  # (T, T) percent; nan = not measured
-        "How often the right label was the likeliest of all labels seen so far; with scoring by labels only."
+        "How often the right label was the likeliest of all labels seen so far; only when scoring by labels."
         found = np.full_like(self.accuracy, np.nan)
         for i, j in np.argwhere(~np.isnan(self.accuracy)):
             if "seen_accuracy" in self.right.get(self.tasks[i], {}).get(self.tasks[j], {}):

@@ -135,7 +135,7 @@ def rollback(
     sequence: TaskSequence | None = None,  # the run's tasks, to score them again; None: no scores
     **options,  # of `load_start`: backbone, and for the scores device, dtype
 ) -> TakenOut:  # what was done; the weights are in `rollback_folder`
-    "Remove one task, beside the run. `ValueError` where the result could not be proved right."
+    "Remove one task; the run stays as it is. `ValueError` if the result cannot be proved right."
     folder = Path(folder)
     run = Run.load(folder)
     place = rollback_folder(folder, task)

@@ -79,7 +79,7 @@ class StopRequest:
 
 @contextmanager
 def graceful_shutdown() -> Iterator[StopRequest]:
-    "Turn signals into a request while the block runs; the handlers from before come back."
+    "Turn signals into a request while the block runs, then restore the previous handlers."
     request = StopRequest()
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main = threading.current_thread() is threading.main_thread()
@@ -270,7 +270,7 @@ def write_finished(run: Run, folder: Path, tasks: int, parts: dict[str, dict[str
 
 
 def find_progress(asked: Run, folder: Path) -> tuple[Run, dict[str, dict[str, Tensor]] | None]:
-    "Where a fresh record resumes: record and state. `Damaged` if tasks were learned and no state is whole."
+    "The record and state to resume from. `Damaged` if tasks were learned and no state is intact."
     records = []  # of this run, the newest first
     damaged = []  # files that are set aside, with the error of each
     for name in ["record.json", *(f"state/after-{n}.json" for n in range(len(asked.tasks), 0, -1))]:
@@ -308,7 +308,7 @@ def find_progress(asked: Run, folder: Path) -> tuple[Run, dict[str, dict[str, Te
 def step_checkpoint(
     folder: Path | None, run: Run, task: int, every: float, stop: StopRequest
 ) -> Checkpoint | None:
-    "Where the training of one task of a run, and of no other, is kept until it is finished."
+    "The checkpoint of one task of one run, kept until that task is finished."
     if folder is None:
         return None
     owner = dict(run=run.configuration_hash, task=task, after=run.extra.get("state_sha256", ""))
@@ -389,7 +389,7 @@ def load_start(
     run: Run, weights: dict[str, Tensor] | None = None, *, backbone: str | Path | tuple | None = None,
     device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:  # fmt: skip
-    "The backbone of a run, its layers with other weights if given; its tokenizer. `ValueError` if changed."
+    "A run's backbone, with `weights` in its layers if given, and tokenizer. `ValueError` if it changed."
     begun = run.configuration["dtype"]  # the fingerprint is that of weights of this type
     given = isinstance(backbone, tuple)
     other = not given and str(dtype).removeprefix("torch.") not in ("auto", begun)

@@ -129,7 +129,7 @@ def archive_path(folder: Path, position: int, task: str) -> Path:
 
 
 def grow_support(support: dict | None, archives: Sequence[UpdateArchive]) -> dict:
-    "The counts of a record with one task more: the last of all archives so far, in the order learned."
+    "A record's counts, extended by the last task of `archives` (all so far, in the order learned)."
     before = len(archives) - 1
     shapes = archives[-1].header.layers
     support = support or dict(counts={layer: [] for layer in shapes}, shared=[], touched=[])
@@ -150,7 +150,7 @@ def grow_support(support: dict | None, archives: Sequence[UpdateArchive]) -> dic
 def archive_task(
     folder: Path, run: Run, position: int, adapted: nn.Module, weights: dict[str, Tensor], updates=None
 ) -> None:
-    "Write an update that is not merged into `weights` yet, the adapter's own or those given, and note it."
+    "Archive the adapter's update, or `updates`, before the merge into `weights`; note it in the record."
     task = run.tasks[position]
     path = archive_path(folder, position, task)
     support = run.extra.get("support")

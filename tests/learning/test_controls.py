@@ -10,6 +10,7 @@ from running.test_trunk import CONFIG, SEQUENCE, task, whole_words
 
 from jumplora.command_line import main
 from jumplora.data.backbones import load_backbone
+from jumplora.learning import continual
 from jumplora.learning.continual import Method, learn_sequence, weights_of
 from jumplora.learning.evaluation import evaluate, text_loss
 from jumplora.learning.methods import METHODS, DisjointMasks, Prune, RandomMask, Scale, with_settings
@@ -46,9 +47,38 @@ def updates_of(run, out):
 def test_exactly_the_share_that_was_asked_for_is_merged_after_every_task(name, kept, tmp_path):
     run, moved = learn(METHODS[name], tmp_path)
     entries = sum(change.numel() for change in moved.values())
-    for update in updates_of(run, tmp_path):
-        assert sum(part.count_nonzero().item() for part in update.values()) == round(kept * entries)
-    assert set(run.extra["neutral_loss"]) == {"", "first", "second"}
+    for update, noted in zip(updates_of(run, tmp_path), run.extra["updates"].values(), strict=True):
+        flat = torch.cat([part.flatten() for part in update.values()])
+        assert flat.count_nonzero().item() == round(kept * entries)
+        assert noted["kept"] == pytest.approx(flat.count_nonzero().item() / entries)
+        assert noted["norm"] == pytest.approx(flat.double().norm().item(), rel=1e-5)
+
+
+def test_the_loss_of_neutral_texts_is_measured_before_and_after_every_task():
+    model = load_backbone("tiny-llama", dtype="float32")[0]
+    texts, found = ["a b c some longer text", "x y them"], {"": None}
+    found[""] = text_loss(model, whole_words(), texts)
+    run, _ = learn(METHODS["IncLoRA"])
+    alone = TaskSequence("one", SEQUENCE[:1])
+    options = dict(scoring="labels", progress=False, zero_shot=False)
+    learn_sequence(model, whole_words(), alone, METHODS["IncLoRA"], CONFIG, **options)
+    found["first"] = text_loss(model, whole_words(), texts)
+    noted = run.extra["neutral_loss"]
+    assert set(noted) == {"", "first", "second"} and noted["second"] != noted["first"] != noted[""]
+    assert {after: noted[after] for after in found} == pytest.approx(found)
+    assert run.base_loss == noted["second"] - noted[""]
+
+
+def test_a_run_scores_among_the_labels_seen_so_far(monkeypatch):
+    asked, real = [], continual.evaluate
+
+    def watched(model, tokenizer, one, split, labels, **options):
+        asked.append((one.name, labels))
+        return real(model, tokenizer, one, split, labels, **options)
+
+    monkeypatch.setattr(continual, "evaluate", watched)
+    learn(METHODS["IncLoRA"])
+    assert asked == [("first", LABELS[:2]), ("first", LABELS), ("second", LABELS)]
 
 
 def test_pruning_keeps_the_largest_entries_and_scaling_the_direction():

@@ -31,6 +31,7 @@ from jumplora.learning.training import (
     Collator,
     Diverged,
     Progress,
+    TaskLog,
     TrainConfig,
     attach_adapter,
     label_loss,
@@ -695,10 +696,13 @@ def test_weight_decay_reaches_muon():
 # ---- settings ---------------------------------------------------------------------------------------------
 
 
+def test_the_seconds_before_a_checkpoint_count_too():
+    log = TaskLog(1)
+    log.load_state_dict(dict(loss=[], penalty=[], seconds=100.0))
+    assert 100 <= log.state_dict()["seconds"] < 110
+
+
 OUT_OF_RANGE = {
-    **dict.fromkeys(("rank", "batch_size", "gradient_accumulation", "max_length"), (0, -1, 2.0, True)),
-    **dict.fromkeys(("lora_alpha", "learning_rate", "epochs", "max_grad_norm", "bandwidth"),
-                    (0, -1.0, math.nan, math.inf)),
     "lora_dropout": (-0.1, 1.0, math.nan), "gate_start": ("0", -0.1), "group_by_length": ("yes",),
     "truncation": ("right",), "threshold_scope": ("layers",), "threshold_reduction": ("max",),
     "threshold_parametrization": ("exp",), "kept": (0, 1.5, -0.1, True, "all"),

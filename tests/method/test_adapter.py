@@ -744,7 +744,9 @@ def test_a_dense_gate_takes_loras_products_and_gives_its_threshold_a_gradient_of
         assert group.gate.theta.grad.item() == 0 if learned else group.gate.theta.grad is None
 
 
-def test_a_change_of_gamma_is_seen_however_it_is_made():
+@pytest.mark.parametrize("waits", [False, True], ids=["processor", "accelerator"])
+def test_a_change_of_gamma_is_seen_however_it_is_made(waits, monkeypatch):
+    monkeypatch.setattr("jumplora.method.jumprelu.on_accelerator", lambda tensor: waits)
     model = adapted(gamma=0.0)
     (group,) = gate_groups(model).values()
     dense = model(input_ids=IDS).logits

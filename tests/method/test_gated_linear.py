@@ -86,7 +86,7 @@ def assert_close(found, expected, tolerance):
 def path(request, monkeypatch):
     "The two forms of the gate; a processor can run both."
     if request.param == "accelerator":
-        monkeypatch.setattr("jumplora.method.gated_linear._on_accelerator", lambda tensor: True)
+        monkeypatch.setattr("jumplora.method.gated_linear.on_accelerator", lambda tensor: True)
     return request.param
 
 

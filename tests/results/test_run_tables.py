@@ -104,6 +104,7 @@ def test_the_records_of_this_repository_are_whole():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         runs = load_runs(ROOT / "results")
+    assert len(runs) > 200
     for run in runs:
         assert run.environment["versions"]["torch"] and 0 < run.finished <= len(run.tasks)
 
@@ -198,7 +199,19 @@ def test_the_matrix_figure_has_one_panel_per_method_with_its_numbers():
     figure = accuracy_figure([make("SeqLoRA", (12, 34)), make("ELLA", (56, 78))])
     panels = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_visible()}
     assert list(panels) == ["SeqLoRA", "ELLA"]
-    assert sorted(text.get_text() for text in panels["SeqLoRA"].texts) == ["12", "34", "80"]
+    places = {text.get_text(): text.get_position() for text in panels["SeqLoRA"].texts}
+    assert places == {"80": (0, 0), "12": (0, 1), "34": (1, 1)}  # column, row
+    image = panels["SeqLoRA"].images[0].get_array()
+    assert (image[1, 0], image[1, 1]) == (12, 34)
+
+
+def test_forgetting_is_better_the_less_there_is():
+    ends = {"IncLoRA": (20, 1), "ELLA": (70, 2)}
+    runs = [
+        make(name, (end + step * seed, 70), seed) for name, (end, step) in ends.items() for seed in range(4)
+    ]
+    table = pd.DataFrame(index=list(ends), columns=["forgetting", "backward transfer"])
+    assert clear_best(runs, table, "order1").to_numpy().tolist() == [[False] * 2, [True] * 2]
 
 
 def test_unfinished_runs_are_drawn_without_a_warning():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -166,12 +166,26 @@ def test_a_key_changes_with_everything_that_is_asked_and_is_safe_as_a_name():
     job = Job("ELLA + JumpLoRA", "order1", 1, "tiny-llama")
     changes = dict(
         method="ELLA", sequence="order2", seed=2, backbone="x", rows={"train": 3}, train={"kept": 0.1},
-        strength=1.0, split="dev", dtype="float32", fingerprint="0",
+        strength=1.0, split="dev", dtype="float32", fingerprint="0", scoring="labels", neutral=True,
+        regularizer={"norm": 2.0}, archive=False,
     )  # fmt: skip
+    assert changes.keys() == {field.name for field in fields(Job)}
     keys = {replace(job, **{name: value}).key for name, value in changes.items()}
     assert len(keys | {job.key}) == len(changes) + 1
     key = Job("ELLA", "../../x/..", 1, "b").key
     assert key.strip("-._abcdefghijklmnopqrstuvwxyz0123456789") == "" and "/" not in key
+
+
+def test_a_job_is_learned_as_it_was_asked(here, tmp_path, monkeypatch):
+    learn = Mock()
+    monkeypatch.setattr(grid, "learn_sequence", learn)
+    monkeypatch.setattr(grid, "dry_check", Mock())  # the labels may begin alike
+    monkeypatch.setattr(grid, "tales", lambda: ("one text",))
+    asked = dict(scoring="labels", neutral=True, archive=False, regularizer=dict(norm=2.5))
+    run_grid(plan(["IncLoRA scaled"], [ROWS], [1], **SMALL, **asked), tmp_path, device="cpu")
+    (*_, method, config), given = learn.call_args
+    assert (given["scoring"], given["neutral"], given["archive"]) == ("labels", ("one text",), False)
+    assert method.regularizer.norm == 2.5 and config.max_length == 200 and given["seed"] == 1
 
 
 def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
@@ -677,6 +691,23 @@ def test_a_strength_per_task_joint_training_and_one_task_are_projected(method, s
     job = Job(method, folder, 1, strength=strength, **SMALL | dict(rows={}))
     found = project([job], device="cpu", steps=(1, 2)).loc[method]
     assert found["runs"] == 1 and found["hours"] >= 0 and found["disk, GB"] > 0
+
+
+def test_a_projection_multiplies_what_it_measured(tmp_path, monkeypatch):
+    def fake(model, tokenizer, sequence, *rest, **options):
+        train, score = (sum(len(getattr(task, part)) for task in sequence) for part in ("train", "test"))
+        last = len(sequence[-1].train)
+        assert train == 2 * last
+        return Mock(peak_memory=3e9, seconds=dict(train=[1.0 + 2.0 * last], evaluate=[7.0 + 0.5 * score]))
+
+    monkeypatch.setattr("jumplora.running.reproduce.learn_sequence", fake)
+    folder = write_rows(tmp_path / "mine", "text", tasks=3, rows=24)
+    settings = dict(rows={}, train=dict(max_length=200, batch_size=4, epochs=2.0))
+    jobs = [Job("IncLoRA", folder, seed, **SMALL | settings) for seed in (1, 2)]
+    found = project(jobs, device="cpu", steps=(1, 2)).loc["IncLoRA"]
+    one = 2.0 * 2 * 3 * 24 + 0.5 * 24 * (3 + 2 + 1)  # two epochs; a task is scored after every later one
+    assert found["hours"] == pytest.approx(2 * one / 3600) and found["peak memory, GB"] == 3
+    assert found["ms per training row"] == 2000 and found["ms per scored row"] == 500 and found["runs"] == 2
 
 
 # differences: 31
