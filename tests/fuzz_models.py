@@ -309,7 +309,8 @@ def targets_of_an_adapter(targets, tied):
     with taken_or_refused("target_modules"):
         config = TrainConfig(rank=1, target_modules=targets)
         found = target_layers(model, config.target_modules)
-    wanted = targets if targets is None or isinstance(targets, str) else list(targets)
+    wanted = config.target_modules  # a word alone is a name, not an expression
+    wanted = list(wanted) if isinstance(wanted, tuple) else wanted
     if not all(isinstance(layer, nn.Linear) for layer in found.values()):
         with taken_or_refused("target_modules"):
             attach_adapter(copy.deepcopy(model), config, gated=True)
