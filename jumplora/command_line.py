@@ -184,11 +184,11 @@ def compare(
     on_main(_report, runs, Path(out))
 
 
-def _report(runs: Sequence, out: Path) -> None:
+def _report(runs: Sequence, out: Path, **options) -> None:
     "Print the tables, write them beside the records, and draw two figures."
     from jumplora.results import run_tables
 
-    tables = run_tables.tables_of(runs)
+    tables = run_tables.tables_of(runs, **options)
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string()}")
     print(f"\n{run_tables.budget_text(runs)}\n")
@@ -419,7 +419,9 @@ def study(
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
     if variant == "quick" and (states == "done").all():
         asked = {(job.method, job.seed) for job in jobs}
-        _report([run for run in load_runs(place) if run.complete and (run.method, run.seed) in asked], place)
+        found = [run for run in load_runs(place) if run.complete and (run.method, run.seed) in asked]
+        _report(found, place, measures=("just learned", "retention"))
+        print("p > 0.05 is no sign of equality; nbs/3_results/interference.ipynb has more seeds and rates")
     return int((states == "failed").any())
 
 

@@ -57,6 +57,7 @@ MUTATIONS = [
         ("exp(θ) is only its first order", "self.start * self.theta.exp()", "self.start * (1 + self.theta)"),
         ("a new threshold keeps the old θ", "        self.theta.zero_()", "        pass"),
         ("a cast moves τ to half precision", "else tensor.to(moved.device)", "else moved"),
+        ("a change of γ on a GPU goes unseen", "or self._last_read[1] != version or version < 0", "", "method/test_adapter.py|change_of_gamma"),
     ),
     *of(
         "method/gated_linear.py", "method/test_gated_linear.py",
@@ -145,6 +146,8 @@ MUTATIONS = [
     ),
     *of(
         "learning/continual.py", "learning/test_continual.py",
+        ("rows are scored among labels of later tasks", "for one in seen for option", "for one in self.sequence for option", "learning/test_controls.py|seen_so_far"),
+        ("a model that was learned begins another run", "self.model.jumplora_run = run.name  # no other", "pass  # no other", "learning/test_continual.py|begins_no_other"),
         ("an update is merged with the wrong sign", "weights[name] += neutral_zeros(update.delta)", "weights[name] -= neutral_zeros(update.delta)"),
         ("a share of rows is rounded down", "math.ceil(round(self.rehearsal", "math.floor(round(self.rehearsal"),
         ("every task has the same seed", "seed = 1000 * self.run.seed + i", "seed = 1000 * self.run.seed"),
@@ -176,6 +179,7 @@ MUTATIONS = [
     ),
     *of(
         "results/interference.py", "results/test_interference.py",
+        ("families are compared where they learn least", "at = (low + high) / 2", "at = low", "results/test_interference.py|middle"),
         ("seeds with missing arms are read", "if size == arms]", "if size]"),
     ),
     *of(

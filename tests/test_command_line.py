@@ -765,7 +765,7 @@ def test_the_main_job_is_the_study_with_five_methods_three_seeds_and_fewer_rows(
     assert jumplora("study", "--seed", "7", "--variant", "deeper", "--out", tmp_path / "other").code == 0
     reported = []
     monkeypatch.setattr("jumplora.results.run_tables.load_runs", lambda place: runs)
-    monkeypatch.setattr("jumplora.command_line._report", lambda found, place: reported.extend(found))
+    monkeypatch.setattr("jumplora.command_line._report", lambda found, place, **_: reported.extend(found))
     monkeypatch.setattr(grid, "run_grid", lambda jobs, *_, **__: pd.DataFrame({"state": ["done"]}))
     one = Run("ELLA", "a model", "topics-1", 1, ["a"], [1], {}, [[50.0]])
     runs = [

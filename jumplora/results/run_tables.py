@@ -433,8 +433,11 @@ def budget_text(runs: Sequence[Run], notes: bool = True) -> str:
     return text + "".join(f" {fact}." for fact in sorted(facts))
 
 
-def tables_of(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
-    "By name: the tables of the benchmark's orders, and two for each other sequence; runs of one budget."
+def tables_of(
+    runs: Sequence[Run],  # of one budget
+    **options,  # of `paired_table`
+) -> dict[str, pd.DataFrame]:
+    "By name: the tables of the benchmark's orders, and two for each other sequence."
     names = {sequence_of(run, runs): None for run in runs}
     parts = [part for part, orders in _ORDERS_OF.items() if names.keys() & set(orders)]
     known = {order for part in parts for order in _ORDERS_OF[part]}
@@ -447,7 +450,7 @@ def tables_of(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
         tables[f"{title}-summary"] = summary_table(own, part)
         for measure in ("overall accuracy", "backward transfer") if among is known else ():
             tables[f"{title}-{measure.replace(' ', '-')}"] = grid_table(own, part, measure)
-        tables[f"{title}-pairs"] = paired_table(own, part)
+        tables[f"{title}-pairs"] = paired_table(own, part, **options)
     return {name: table for name, table in tables.items() if len(table)}
 
 

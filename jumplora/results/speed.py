@@ -220,7 +220,7 @@ PARTS: dict[str, Callable[..., list[dict]]] = dict(layer=_layer, step=_step)
 def measure(
     parts: Iterable[str],  # names of `PARTS`
     out: str | os.PathLike,  # folder for the records
-    quick: bool = False,  # fewer rounds, smaller sizes
+    quick: bool = False,  # fewer rounds, the smaller model
     device: torch.device | str = "cpu",  # where
     dtype: torch.dtype = torch.float32,  # of weights and inputs
 ) -> None:

@@ -59,6 +59,11 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     assert f"(interval at 1e-3: {found['low']:.2f} to {found['high']:.2f}; not planned)" in page
     found = lead("interference", 14, seen, "retention", late, ("IncLoRA scaled", 1e-3))
     assert f"keeps {found['mean']:.1f} less" in page
+    R = [study_table(load_runs(ROOT / "results/interference", "test"), score=score) for score in (seen, own)]
+    (a, b), (c, d) = (
+        [table.groupby(["method", "rate"])["retention"].mean()[arm] for table in R] for arm in (dense, late)
+    )
+    assert f"raises R of IncLoRA from {a:.0f} to {b:.0f}, and with the gate from {c:.0f} to {d:.0f}" in page
 
 
 def test_the_interval_of_a_mean_is_students():

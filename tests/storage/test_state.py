@@ -235,6 +235,8 @@ def test_the_long_torture_is_on_record(root):
     assert phases <= record["kills"].keys() and record["command"].startswith("python tests/torture.py")
     methods = {"SeqLoRA", "EWC", "Replay", "IncLoRA (Muon)", "multi-task", "ELLA + JumpLoRA"}
     assert methods <= record["cases"].keys()
+    wild = json.loads((path.parent / "fuzz.json").read_text())
+    assert wild["passed"] is True and wild["total"] > 3000 and not wild["failed"]
 
 
 def test_a_score_that_was_taken_is_not_taken_again(whole, tmp_path):
