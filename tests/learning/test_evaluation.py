@@ -496,7 +496,7 @@ def test_the_ends_of_wilsons_interval_are_where_the_score_test_just_fails(rows, 
         q = end / 100
         assert abs(p - q) == pytest.approx(1.96 * math.sqrt(q * (1 - q) / rows), abs=1e-6)
     low, high = interval(100 * p, rows)
-    assert low <= 100 * p <= high
+    assert low - 1e-9 <= 100 * p <= high + 1e-9 and low < high
 
 
 @pytest.mark.parametrize(
