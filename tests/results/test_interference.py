@@ -44,6 +44,10 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
         "seen_accuracy",
         "option_accuracy",
     )
+    study = study_table(load_runs(ROOT / "results/interference", "test"))
+    found = compare_families(study, late[0], dense[0])
+    interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}; six seeds"
+    assert f"{found['difference']:+.1f} points ({interval})" in page and study["seed"].nunique() == 6
     found = {score: lead("longer", 3, score, "retention", late, dense)["mean"] for score in (seen, own)}
     assert f"it keeps {found[seen]:.1f} more, and {found[own]:.1f} more among own labels" in page
     found = lead("interference", 14, own, "retention", ("IncLoRA pruned", 1.4e-3), (late[0], 7e-4))
