@@ -11,6 +11,7 @@ import difflib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -29,8 +30,10 @@ from .conventions import check_choice
 
 # %% ../nbs/command_line.ipynb #08dc7694
 def number(text: str | float) -> float:
-    "As Python reads it; jsonargparse's own type does not know `inf`."
-    return float(text)
+    "As Python reads it; jsonargparse's own type does not know `inf`. `ValueError` for nan and true."
+    if isinstance(text, bool) or math.isnan(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 def _add_flags(parser: ArgumentParser, source: Callable) -> None:
@@ -153,6 +156,7 @@ def compare(
     from tqdm import tqdm
 
     from jumplora import TrainConfig, load_backbone, load_sequence
+    from jumplora.data.sequences import sequence_name
     from jumplora.learning.continual import BAR_INTERVAL, learn_sequence
     from jumplora.running.processes import on_main
     from jumplora.running.tracking import find_trackers
@@ -163,7 +167,7 @@ def compare(
         train = train | dict(target_modules=train["target_modules"][0])
     arguments = parse_settings(train.get("training_arguments", ()))
     config = TrainConfig(**train | dict(training_arguments=arguments))
-    rows = folder if sequence.startswith("order") else None
+    rows = folder if sequence_name(sequence).startswith("order") else None
     tasks = load_sequence(sequence, rows, train=train_rows, dev=dev_rows, test=test_rows)
     methods = [one.given(train) for one in chosen_methods(method, strength, sequence, past_dtype)]
     for one in methods:
@@ -418,10 +422,9 @@ def study(
     states = run_grid(jobs, place, workers=workers, device=device)["state"]
     print(", ".join(f"{count} {state}" for state, count in states.value_counts().items()))
     if variant == "quick" and (states == "done").all():
-        asked = {(job.method, job.seed) for job in jobs}
-        found = [run for run in load_runs(place) if run.complete and (run.method, run.seed) in asked]
+        found = [run for run in load_runs(place) if run.complete and run.method in methods]
         _report(found, place, measures=("just learned", "retention"))
-        print("p > 0.05 is no sign of equality; nbs/3_results/interference.ipynb has more seeds and rates")
+        print("p > 0.05 is no sign of equality; the page 3_results/interference has more seeds and rates")
     return int((states == "failed").any())
 
 

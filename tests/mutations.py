@@ -147,7 +147,7 @@ MUTATIONS = [
     *of(
         "learning/continual.py", "learning/test_continual.py",
         ("rows are scored among labels of later tasks", "for one in seen for option", "for one in self.sequence for option", "learning/test_controls.py|seen_so_far"),
-        ("a model that was learned begins another run", "self.model.jumplora_run = run.name  # no other", "pass  # no other", "learning/test_continual.py|begins_no_other"),
+        ("a model that was learned begins another run", "self.model.jumplora_run = run.name, run.conf", "_ = run.name, run.conf", "learning/test_continual.py|begins_no_other"),
         ("an update is merged with the wrong sign", "weights[name] += neutral_zeros(update.delta)", "weights[name] -= neutral_zeros(update.delta)"),
         ("a share of rows is rounded down", "math.ceil(round(self.rehearsal", "math.floor(round(self.rehearsal"),
         ("every task has the same seed", "seed = 1000 * self.run.seed + i", "seed = 1000 * self.run.seed"),

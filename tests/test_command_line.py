@@ -480,9 +480,9 @@ def test_the_folder_of_the_benchmark_is_for_its_orders_alone(jumplora, tmp_path,
         raise ValueError("enough")
 
     monkeypatch.setattr("jumplora.load_sequence", load)
-    for name in ("newsroom", "topics-1", "order1"):
+    for name in ("newsroom", "topics-1", "order1", "2"):
         assert jumplora("compare", "--sequence", name, "--folder", tmp_path).code == 2
-    assert given == {"newsroom": None, "topics-1": None, "order1": str(tmp_path)}
+    assert given == {"newsroom": None, "topics-1": None, "order1": str(tmp_path), "2": str(tmp_path)}
 
 
 def test_quick_measurements_lie_beside_full_ones(jumplora, tmp_path, monkeypatch):
@@ -499,6 +499,14 @@ def test_a_number_may_be_infinite_where_the_help_says_so(flags, tmp_path):
     file.write_text("checkpoint_every: inf")
     found = _parse("compare", [str(file) if flag == "FILE" else flag for flag in flags])
     assert found["checkpoint_every"] == float("inf")
+
+
+@pytest.mark.parametrize("value", ["true", "nan", "many"])
+def test_what_is_no_number_is_refused_also_in_a_file(value, tmp_path, jumplora):
+    (tmp_path / "flags.yaml").write_text(f"learning_rate: {value}")
+    for words in (["--config", tmp_path / "flags.yaml"], ["--learning-rate", value]):
+        done = jumplora("compare", *words)
+        assert done.code == 2 and "learning" in done.err and value in done.err.lower()
 
 
 def test_the_flags_of_compare_reach_the_run(tasks, jumplora, tmp_path, monkeypatch):
@@ -775,7 +783,7 @@ def test_the_main_job_is_the_study_with_five_methods_three_seeds_and_fewer_rows(
         replace(one, method="EWC"),
     ]
     words = ("--variant", "quick", "--seed", "1", "--out", tmp_path / "quick")
-    assert jumplora("study", *words).code == 0 and reported == runs[:1]
+    assert jumplora("study", *words).code == 0 and reported == runs[:2]
     quick, other = asked["quick"], asked["other"]
     assert [job.seed for job in quick] == [1, 2, 3] * 5 and len({job.method for job in quick}) == 5
     assert quick[0].rows["train"] < other[0].rows["train"] and len(other) == 3

@@ -203,8 +203,6 @@ class Learner:
         trackers = find_trackers(self.report_to)
         if hasattr(model, "peft_config"):
             raise ValueError("the model still carries an adapter; load the backbone again")
-        if learned := getattr(model, "jumplora_run", None):
-            raise ValueError(f"the model holds what run {learned} has learned; load the backbone again")
         check_processes(model, config.batch_size, config.gradient_accumulation)
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):
@@ -216,6 +214,10 @@ class Learner:
         self.layers = dry_check(model, tokenizer, sequence, config, out=self.out, **scored)  # adapted ones
         named = dict(seed=self.seed, backbone=self.backbone, callbacks=self.callbacks, neutral=self.neutral)
         self.run = state.new_run(model, sequence, method, config, **named, **scored)
+        name, begun = getattr(model, "jumplora_run", ("", None))
+        if name and self.run.configuration["weights"] != begun:
+            fix = "load the backbone again, or go on from it with load_learned"
+            raise ValueError(f"the model holds what run {name} has learned; {fix}")
         if len(set(gathered((self.run.name, str(self.out))))) > 1:
             raise ValueError("the processes have different runs; start all of them with the same command")
         if self.out is not None and self.run.backbone not in BACKBONES and "/" not in self.run.backbone:
@@ -276,7 +278,7 @@ class Learner:
             self.adapted = attach_adapter(self.model, self.config, self.method.gated)
             set_peft_model_state_dict(self.adapted, parts["adapter"])
             return
-        self.model.jumplora_run = self.run.name
+        self.model.jumplora_run = self.run.name, self.run.configuration["weights"]
         for name, weight in parts["weight"].items():
             target = self.model.get_submodule(name).weight
             target.copy_(weight)
@@ -351,7 +353,7 @@ class Learner:
                 changed = None if updates is learned else updates
                 archive_task(self.folder, run, i, self.adapted, weights, changed)
             self.model = merge_adapter(self.adapted, weights, updates)
-            self.model.jumplora_run = run.name  # no other run may begin with it
+            self.model.jumplora_run = run.name, run.configuration["weights"]  # no other begins with it
             self.adapted = None
         elif self.folder is not None:
             weights = {name: weight + deltas[name] for name, weight in weights.items()}  # for `load_learned`

@@ -223,6 +223,8 @@ def attach_adapter(
         what = "PEFT adapts other layers than target_modules name"
         some = min((found | wanted)[other] for other in others)
         raise ValueError(f"{what}, such as {some}; give other targets, without experts")
+    for group in gate_groups(adapted).values():
+        group.gate.theta.requires_grad_(config.learn_threshold and not config.hold_kept)
     return adapted
 
 # %% ../../nbs/2_learning/training.ipynb #4c3cf5bc
@@ -471,8 +473,8 @@ def train_task(
         trainer.parts["log"] = log
         trainer.add_callback(log)  # first: an error where the schedule would only warn
         if groups := gate_groups(model):
-            for group in groups.values():
-                group.gate.theta.requires_grad_(config.learn_threshold and not config.hold_kept)
+            for group in groups.values() if config.hold_kept or not config.learn_threshold else ():
+                group.gate.theta.requires_grad_(False)
             ramp = (config.gate_start, config.gate_stop)
             schedule = SparsitySchedule(model, log.steps, *ramp, config.kept, hold=config.hold_kept)
             trainer.add_callback(SparsityCallback(schedule))

@@ -637,7 +637,10 @@ def test_a_wrong_argument_is_found_before_anything_is_computed(
         if left == "adapter":
             attach_adapter(model, QUICK, gated=False)  # what an interrupted call leaves in the model
         else:
-            model.jumplora_run = "topics_tiny-llama_inclora_seed42_0"  # see the next test
+            model.jumplora_run = (
+                "topics_tiny-llama_inclora_seed42_0",
+                "its first weights",
+            )  # see the next test
         monkeypatch.setattr(f"{__name__}.load_backbone", lambda *a, **o: (model, tokenizer))
     with pytest.raises(ValueError, match=message):
         learn("IncLoRA", tmp_path, **options)
@@ -656,6 +659,9 @@ def test_a_model_that_holds_what_a_run_learned_begins_no_other(again, tmp_path):
     for method in ("IncLoRA", "ELLA"):
         with pytest.raises(ValueError, match=f"holds what run {run.name} has learned"):
             learn_sequence(model, tokenizer, two, METHODS[method], **options)
+    start = load_backbone("tiny-llama", device="cpu", dtype="float32")[0].state_dict()
+    model.load_state_dict(start)  # as it was at first
+    assert learn_sequence(model, tokenizer, two, METHODS["IncLoRA"], **options).name == run.name
     fresh, _, _ = load_learned(tmp_path / run.name)  # on purpose
     half, _, _ = load_learned(tmp_path / run.name, device="cpu", dtype="bfloat16")
     assert fresh.dtype == torch.float32 and half.dtype == torch.bfloat16

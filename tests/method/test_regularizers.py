@@ -293,7 +293,7 @@ def test_a_strength_that_is_not_a_finite_positive_number_is_refused(make, streng
 
 
 @pytest.mark.parametrize("ten", [np.int64(10), np.float32(10), torch.tensor(10.0)], ids=repr)
-def test_a_strength_may_be_a_number_of_numpy_or_torch(ten):
+def test_the_strength_of_ella_may_be_a_number_of_numpy_or_torch(ten):
     ella = ELLA(ten)
     assert ella.strength == 10 and json.dumps(ella.describe()) == json.dumps(
         ELLA(type(ella.strength)(10)).describe()
