@@ -156,7 +156,6 @@ def compare(
     from tqdm import tqdm
 
     from jumplora import TrainConfig, load_backbone, load_sequence
-    from jumplora.data.sequences import sequence_name
     from jumplora.learning.continual import BAR_INTERVAL, learn_sequence
     from jumplora.running.processes import on_main
     from jumplora.running.tracking import find_trackers
@@ -167,8 +166,7 @@ def compare(
         train = train | dict(target_modules=train["target_modules"][0])
     arguments = parse_settings(train.get("training_arguments", ()))
     config = TrainConfig(**train | dict(training_arguments=arguments))
-    rows = folder if sequence_name(sequence).startswith("order") else None
-    tasks = load_sequence(sequence, rows, train=train_rows, dev=dev_rows, test=test_rows)
+    tasks = load_sequence(sequence, folder, train=train_rows, dev=dev_rows, test=test_rows)
     methods = [one.given(train) for one in chosen_methods(method, strength, sequence, past_dtype)]
     for one in methods:
         one.check_fits(tasks)

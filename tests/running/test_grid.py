@@ -195,14 +195,6 @@ def test_a_single_task_of_the_benchmark_is_a_sequence_of_one(monkeypatch):
     assert sequence.names == ("hobbies",) and sequence[0] == whole["hobbies"]
 
 
-def test_the_benchmarks_folder_is_for_its_orders_only(monkeypatch):
-    asked = []
-    monkeypatch.setattr(grid, "load_sequence", lambda name, folder, **rows: asked.append((name, folder)))
-    for name in ("order1", "newsroom", "order1-hub"):
-        job_sequence(Job("IncLoRA", name, 1, "tiny-llama"), "rows")
-    assert asked == [("order1", "rows"), ("newsroom", None), ("order1-hub", None)]
-
-
 # ---- states -----------------------------------------------------------------------------------------------
 
 
