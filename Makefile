@@ -23,7 +23,7 @@ say = @printf '\n== %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check env demo lint test-nbs check-nbs docs test-py torture mutations nbs export readme lab lock clean
+.PHONY: help run test check env demo lint test-nbs check-nbs docs test-py torture mutations nbs export readme tables lab lock clean
 
 help:  ## list the commands
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-12s%s\n", $$1, $$2}' Makefile
@@ -123,4 +123,4 @@ lock:  ## resolve settings.ini again and write requirements.txt
 	@git --no-pager diff --stat requirements.txt
 
 clean:  ## remove what was built (not .venv, .demo or results)
-	@rm -rf _proc docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,17 +1,15 @@
 "Sphinx settings. The pages are in docs/_build/src: `nbtool.py stage` writes them from the notebooks."
 
-import configparser
-import importlib.util
-import shutil
 from pathlib import Path
 
-here = Path(__file__).parent
-ini = configparser.ConfigParser(delimiters=["="])
-ini.read(here.parent / "settings.ini", encoding="utf-8")
-cfg = ini["DEFAULT"]
+import mathjax
+from fastcore.foundation import Config
 
-project, author, release = cfg["title"], cfg["author"], cfg["version"]
-copyright = cfg["copyright"]
+here = Path(__file__).parent
+cfg = Config(here.parent, "settings.ini")
+
+project, author, release = cfg.title, cfg.author, cfg.version
+copyright = cfg.copyright
 
 extensions = ["myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["notebooks"]
@@ -30,7 +28,7 @@ suppress_warnings = ["myst.header"]  # an exported name is always an H3
 
 html_theme = "furo"
 html_theme_options = {"navigation_with_keys": True, "footer_icons": []}
-html_title = cfg["title"]
+html_title = cfg.title
 html_favicon = str(here / "_static" / "gate.svg")
 html_logo = html_favicon
 html_css_files = ["site.css"]
@@ -43,12 +41,7 @@ pygments_dark_style = "a11y-high-contrast-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 
 # MathJax as one local file: pages read the same with no network, from disk or from a server.
-vendor = here / "_build" / "static"
-mathjax_path = "mathjax/tex-svg-full.js"
+mathjax_file = Path(mathjax.__file__).parent / "static/mathjax/es5/tex-svg-full.js"
+mathjax_path = mathjax_file.name
 mathjax3_config = {"svg": {"fontCache": "local"}}
-dst = vendor / mathjax_path
-if not dst.exists():
-    pkg = Path(next(iter(importlib.util.find_spec("mathjax").submodule_search_locations)))
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(pkg / "static" / "mathjax" / "es5" / dst.name, dst)
-html_static_path = [str(here / "_static"), str(vendor)]
+html_static_path = [str(here / "_static"), str(mathjax_file)]

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 import tokenize
 from concurrent.futures import ProcessPoolExecutor
@@ -29,18 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads changes t
 os.environ.pop("MPLBACKEND", None)  # the kernel's own, which puts figures into the notebook
 
 import nbclient
-import nbdev.serve
 import nbformat
-import yaml
-from nbdev import processors
-from nbdev.clean import nbdev_clean
+from nbdev.clean import clean_nb, nbdev_clean
 from nbdev.config import get_config
-from nbdev.process import extract_directives
-from nbformat.v4 import new_code_cell, new_markdown_cell
+from nbdev.doclinks import NbdevLookup
+from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).resolve().parent.parent
-PROC, SRC, SITE = ROOT / "_proc", ROOT / "docs" / "_build" / "src", ROOT / "docs" / "_build" / "html"
-CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)\s*?$|`[^`\n]+`)", re.M | re.S)
+SRC, SITE = ROOT / "docs" / "_build" / "src", ROOT / "docs" / "_build" / "html"
 DIRECTIVES = re.compile(r"\A(?:#\|.*(?:\n|\Z))*")
 
 
@@ -63,29 +58,22 @@ def notebooks() -> list[Path]:
     return listed
 
 
-def directives(cell) -> dict:
-    "The `#|` lines at the top of a cell."
-    return extract_directives(nbformat.from_dict(cell), remove=False)
+def directives(cell) -> dict[str, str]:
+    "The `#| name: value` lines at the top of a cell."
+    lines = DIRECTIVES.match(cell.source)[0].splitlines()
+    pairs = (line[2:].strip().partition(" ") for line in lines)
+    return {name.rstrip(":"): value.strip().strip("\"'") for name, _, value in pairs}
 
 
 # ---------------------------------------------------------------- run and check
 
 
 class Runner(nbclient.NotebookClient):
-    "Execute a notebook, leaving alone the cells that plain `nbdev_test` leaves alone."
-
-    skip: set[str] = set()
+    "Execute a notebook, leaving alone the cells that `nbdev_test` leaves alone."
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
-        if cell.cell_type == "code":
-            d = directives(cell)
-            off = (
-                d.get("eval:", [""])[0].lower() == "false"
-                or self.skip & d.keys()
-                or "nbdev_export(" in cell.source
-            )
-            if off:
-                return cell  # its stored outputs stay as they are
+        if directives(cell).get("eval") == "false":
+            return cell  # its stored outputs stay as they are
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
@@ -102,15 +90,9 @@ def with_palette(png: str) -> str:
 def execute(path: Path):
     "The notebook at `path`, executed with a fresh kernel."
     nb = nbformat.read(path, as_version=4)
-    client = Runner(
-        nb,
-        timeout=1800,
-        kernel_name="python3",
-        extra_arguments=["--IPKernelApp.log_level=40"],
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.skip = set(get_config().tst_flags.split())
-    client.execute()
+    quiet = ["--IPKernelApp.log_level=40"]
+    place = {"metadata": {"path": str(path.parent)}}
+    Runner(nb, timeout=1800, kernel_name="python3", extra_arguments=quiet, resources=place).execute()
     for output in (o for cell in nb.cells for o in cell.get("outputs", ())):
         if "image/png" in output.get("data", {}):
             output["data"]["image/png"] = with_palette(output["data"]["image/png"])
@@ -150,16 +132,14 @@ def nearly_image(a: str, b: str) -> bool:
 
 def difference(old: dict, new: dict) -> str:
     "'' when two outputs are equal, 'near' when only last digits differ, else what differs."
-    flat = [{"stream": o["text"]} if "text" in o else dict(o.get("data", {})) for o in (old, new)]
-    if flat[0] == flat[1]:
-        return ""
-    if flat[0].keys() != flat[1].keys():
-        return f"stored {sorted(flat[0])}, got {sorted(flat[1])}"
-    for kind, (x, y) in ((k, (flat[0][k], flat[1][k])) for k in flat[0]):
-        close = nearly_image if kind == "image/png" else nearly
-        if x != y and not close(x, y):
-            return f"{kind} differs" if kind == "image/png" else f"stored: {x.strip()}\ngot:    {y.strip()}"
-    return "near"
+    old, new = ({"stream": o["text"]} if "text" in o else dict(o.get("data", {})) for o in (old, new))
+    if old.keys() != new.keys():
+        return f"stored {sorted(old)}, got {sorted(new)}"
+    for kind, x in old.items():
+        y, picture = new[kind], kind == "image/png"
+        if x != y and not (nearly_image if picture else nearly)(x, y):
+            return f"{kind} differs" if picture else f"stored: {x.strip()}\ngot:    {y.strip()}"
+    return "near" if old != new else ""
 
 
 def check_one(path: Path) -> tuple[str, bool]:
@@ -169,12 +149,9 @@ def check_one(path: Path) -> tuple[str, bool]:
         nb = execute(path)
     except nbclient.exceptions.CellExecutionError as e:
         return f"{path.name}: FAILED\n{e}", False
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        nbformat.write(nb, copy)
-        nbdev_clean(str(copy))
-        got, stored = nbformat.read(copy, as_version=4), nbformat.read(path, as_version=4)
-    for old, new in zip(stored.cells, got.cells, strict=True):
+    clean_nb(nb)
+    stored = nbformat.read(path, as_version=4)
+    for old, new in zip(stored.cells, nb.cells, strict=True):
         if old.cell_type != "code" or "varies" in directives(old):
             continue
         if len(old.outputs) != len(new.outputs):
@@ -204,34 +181,13 @@ def each(work, paths: list[Path], jobs: int) -> int:
 # ---------------------------------------------------------------- stage
 
 
-def outside_code(f, text: str) -> str:
-    "Apply `f` to the parts of a Markdown `text` that are not code."
-    return "".join(o if i % 2 else f(o) for i, o in enumerate(CODE.split(text)))
-
-
 def to_myst(text: str) -> str:
-    "Turn the little Quarto that nbdev uses into MyST."
+    "Labels of equations as MyST writes them, and links to names inside this site."
     cfg = get_config()
     base = re.escape(f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/")
-
-    def f(s: str) -> str:
-        s = re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}", r"$$ (\1)", s)
-        s = re.sub(r"(?<![\w`])@(eq-[\w-]+)", r"{eq}`\1`", s)
-        s = re.sub(r"(?<![\w`])@(fig-[\w-]+)", r"{numref}`\1`", s)
-        s = re.sub(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}", r"\1{\2}", s, flags=re.M)
-        return s
-
-    text = outside_code(f, text)
+    text = re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}$", r"$$ (\1)", text, flags=re.M)
     # nbdev turns `name` into a link to the published site: make it a link inside this one
     return re.sub(rf"\]\({base}(?:[\w-]+/)?([\w-]+)\.html#([\w.]+)\)", r"](#\1.\2)", text)
-
-
-def options(cell) -> dict[str, str]:
-    "Take the `#| key: value` lines off the top of a code cell."
-    head = DIRECTIVES.match(cell.source)[0]
-    cell.source = cell.source[len(head) :]
-    pairs = (o[2:].strip().split(": ", 1) for o in head.splitlines() if ": " in o)
-    return {k: v.strip().strip("\"'") for k, v in pairs}
 
 
 def defined(source: str) -> dict[str, ast.AST]:
@@ -250,11 +206,8 @@ def defined(source: str) -> dict[str, ast.AST]:
 
 def only_imports(source: str) -> bool:
     "Whether a cell imports and does nothing else: a page folds it."
-    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-    body = ast.parse("\n".join(lines)).body
-    for_types = [isinstance(o, ast.If) and ast.unparse(o.test) == "TYPE_CHECKING" for o in body]
-    imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in body]
-    return any(imports) and all(map(max, imports, for_types))
+    body, kinds = ast.parse(source).body, (ast.Import, ast.ImportFrom)
+    return all(isinstance(o, kinds) or ast.unparse(o).startswith("if TYPE_CHECKING") for o in body)
 
 
 def public(names: dict[str, ast.AST]) -> list[str]:
@@ -324,40 +277,39 @@ def parameters(cell) -> list:
     return out
 
 
-def page(nb, name: str, raw: Path):
-    "Turn one processed notebook into a MyST-NB page; `name` is its path without `.ipynb`."
-    cells, seen, stem = [], set(), raw.stem
+def page(raw: Path):
+    "The MyST-NB page of a notebook."
+    nb, cells, seen, names = nbformat.read(raw, as_version=4), [], set(), NbdevLookup()
     for c in nb.cells:
-        if c.cell_type == "raw" and c.source.lstrip().startswith("---"):
-            fm = yaml.safe_load(c.source.strip().strip("-"))
-            lead = f"\n\n{{.lead}}\n{to_myst(fm['description'])}" if fm.get("description") else ""
-            cells.append(new_markdown_cell(f"# {fm['title']}{lead}\n\n{{.meta}}\n{meta(name, raw)}"))
-        elif c.cell_type == "markdown":
-            c.source = to_myst(c.source)
+        if c.cell_type == "markdown":
+            if c.source.startswith("# "):
+                title, lead = c.source.split("\n\n> ")
+                c.source = f"{title}\n\n{{.lead}}\n{to_myst(lead)}\n\n{{.meta}}\n{meta(raw)}"
+            else:
+                c.source = to_myst(names.linkify(c.source))
             cells.append(c)
-        elif c.cell_type == "code":
-            opt = options(c)
-            if c.source.startswith("show_doc("):
-                continue  # the source of what is exported is on the page
-            tags = {"echo": "remove-input", "output": "remove-output", "include": "remove-cell"}
-            c.metadata["tags"] = [tag for k, tag in tags.items() if opt.get(k, "").lower() == "false"]
-            if "exported" in opt:
-                c.metadata["tags"].append("exported")
-                cells += heading(c, stem, seen)
-            if opt.get("code-fold") or only_imports(c.source):
-                c.metadata["tags"].append("hide-input")
-            show = {}
-            if "fig-alt" in opt:
-                show["image"] = {"alt": opt["fig-alt"]}
-            if "fig-cap" in opt:
-                show["figure"] = {"caption": opt["fig-cap"], "name": opt.get("label", "")}
-            if show:
-                c.metadata["mystnb"] = show
-            for data in (o.data for o in c.outputs if "text/markdown" in o.get("data", {})):
-                data["text/markdown"] = to_myst("".join(data["text/markdown"]))
-            cells.append(c)
-            if "exported" in opt:
-                cells += parameters(c)
+            continue
+        opt = directives(c)
+        if "default_exp" in opt:
+            continue
+        c.source = DIRECTIVES.sub("", c.source)
+        exported = opt.keys() & {"export", "exporti"}
+        tags = {
+            "remove-input": opt.get("echo") == "false",
+            "exported": exported,
+            "hide-input": "code-fold" in opt or only_imports(c.source),
+        }
+        c.metadata["tags"] = [tag for tag, on in tags.items() if on]
+        show = {}
+        if "fig-alt" in opt:
+            show["image"] = {"alt": opt["fig-alt"]}
+        if "fig-cap" in opt:
+            show["figure"] = {"caption": opt["fig-cap"], "name": opt.get("label", "")}
+        if show:
+            c.metadata["mystnb"] = show
+        for data in (o.data for o in c.outputs if "text/markdown" in o.get("data", {})):
+            data["text/markdown"] = to_myst(names.link_line(data["text/markdown"]))
+        cells += [*heading(c, raw.stem, seen), c, *parameters(c)] if exported else [c]
     nb.cells = cells
     nb.metadata.clear()
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
@@ -367,18 +319,15 @@ def page(nb, name: str, raw: Path):
 
 def module_of(raw: Path) -> str:
     "The module that a notebook exports, or ''."
-    found = re.search(
-        r"#\|\s*default_exp\s+([\w.]+)", "\n".join(c.source for c in nbformat.read(raw, 4).cells)
-    )
+    found = re.search(r'"#\| default_exp ([\w.]+)', raw.read_text("utf-8"))
     return f"{get_config().lib_path.name}.{found[1]}" if found else ""
 
 
-def meta(name: str, raw: Path) -> str:
+def meta(raw: Path) -> str:
     "The line under a title: where the page comes from."
-    module = module_of(raw)
-    return (
-        f"module `{module}` · " if module else ""
-    ) + f"notebook {{download}}`{raw.name} </notebooks/{name}.ipynb>`"
+    module, place = module_of(raw), raw.relative_to(get_config().nbs_path).as_posix()
+    note = f"notebook {{download}}`{raw.name} </notebooks/{place}>`"
+    return f"module `{module}` · {note}" if module else note
 
 
 def names_page(raws: list[Path]) -> str:
@@ -391,7 +340,7 @@ def names_page(raws: list[Path]) -> str:
     for raw in raws:
         rows, seen = [], set()
         for c in nbformat.read(raw, 4).cells:
-            if c.cell_type == "code" and directives(c).keys() & {"export", "exports"}:
+            if c.cell_type == "code" and "export" in directives(c):
                 source = DIRECTIVES.sub("", c.source)
                 names, said = defined(source), comments(source)
                 for n in (n for n in public(names) if n not in seen):
@@ -418,132 +367,62 @@ def toctree(extra: list[str]) -> str:
     )
 
 
-def keep_export(cell):
-    "nbdev drops exported cells from a page and runs them to show a signature; here the source is the page."
-    d = cell.directives_ or {}
-    if d.keys() & {"hide", "default_exp"}:
-        del cell["source"]
-    elif d.keys() & {"export", "exporti", "exports"}:
-        cell.source = f"#| exported: true\n{cell.source}"
-
-
-class Processors(processors.FilterDefaults):
-    "nbdev's own steps, without those that execute cells."
-
-    def base_procs(self):
-        p = processors
-        first = [p.FrontmatterProc, p.populate_language, p.strip_ansi, p.hide_line, p.filter_stream_]
-        return [*first, p.rm_header_dash, keep_export, p.clean_magics, p.hide_, p.add_links]
-
-
-def process() -> None:
-    "Let nbdev process the notebooks: directives and links. Nothing is executed and no Quarto is called."
-    nbdev.serve.FilterDefaults = Processors
-    shutil.rmtree(PROC, ignore_errors=True)
-    nbdev.serve.proc_nbs(str(get_config().nbs_path), n_workers=0, force=True)
-
-
 def stage() -> None:
     "Write the pages that Sphinx builds: one per notebook, docs/*.md, and the list of names."
-    process()
     for folder in (SRC, SITE, SITE.with_name("doctrees")):  # nothing of a page that is gone stays
         shutil.rmtree(folder, ignore_errors=True)
-    SRC.mkdir(parents=True)
     nbs, raws = get_config().nbs_path, notebooks()
+    shutil.copytree(nbs, SRC / "notebooks", ignore=shutil.ignore_patterns(".*", "*_files"))  # for downloads
     extra = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
     for path in extra:
         text = path.read_text(encoding="utf-8").replace("](../nbs/", "](")
         (SRC / path.name).write_text(to_myst(text), encoding="utf-8")
     (SRC / "names.md").write_text(names_page(raws), encoding="utf-8")
     for raw in raws:
-        path = raw.relative_to(nbs)
-        nb = page(nbformat.read(PROC / path, as_version=4), path.with_suffix("").as_posix(), raw)
+        path, nb = raw.relative_to(nbs), page(raw)
         if path.name == get_config().readme_nb:
             nb.cells.append(new_markdown_cell(toctree(["names", *(p.stem for p in extra)])))
         for c in nb.cells:
-            c.setdefault("id", new_code_cell().id)
             if c.cell_type == "markdown":  # files outside of nbs/ lie beside its pages here
                 c.source = re.sub(r"\.\./(?:docs/|(?=[A-Z]+\.md))", "", c.source)
-        for out in (SRC / path, SRC / "notebooks" / path):
-            out.parent.mkdir(parents=True, exist_ok=True)
+        (SRC / path).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, SRC / path)
-        shutil.copy(raw, SRC / "notebooks" / path)
-    for p in PROC.rglob("*"):  # images that the Markdown uses
-        if p.suffix in {".png", ".svg", ".jpg", ".gif"}:
-            (SRC / p.relative_to(PROC)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(p, SRC / p.relative_to(PROC))
     print(f"staged {len(raws) + len(extra) + 1} pages in {SRC.relative_to(ROOT)}")
 
 
 # ---------------------------------------------------------------- readme
 
 
-def bare_table(html: str) -> str:
-    "The table of a data frame's HTML, without styles: a README shows it as a table."
-    table = re.search(r"<table.*?</table>", html, re.S)[0]
-    table = re.sub(r' (?:border="\d+"|class="[^"]*"|style="[^"]*")', "", table)
-    return re.sub(r"\n\s*", "\n", table)
-
-
-CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}\n(.*?)^\1[ ]*$", re.M | re.S)
-
-
 def to_github(text: str) -> str:
-    "Turn the little Quarto that nbdev uses into what a README may have."
-
-    def callout(m):
-        return "\n".join(f"> {o}".rstrip() for o in [f"[!{m[2].upper()}]", *m[3].strip().splitlines()])
-
-    def f(s: str) -> str:
-        s = re.sub(r"\$\$\s*\{#eq-[\w-]+\}", "$$", s)
-        return re.sub(
-            r"(?<![\w`])@(eq|fig)-[\w-]+", lambda m: {"eq": "the equation", "fig": "the figure"}[m[1]], s
-        )
-
-    text = outside_code(f, CALLOUT.sub(callout, text))
+    "The links of the index, from the folder above it."
     nbs = get_config().nbs_path.name
-    text = re.sub(r"\]\(([\w./-]+\.ipynb)", rf"]({nbs}/\1", text).replace("](../", "](")
-    return re.sub(r"\]\((?!\w+:|nbs/|#|/)([\w./-]+\.(?:png|svg))", rf"]({nbs}/\1", text)
+    return re.sub(r"\]\(([\w./-]+\.ipynb)", rf"]({nbs}/\1", text).replace("](../", "](")
 
 
 def readme(show: bool = False) -> None:
     "README.md from the index notebook, with its stored outputs (nbdev_readme needs Quarto for this)."
     cfg = get_config()
-    nb = nbformat.read(cfg.nbs_path / cfg.readme_nb, as_version=4)
     figs = ROOT / cfg.nbs_path.name / f"{Path(cfg.readme_nb).stem}_files"
     if not show:
         shutil.rmtree(figs, ignore_errors=True)
     out = ["<!-- Written from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->"]
     n = 0
-    for c in nb.cells:
+    for c in nbformat.read(cfg.nbs_path / cfg.readme_nb, as_version=4).cells:
         if c.cell_type == "markdown":
             out.append(to_github(c.source))
-        elif c.cell_type == "code":
-            d = directives(c)
-            if (
-                d.keys() & {"hide", "default_exp", "export", "exporti"}
-                or d.get("include:", [""])[0] == "false"
-            ):
-                continue
-            opt = options(c)
-            if opt.get("echo") != "false":
-                out.append(f"```python\n{c.source}\n```")
-            for o in c.get("outputs", []) if opt.get("output") != "false" else []:
-                data = o.get("data", {})
-                if "image/png" in data:
-                    n += 1
-                    if not show:
-                        figs.mkdir(exist_ok=True)
-                        (figs / f"figure-{n}.png").write_bytes(base64.b64decode(data["image/png"]))
-                    alt = opt.get("fig-alt", "").translate(str.maketrans("[]", "()"))
-                    out.append(f"![{alt}]({figs.relative_to(ROOT)}/figure-{n}.png)")
-                elif "text/markdown" in data:
-                    out.append(to_github(data["text/markdown"]))
-                elif "<table" in data.get("text/html", ""):
-                    out.append(bare_table(data["text/html"]))
-                else:
-                    text = o.get("text") or data.get("text/plain", "")
-                    out.append("\n".join("    " + s for s in text.splitlines()))
+            continue
+        opt = directives(c)
+        if opt.get("echo") != "false":
+            out.append(f"```python\n{DIRECTIVES.sub('', c.source)}\n```")
+        for data in (o.data for o in c.outputs):
+            if "image/png" in data:
+                n += 1
+                if not show:
+                    figs.mkdir(exist_ok=True)
+                    (figs / f"figure-{n}.png").write_bytes(base64.b64decode(data["image/png"]))
+                out.append(f"![{opt.get('fig-alt', '')}]({figs.relative_to(ROOT)}/figure-{n}.png)")
+            else:
+                out.append(to_github(data["text/markdown"]))
     text = "\n\n".join(o.strip("\n") for o in out) + "\n"
     sys.stdout.write(text) if show else (ROOT / "README.md").write_text(text, encoding="utf-8")
 

@@ -121,7 +121,7 @@ def chosen_methods(
     known = PROTOCOLS["reduced"]["strengths"] | _parse_strengths(strength)
     methods = []
     for name in dict.fromkeys(names):
-        method = METHODS[check_choice(name, tuple(METHODS), "method")]
+        method = METHODS[check_choice(name, METHODS, "method")]
         own = strength_of(name, sequence, known)
         methods.append(with_settings(method, strength=own, past_dtype=past_dtype))
     return methods
@@ -275,7 +275,7 @@ def predict(
     texts = text or [line.rstrip("\n") for line in sys.stdin]
     options = dict(backbone=backbone, device=device, dtype=dtype)
     prompts = Run.load(place).extra["prompts"]
-    instruction, answers, *hidden = prompts[check_choice(task, tuple(prompts), "task")]
+    instruction, answers, *hidden = prompts[check_choice(task, prompts, "task")]
     opened = load_without(place, without, **options) if without else load_learned(place, **options)
     model, tokenizer, found = opened
     question = Question(task, instruction, tuple(answers), list_options=not hidden)
@@ -374,7 +374,7 @@ def grid(
     from jumplora.running import grid as grids
 
     if not status:
-        budget = grids.PROTOCOLS[check_choice(protocol, tuple(grids.PROTOCOLS), "protocol")]
+        budget = grids.PROTOCOLS[check_choice(protocol, grids.PROTOCOLS, "protocol")]
         strengths = budget["strengths"] | _parse_strengths(strength)
         jobs = []
         for settings in swept(set):
@@ -402,7 +402,7 @@ def study(
     *,
     seed: Sequence[int] = (),  # every arm is run once per seed; by default the variant's, 101 to 112 for main
     method: Sequence[str] = (),  # arms of these methods only
-    variant: str = "main",  # main; follow-ups: longer, deeper, unlisted, ella, gates; quick: the front page
+    variant: str = "main",  # main; longer, deeper, unlisted, untrained, ella, gates; quick: the front page
     out: str | None = None,  # folder of the runs; by default runs/study-main, runs/study-quick, ...
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
@@ -570,7 +570,7 @@ def main(
             print("commands:", *(f"  {name:9} {one.__doc__}" for name, one in COMMANDS.items()), sep="\n")
             print("\n`jumplora COMMAND --help` lists a command's flags.", flush=True)
             return 0 if argv else 2
-        command = COMMANDS[check_choice(argv[0], tuple(COMMANDS), "command")]
+        command = COMMANDS[check_choice(argv[0], COMMANDS, "command")]
         values = _parse(argv[0], argv[1:])
         speaks = nullcontext()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:

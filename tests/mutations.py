@@ -124,7 +124,7 @@ MUTATIONS = [
         ("a decoder predicts the token it reads", "logits[:, -labels.shape[1] : -1]", "logits[:, -labels.shape[1] + 1 :]", "learning/test_training.py|loss"),
         ("the penalty grows with the accumulation", "value / self.current_gradient_accumulation_steps", "value", "learning/test_training.py|penalty"),
         ("weight decay shrinks thresholds", '[name for name in names if ".lora_gate." not in name] if self.args.weight_decay else names', "names", "learning/test_training.py|decay"),
-        ("a fixed threshold learns", "requires_grad_(config.learn_threshold and not config.hold_kept)", "requires_grad_(True)", "learning/test_training.py|threshold"),
+        ("a fixed threshold learns", "if config.hold_kept or not config.learn_threshold else ()", "if False else ()", "learning/test_training.py|threshold"),
         ("a layer's penalty adds its gradient to its value", "(flat - flat.detach()) @", "flat @", "learning/test_training.py|layer"),
         ("the steps of a task are rounded down", "math.ceil(batches / config.gradient_accumulation)", "(batches // config.gradient_accumulation)", "learning/test_training.py|steps"),
         ("the loss is a mean over one batch", "num_items_in_batch if num_items_in_batch is not None else", "None or", "learning/test_training.py|accumulation or label_loss"),

@@ -201,6 +201,14 @@ def test_notebook_shows_its_outputs(name):
     )
 
 
+@pytest.mark.parametrize("name", NBS)
+def test_the_site_knows_every_directive(name):
+    about = "default_exp export exporti code-fold varies label fig-alt fig-cap".split()
+    for cell in cells(name):
+        values = {k: v for k, v in cell.options.items() if k not in about}
+        assert values in ({}, {"echo": "false"}, {"eval": "false"}), f"docs/nbtool.py does not read {values}"
+
+
 def test_the_rules_catch_what_they_forbid():
     hidden = Cell({"cell_type": "code", "source": "#| hide\nx = 1\nassert x == 1"})
     assert hidden.hidden and asserts(hidden)

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ..conventions import check_choice
 from .benchmark import BENCHMARK
 from .sequences import NEWSROOMS, demo_file
-from ..learning.tasks import is_encoder_decoder, prompt
+from ..learning.tasks import prompt
 from ..running.processes import own_device
 
 # %% ../../nbs/5_inside/backbones.ipynb #3de000b9
@@ -87,7 +87,7 @@ def load_backbone(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    if not is_encoder_decoder(model):
+    if not seq2seq:
         tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -170,7 +170,7 @@ def _draw(data, source: _HubSource, count: int, key: str, balanced: bool, seen: 
     for value in dict.fromkeys(values):
         name = "-" if value is None else label_text(value, f"{source.repo_id}: the label", names)
         if name != "-":
-            check_choice(name, list(source.labels), f"{source.repo_id}: label")
+            check_choice(name, source.labels, f"{source.repo_id}: label")
             options[value] = source.labels[name]
     order = [i for i in shuffled(range(len(data)), key) if values[i] in options]
     if balanced:
@@ -198,7 +198,7 @@ def hub_task(
     "Draw a task from the Hub. Raises `ValueError` or `OSError` for what is not there."
     import datasets
 
-    known = BENCHMARK[check_choice(name, list(BENCHMARK), "task")]
+    known = BENCHMARK[check_choice(name, BENCHMARK, "task")]
     source = known.hub
     try:
         data = datasets.load_dataset(source.repo_id, source.config, revision=source.revision)
@@ -206,7 +206,7 @@ def hub_task(
         what = f"the dataset {source.repo_id} of the task {name!r} could not be read ({error})"
         raise OSError(f"{what}; connect to the Hub once, or drop {HUB!r} and use a folder of rows") from error
     for split in ("train", source.test):
-        check_choice(split, list(data), f"{source.repo_id}: split")
+        check_choice(split, data, f"{source.repo_id}: split")
     train, dev, test = known.rows
     key = f"{seed}/{name}{HUB}"
     seen: set[str] = set()

@@ -86,7 +86,7 @@ class Method:
         TrainConfig(**self.settings)
         check_choice(self.after_task, ("merge", "keep"), "after_task")
         check_choice(self.training, ("sequential", "joint", "isolated"), "training")
-        check_choice(self.optimizer, tuple(training.OPTIMIZERS), "optimizer")
+        check_choice(self.optimizer, training.OPTIMIZERS, "optimizer")
         if type(self.rehearsal) not in (int, float) or not 0 <= self.rehearsal <= 1:
             raise ValueError(f"rehearsal={self.rehearsal!r} is not a share; use a number from 0 to 1")
         own = self.regularizer

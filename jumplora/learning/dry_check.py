@@ -6,7 +6,6 @@
 __all__ = ['dry_check']
 
 # %% ../../nbs/2_learning/dry_check.ipynb #9f3a4d86
-import heapq
 import re
 import shutil
 from pathlib import Path
@@ -54,13 +53,11 @@ def _longest_prompt(model, tokenizer, sequence, config, split, scoring) -> tuple
     for task in sequence:
         options = max(len(encode_answer(tokenizer, option, not decoder)) for option in task.options)
         options = max(options, 8) if scoring == "answers" else options  # as many are generated
-        texts = {row.text for rows in (task.train, getattr(task, split)) for row in rows}
+        texts = sorted({row.text for rows in (task.train, getattr(task, split)) for row in rows})
         if positions is None or config.max_length + options * decoder <= positions:
-            texts = heapq.nlargest(8, sorted(texts), key=len)
-        prompts = [
-            (encode_prompt(tokenizer, task, text, config.max_length, config.truncation), text)
-            for text in sorted(texts)
-        ]
+            texts = sorted(texts, key=len)[-8:]
+        cut = (config.max_length, config.truncation)
+        prompts = [(encode_prompt(tokenizer, task, text, *cut), text) for text in texts]
         prompt, text = max(prompts, key=lambda found: len(found[0]))
         if decoder and prompt[-1] == tokenizer.eos_token_id:
             what = f"the tokenizer ends every prompt with {tokenizer.eos_token!r}, before the answer"
@@ -99,12 +96,11 @@ def dry_check(
     if scoring == "labels":
         options = [option for task in sequence for option in task.options]
         label_tokens(tokenizer, options, is_encoder_decoder(model))
-        for task in sequence:
-            if not {row.label for row in getattr(task, split)} <= set(task.options):
-                raise ValueError(f"scoring='labels': {task.name!r} has {split} rows whose label is no option")
     for task in sequence:
-        rows = getattr(task, split)
-        if rows and not any(row.label in task.options for row in rows):
+        labels = {row.label for row in getattr(task, split)}
+        if scoring == "labels" and not labels <= set(task.options):
+            raise ValueError(f"scoring='labels': {task.name!r} has {split} rows whose label is no option")
+        if labels.isdisjoint(task.options):
             what = f"{task.name!r}: no {split} row has a label among its options (hidden labels?)"
             raise ValueError(f"{what}; score another split, or give rows with labels")
     task, text = _longest_prompt(model, tokenizer, sequence, config, split, scoring)

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -281,10 +282,9 @@ def _score_labels(
     "The score by the first token after the prompt, which must differ between labels. Nothing is generated."
     collator = Collator.for_model(model, tokenizer)
     tokens = label_tokens(tokenizer, labels, collator.encoder_decoder)
-    wrong = [row.label for row in rows if row.label not in task.options]
-    for label in (*wrong, *(option for option in task.options if option not in tokens)):
-        allowed = list(task.options if wrong else labels)
-        raise ValueError(f"task {task.name!r}: the label {label!r} is not among {allowed}")
+    for words, allowed in (([row.label for row in rows], task.options), (task.options, tokens)):
+        if wrong := [word for word in words if word not in allowed]:
+            raise ValueError(f"task {task.name!r}: the label {wrong[0]!r} is not among {list(allowed)}")
     encoded = [encode_prompt(tokenizer, task, row.text, max_length, truncation) for row in rows]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not reading.reads_together(base, max(map(len, encoded)) + max(map(len, tokens.values()))):
@@ -295,8 +295,7 @@ def _score_labels(
     exact = []
     chosen = []
     for start in range(0, len(pairs), batch_size):
-        batch = collator(pairs[start : start + batch_size])
-        batch = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+        batch = send_to_device(collator(pairs[start : start + batch_size]), device)
         given = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits
         if not collator.encoder_decoder:

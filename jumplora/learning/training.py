@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate.utils import find_tied_parameters
+from accelerate.utils import find_tied_parameters, send_to_device
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -450,7 +450,7 @@ def train_task(
         raise ValueError("the model has no adapter that is trained; make one with attach_adapter")
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged, so nothing would be learned; call model.unmerge_adapter()")
-    chosen = OPTIMIZERS[check_choice(optimizer, tuple(OPTIMIZERS), "optimizer")]
+    chosen = OPTIMIZERS[check_choice(optimizer, OPTIMIZERS, "optimizer")]
     device = next(model.parameters()).device
     set_seed(seed)
     log = TaskLog(task_steps(task, config, also), task=task.name)
@@ -502,7 +502,7 @@ def row_gradients(model, tokenizer, task: Task, config: TrainConfig) -> Iterator
     layers = adapter_layers(model).items()
     factors = {f"{n}.{p}": getattr(layer, f"lora_{p}")["default"].weight for n, layer in layers for p in "AB"}
     for row in _encode_rows(tokenizer, [task], config, collator.encoder_decoder):
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator([row]).items()}
+        batch = send_to_device(collator([row]), device)
         labels = batch.pop("labels")
         loss = label_loss(model(**batch), labels, shift=not collator.encoder_decoder)
         yield dict(zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True))

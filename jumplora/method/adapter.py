@@ -193,18 +193,14 @@ class JumpLoraModel(LoraModel):
 
     def _create_and_replace(self, lora_config, adapter_name, target, name, parent, current_key, **kwargs):
         super()._create_and_replace(lora_config, adapter_name, target, name, parent, current_key, **kwargs)
-        layer = getattr(parent, name)
-        group = current_key  # the layer's own name
-        if lora_config.threshold_scope == "model":
-            group = "model"
-        elif lora_config.threshold_scope == "block":
-            block = self.BLOCK.match(current_key)
-            group = block[0] if block else "outside blocks"
+        block = self.BLOCK.match(current_key)
+        groups = dict(model="model", block=block[0] if block else "outside blocks", layer=current_key)
+        group = groups[lora_config.threshold_scope]
+        own = getattr(parent, name).lora_gate
         # (adapter, group) -> gate; made here, since PEFT's __init__ already calls this method
         gates = self.__dict__.setdefault("_shared_gates", {})
-        gate = gates.setdefault((adapter_name, group), layer.lora_gate[adapter_name])
-        gate.group = group
-        layer.lora_gate[adapter_name] = gate
+        own[adapter_name] = gates.setdefault((adapter_name, group), own[adapter_name])
+        own[adapter_name].group = group
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):

@@ -42,6 +42,9 @@ VARIANTS: dict[str, dict] = {  # arms; training and scored rows of a task; setti
     "longer": _USUAL | dict(rates=_THREE, train=dict(epochs=2)),
     "deeper": _USUAL | dict(rates=_THREE, train=dict(top_layers=8)),
     "unlisted": _USUAL | dict(rates=_THREE),  # no options in prompts
+    "untrained": _USUAL | dict(  # one step that hardly changes a weight: what the model knew before
+        rates={"IncLoRA": (1e-9,)}, seeds=range(101, 107), train=dict(epochs=0.02),
+    ),
     "ella": _USUAL | dict(rates=dict.fromkeys(("ELLA", "ELLA + late gate"), (7e-4, 1.4e-3))),
     "gates": _USUAL | dict(  # exploratory
         rates=_THREE | {"IncLoRA": (5e-4, 1e-3, 1.4e-3), "IncLoRA + disjoint masks": (1e-3,)},
@@ -61,11 +64,11 @@ def study_jobs(
     methods: Iterable[str] = (),  # only these arms
 ) -> list[Job]:  # seed by seed
     "The runs of the study, or of what else is tried beside it. `ValueError` for a wrong name."
-    plan = VARIANTS[check_choice(variant, tuple(VARIANTS), "variant")]
+    plan = VARIANTS[check_choice(variant, VARIANTS, "variant")]
     sequence = "topics-unlisted" if variant == "unlisted" else "topics"
     rows = dict(zip(("train", plan["split"]), plan["rows"], strict=True))
     rows = dict(train=0, dev=0, test=8) | rows
-    arms = [check_choice(arm, tuple(plan["rates"]), "method") for arm in methods or plan["rates"]]
+    arms = [check_choice(arm, plan["rates"], "method") for arm in methods or plan["rates"]]
     jobs = []
     for seed, arm in itertools.product(seeds or plan["seeds"], arms):
         gates = plan["gates"] if "late gate" in arm else [{}]
@@ -174,7 +177,7 @@ def compare_families(
     second: str,  # another
     straight: bool = False,  # as in `frontier`
     level: float = LEVEL,  # as in `jackknife`
-) -> dict[str, float]:  # learning, difference, low, high, level; nan where there is no value
+) -> dict[str, float]:  # learning; retention of first and second, difference, low, high; level; or nan
     "Retention of the first minus the second, in points, at the middle of the learning that both reach."
     families = [arms_of(table, method) for method in (first, second)]
     seeds = len(families[0][1])
@@ -185,16 +188,17 @@ def compare_families(
     reached = [curve[:, 0] for curve in curves(np.arange(seeds))]
     low, high = max(map(np.min, reached)), min(map(np.max, reached))
     if not high - low >= 3:  # points of learning that both must reach
-        return dict.fromkeys(("learning", "difference", "low", "high"), math.nan) | dict(level=level)
+        names = "learning first second difference low high".split()
+        return dict.fromkeys(names, math.nan) | dict(level=level)
     at = (low + high) / 2
 
-    def difference(used):
-        ours, theirs = curves(used)
-        return retention_at(ours, at) - retention_at(theirs, at)
+    def kept(used):
+        return [retention_at(curve, at) for curve in curves(used)]
 
-    found = jackknife(difference, seeds, level)
-    mean = found["mean"] if math.isfinite(found["low"]) else difference(np.arange(seeds))
-    return dict(learning=at, difference=mean, low=found["low"], high=found["high"], level=level)
+    values = dict(zip(("first", "second"), kept(np.arange(seeds)), strict=True))
+    found = jackknife(lambda used: np.subtract(*kept(used)), seeds, level)
+    values["difference"] = found["mean"] if math.isfinite(found["low"]) else np.subtract(*values.values())
+    return dict(learning=at) | values | dict(low=found["low"], high=found["high"], level=level)
 
 
 def outcome(

@@ -216,7 +216,7 @@ def grid_table(
     methods: Iterable[str] | None = None,  # to list even if they were not run
 ) -> pd.DataFrame:  # text: a row per method, a column per order, and their mean
     'Mean and, over two seeds or more, standard deviation; "not run" where there is no record.'
-    orders = _ORDERS_OF[check_choice(part, tuple(_ORDERS_OF), "part")]
+    orders = _ORDERS_OF[check_choice(part, _ORDERS_OF, "part")]
     headings = {order: [order] for order in orders} | {part: orders}
     return _table_of_part(runs, methods, orders, {measure: headings})
 
@@ -279,12 +279,9 @@ def holm(
 ) -> dict[str, float]:  # comparison -> p after Holm's correction
     "p-values of a group of tests after Holm's correction, each 1 at most."
     known = {name: p for name, p in p_values.items() if not math.isnan(p)}
-    corrected = {}
-    largest = 0.0
-    for i, (name, p) in enumerate(sorted(known.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(known) - i) * p))
-        corrected[name] = largest
-    return {name: corrected.get(name, 1.0) for name in p_values}
+    steps = (min(1.0, (len(known) - i) * p) for i, p in enumerate(sorted(known.values())))
+    corrected = zip(sorted(known, key=known.get), itertools.accumulate(steps, max), strict=True)
+    return dict.fromkeys(p_values, 1.0) | dict(corrected)
 
 # %% ../../nbs/3_results/run_tables.ipynb #7defa141
 def _paired(runs: Sequence[Run], first: str, second: str, measure: str, part: str) -> dict[str, float]:
@@ -402,7 +399,7 @@ def learned_figure(
         about = labelled(f"{sequence_of(runs[0], runs)}, {runs[0].backbone}", runs)
         if len(means) > 1 and np.isfinite(means).all():
             learned, kept = np.ptp(means, axis=0)
-            about = f"Learning differs by {learned:.0f} points, retention by {kept:.0f}\n({about})"
+            about = f"Methods differ by {learned:.0f} points in learning, {kept:.0f} in retention\n({about})"
         axis.set_title(about)
         axis.legend(fontsize=8)
     plt.close(figure)

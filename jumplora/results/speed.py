@@ -226,7 +226,7 @@ def measure(
 ) -> None:
     "Measure parts and write one record each. `ValueError` for an unknown part, before anything is measured."
     number = str(dtype).removeprefix("torch.")
-    for name in [check_choice(name, tuple(PARTS), "part") for name in parts]:
+    for name in [check_choice(name, PARTS, "part") for name in parts]:
         start = time.perf_counter()
         rows = PARTS[name](quick, device, dtype)
         seconds = time.perf_counter() - start

@@ -57,7 +57,7 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
 def strength_of(method: str, sequence: str, strengths: dict) -> float | list | None:
     "λ of a method on a sequence, of its own entry or its base's; None: its default. `ValueError`."
     for name in strengths:
-        check_choice(name, tuple(METHODS), "method with a strength")
+        check_choice(name, METHODS, "method with a strength")
     found = strengths.get(method, strengths.get(base_of(method)))
     name = sequence_name(sequence)
     return found.get(name, found.get(name.removesuffix("-hub"))) if isinstance(found, dict) else found
@@ -103,7 +103,7 @@ def plan(
     **shared: object,  # other fields of `Job`, the same for all
 ) -> list[Job]:  # seed by seed, sequence by sequence
     "The jobs of a grid, each once. Raises ValueError for an unknown method, also among the strengths."
-    methods = [check_choice(name, tuple(METHODS), "method") for name in methods]
+    methods = [check_choice(name, METHODS, "method") for name in methods]
     orders = HUB_SEQUENCES | _ORDERS
     jobs = {}
     for seed, sequence, method in product(seeds, map(sequence_name, sequences), methods):
@@ -116,7 +116,7 @@ def plan(
 # %% ../../nbs/5_inside/grid.ipynb #be946572
 def job_method(job: Job) -> tuple[Method, TrainConfig]:
     "Method and settings of a job. Raises ValueError for what does not exist or is out of range."
-    method = METHODS[check_choice(job.method, tuple(METHODS), "method")]
+    method = METHODS[check_choice(job.method, METHODS, "method")]
     method = with_settings(method, strength=job.strength, **job.regularizer)
     for name in job.train:
         check_choice(name, [item.name for item in fields(TrainConfig)], "setting of training")
@@ -206,9 +206,9 @@ def status(
     return pd.DataFrame(rows, pd.Index(jobs, name="key"), columns)
 
 # %% ../../nbs/5_inside/grid.ipynb #a0fb4cae
-def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: int) -> list[Job]:
-    "The jobs with their fingerprints. `ValueError` or `OSError` names a job that would fail or be wrong."
-    checked, models, sequences, passed = [], {}, {}, set()
+def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: int) -> dict[str, Job]:
+    "Key -> job with its fingerprint. `ValueError` or `OSError` names a job that would fail or be wrong."
+    checked, models, sequences, passed = {}, {}, {}, set()
     for job, (method, config) in [(job, job_method(job)) for job in jobs]:  # settings of every job first
         rows = (job.sequence, method.training == "isolated", str(job.rows))
         name = (job.backbone, "float32" if job.dtype == "auto" else job.dtype)  # the same on every machine
@@ -234,7 +234,7 @@ def _check_jobs(jobs: Sequence[Job], out: Path, folder: str | None, processes: i
         except (ValueError, OSError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(f"{job.method} on {job.sequence}, seed {job.seed}: {error}") from error
-        checked.append(job)
+        checked[job.key] = job
     return checked
 
 # %% ../../nbs/5_inside/grid.ipynb #b7f68afc
@@ -288,7 +288,7 @@ def _places(device: str, processes: int) -> list[tuple[str, str]]:
         return [(str(pick_device(device)), visible)]
     names = [str(i) for i in range(count)] if visible == "all" else visible.split(",")[:count]
     if number:
-        names = [names[int(check_choice(number, list(map(str, range(count))), "number of a GPU"))]]
+        names = [names[int(check_choice(number, map(str, range(count)), "number of a GPU"))]]
     if len(names) < processes:
         raise ValueError(f"processes={processes}: device={device!r} has {len(names)} GPUs here; use as many")
     starts = range(0, len(names) - processes + 1, processes)
@@ -372,10 +372,9 @@ def run_grid(
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     jobs = _check_jobs(jobs, out, folder, processes)
     with held_lock(out / "jobs" / "lock", patience=60):
-        asked = {key: asdict(job) for key, job in (_read_jobs(out) | {job.key: job for job in jobs}).items()}
+        asked = {key: asdict(job) for key, job in (_read_jobs(out) | jobs).items()}
         write_atomic(out / "jobs.json", json.dumps(dict(format=2, jobs=asked), indent=1) + "\n")
-    keys = list(dict.fromkeys(job.key for job in jobs))
-    missing = [key for key in keys if _job_state(out, key)[0] not in ("done", "running")]
+    missing = [key for key in jobs if _job_state(out, key)[0] not in ("done", "running")]
     for key in missing:
         (out / "jobs" / key / "run.json").unlink(missing_ok=True)  # an error of the last attempt
     workers = min(workers, len(missing))
@@ -386,4 +385,4 @@ def run_grid(
     if engine == "local" and missing:
         threads = max(1, torch.get_num_threads() // (workers * processes))
         _run_here(out, missing, partial(work, threads=threads), workers, places, options, minutes)
-    return status(out).loc[keys]
+    return status(out).loc[list(jobs)]

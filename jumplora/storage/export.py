@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,11 +54,8 @@ def merged_model(base: nn.Module, updates: Mapping[str, Sequence[SparseUpdate]])
     return model
 
 # %% ../../nbs/5_inside/export.ipynb #92225f18
-def save_sparse_adapter(
-    updates: Mapping[str, Sequence[SparseUpdate]], folder: str | Path, *,
-    task_type: str | None = None, base_model_name_or_path: str | None = None,
-) -> None:  # fmt: skip
-    "Write updates as an adapter of stock PEFT. `ValueError` where a layer has more entries than places."
+def save_sparse_adapter(updates: Mapping[str, Sequence[SparseUpdate]], folder: str | Path, **about) -> None:
+    "Updates as an adapter of stock PEFT (`about`: its config). `ValueError`: more entries than places."
     sizes = {name: math.prod(parts[0].shape) for name, parts in updates.items()}
     values = {name: torch.cat([part.values for part in parts]) for name, parts in updates.items()}
     for name, size in sizes.items():
@@ -72,8 +69,7 @@ def save_sparse_adapter(
         free = int(sizes[name] * (1 - sparsity)) - len(positions)
         tensors[f"base_model.model.{name}.supertuning_values"] = F.pad(values[name], (0, free), value=-0.0)
         tensors[f"base_model.model.{name}.supertuning_indices"] = F.pad(positions, (0, free))
-    config = SupertuningConfig(inference_mode=True, sparsity=sparsity, task_type=task_type)
-    config.base_model_name_or_path = base_model_name_or_path
+    config = SupertuningConfig(inference_mode=True, sparsity=sparsity, **about)
     config.target_modules = sorted(updates)  # whole names, so that no other layer is meant
     config.save_pretrained(folder)
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -135,8 +131,8 @@ class Finished:
     tokenizer: PreTrainedTokenizerBase
     updates: dict[str, tuple[SparseUpdate, ...]]  # layer's name -> what is added to its weight, in this order
     run: Run
-    task: str | None = None  # the one task whose update this is; None: all that was learned
-    adapter: dict[str, Tensor] = field(default_factory=dict)  # of a run that keeps its adapter
+    task: str | None  # the one task whose update this is; None: all that was learned
+    adapter: dict[str, Tensor]  # of a run that keeps its adapter; else empty
 
     def write(self, folder: Path, format: str, base_model: str | None):
         "The files, without a path of this machine. `ValueError` where the run has no such form."
@@ -169,6 +165,7 @@ def load_finished(
     learned = run.tasks[: run.tasks_learned]
     if not learned:
         raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
+    parts = {}
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
     else:
@@ -176,14 +173,13 @@ def load_finished(
         if not (written := run.extra.get("archives", {}).get(task)):
             raise ValueError(f"{run.name} keeps no update of {task!r} alone; export it without a task")
         archive = read_archive(archive_path(folder, i, task), written["checksum"])
+        updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
     base, tokenizer = load_start(run, backbone=backbone, device="cpu")
     base = (copy.deepcopy(base) if isinstance(backbone, tuple) else base).float().cpu()  # the given one stays
-    if task is not None:
-        updates = {layer: (archive.update(layer),) for layer in sorted(archive.header.layers)}
-        return Finished(base, tokenizer, updates, run, task)
-    start = base.get_submodule
-    updates = {name: exact_updates(end, start(name).weight) for name, end in parts["weight"].items()}
-    return Finished(base, tokenizer, updates, run, adapter=parts["adapter"])
+    if task is None:
+        start = base.get_submodule
+        updates = {name: exact_updates(end, start(name).weight) for name, end in parts["weight"].items()}
+    return Finished(base, tokenizer, updates, run, task, parts.get("adapter", {}))
 
 # %% ../../nbs/5_inside/export.ipynb #53bb670d
 _NEEDS = {"merged": "", "jumplora": ", PEFT and jumplora", "supertuning": " and PEFT, 0.21 or newer"}
@@ -316,7 +312,7 @@ def export_run(
     backbone: str | Path | tuple | None = None,  # where the base is now, or (model, tokenizer)
 ) -> Path:  # full path of the export
     "Write a finished run for others to read. `ValueError` where it cannot be; then nothing is written."
-    check_choice(format, tuple(_NEEDS), "format")
+    check_choice(format, _NEEDS, "format")
     out = free_folder(out)
     if repo_id is not None:
         _check_repo_id(repo_id)

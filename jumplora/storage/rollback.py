@@ -161,11 +161,9 @@ def rollback(
         raise ValueError("without the last task the weights are not those that it began with")
     scores = None
     if sequence is not None:
-        model, tokenizer = load_start(run, **options)
-        if isinstance(options.get("backbone"), tuple):  # a given model stays as it is
-            model = copy.deepcopy(model)
-        for layer, weight in weights.items():
-            model.get_submodule(layer).weight.copy_(weight)
+        if isinstance(given := options.get("backbone"), tuple):  # a given model stays as it is
+            options["backbone"] = (copy.deepcopy(given[0]), given[1])
+        model, tokenizer = load_start(run, weights, **options)
         train = run.configuration["train"]
         settings = {key: train[key] for key in ("max_length", "truncation")}
         settings |= dict(split=run.configuration["scored_split"], batch_size=2 * train["batch_size"])

@@ -109,18 +109,17 @@ def read_archive(path: Path, checksum: str | None = None) -> UpdateArchive:
     "Read and verify an archive, against the record's checksum if given; `Damaged` if it cannot be trusted."
     try:
         tensors, about, found = read_tensors(Path(path))
-        archive = UpdateArchive(ArchiveHeader(**about), tensors)
-        good = all(archive.fits(layer) for layer in archive.header.layers)
-        reason = "" if good else "holds positions or values that no update has"
         if checksum not in (None, found):
-            reason = "is not the file that the record names"
+            raise Damaged(f"{path} is not the file that the record names")
+        archive = UpdateArchive(ArchiveHeader(**about), tensors)
+        if not all(archive.fits(layer) for layer in archive.header.layers):
+            raise Damaged(f"{path} holds positions or values that no update has")
+        return archive
     except Damaged as error:
-        reason = str(error).removeprefix(f"{path} ")
+        reason = str(error)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        reason = f"is damaged: its header does not describe its tensors ({error!r})"
-    if reason:
-        raise Damaged(f"{path} {reason}. It is not used; put the original file back")
-    return archive
+        reason = f"{path} is damaged: its header does not describe its tensors ({error!r})"
+    raise Damaged(f"{reason}. It is not used; put the original file back")
 
 # %% ../../nbs/5_inside/updates.ipynb #1e2cce86
 def archive_path(folder: Path, position: int, task: str) -> Path:

@@ -663,6 +663,16 @@ def test_an_adapter_deleted_and_added_again_gets_a_fresh_gate(scope):
     assert gates(model, "second") == second
 
 
+def test_a_second_adapter_of_the_same_name_on_the_same_model_has_fresh_gates():
+    model = adapted()
+    before = gates(model)
+    before[0].interpolation.fill_(1)
+    with pytest.warns(UserWarning, match="second time"):
+        again = get_peft_model(model.get_base_model(), JumpLoraConfig(r=2, initial_threshold=0.75))
+    (gate,) = gates(again)
+    assert gate not in before and (gate.threshold.item(), gate.interpolation.item()) == (0.75, 0.0)
+
+
 # ---- training tools ---------------------------------------------------------------------------------------
 
 

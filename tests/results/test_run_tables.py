@@ -189,7 +189,9 @@ def test_a_markdown_table_has_one_line_per_row_and_escapes_bars():
 def test_the_figure_of_learning_states_its_differences_and_leaves_unfinished_runs_out():
     runs = [make("SeqLoRA", (60, 70)), make("ELLA", (66, 90))]
     (axis,) = learned_figure([*runs, make("IncLoRA", (60, None))]).axes
-    assert axis.get_title("left").startswith("Learning differs by 10 points, retention by 6\n(order1, ")
+    assert axis.get_title("left").startswith(
+        "Methods differ by 10 points in learning, 6 in retention\n(order1, "
+    )
     assert len(axis.get_legend().texts) == 2
     (alone,) = learned_figure(runs[:1]).axes
     assert alone.get_title("left").startswith("order1, ")
