@@ -134,7 +134,7 @@ def test_help_is_for_people_and_explains_every_flag_with_its_default(command, ju
 def test_the_overview_and_a_slip_need_no_torch(words, expected, root, tmp_path):
     code = (
         "import sys; from jumplora.command_line import main; code = main(sys.argv[1:]);"
-        "print('imported', *sorted({'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules)));"
+        "print('imported', *sorted({*'torch transformers peft pandas matplotlib'.split()} & {*sys.modules}));"
         "sys.exit(code)"
     )
     environment = dict(PATH="/usr/bin:/bin", HOME=str(tmp_path), PYTHONPATH=str(root))
@@ -142,10 +142,6 @@ def test_the_overview_and_a_slip_need_no_torch(words, expected, root, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == expected and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.splitlines()[-1] == "imported"
-
-
-def test_the_installed_command_is_main(root):
-    assert "console_scripts = jumplora=jumplora.command_line:main" in (root / "settings.ini").read_text()
 
 
 WRONG = {
@@ -329,14 +325,6 @@ def test_options_of_the_trainer_reach_it(tasks, jumplora, tmp_path, monkeypatch)
     assert jumplora(*words).code == 0 and len(seen) == 4  # the check: the run is found finished
 
 
-def test_compare_keeps_archives_unless_told_not_to(tasks, jumplora, tmp_path, monkeypatch):
-    learn = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr(continual, "learn_sequence", learn)
-    for words in ([], ["--archive", "false"]):
-        assert jumplora(*flags_for(tasks, tmp_path / "out", "IncLoRA"), *words).code == 130
-    assert [call.kwargs["archive"] for call in learn.call_args_list] == [True, False]
-
-
 def test_print_config_comes_back_through_config(compared, jumplora, tasks, tmp_path, no_training):
     chosen = [*flags_for(tasks, tmp_path, "ELLA")[1:], "--rank", "4", "--kept", "0.1"]
     chosen += ["--target-modules", "q_proj", "--group-by-length", "true"]
@@ -382,6 +370,7 @@ def test_a_wrong_file_of_flags_is_named_with_what_it_should_be(flag, text, word,
 SURROUNDINGS = """
 import sys, psutil  # which has a file of its own for Windows
 sys.modules |= dict.fromkeys(("resource", "fcntl", "pwd"))  # as on Windows; without pwd, no home folder
+sys.modules |= dict.fromkeys(("nbdev", "fastcore", "execnb"))  # tools of development
 import importlib, os, pkgutil
 from pathlib import Path
 os.environ.pop("HOME", None)
@@ -499,11 +488,13 @@ def test_what_is_no_number_is_refused_also_in_a_file(value, tmp_path, jumplora):
 def test_the_flags_of_compare_reach_the_run(tasks, jumplora, tmp_path, monkeypatch):
     learn = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(continual, "learn_sequence", learn)
-    more = "--split dev --checkpoint-every 7 --train-rows 6 --dev-rows 1 --test-rows 3 --gate-start 0.2"
+    more = "--split dev --checkpoint-every 7 --train-rows 6 --dev-rows 1 --test-rows 3 --gate-start 0.2 "
+    more += "--report-to tensorboard"
     words = flags_for(tasks, tmp_path / "out", "IncLoRA + late gate")
     assert jumplora(*words, *more.split(), "--archive", "false").code == 130
     (_, _, rows, method, config), given = learn.call_args
     assert (given["split"], given["checkpoint_every"], given["archive"]) == ("dev", 7.0, False)
+    assert given["report_to"] == "tensorboard"
     assert {(len(task.train), len(task.dev), len(task.test)) for task in rows} == {(6, 1, 3)}
     used = method.configure(config)  # what was typed wins over the method's own
     assert used.gate_start == 0.2 and used.gate_stop == 0.9 and used.hold_kept

@@ -6,8 +6,6 @@ import os
 import random
 import stat
 import string
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -103,11 +101,6 @@ def test_the_figure_style_ends_with_its_block_even_after_an_error():
         assert not matplotlib.rcParams["axes.spines.top"] and dict(matplotlib.rcParams) != before
         raise RuntimeError
     assert dict(matplotlib.rcParams) == before
-
-
-def test_importing_conventions_does_not_import_matplotlib():
-    code = "import sys, jumplora.conventions; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(

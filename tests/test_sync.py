@@ -53,15 +53,10 @@ def test_notebook_is_clean(copy, nb):
 
 
 @pytest.mark.parametrize("nb", NBS, ids=lambda p: p.name)
-def test_notebook_has_unique_cell_ids(nb):
-    ids = [c["id"] for c in json.loads(nb.read_text())["cells"]]
-    assert len(ids) == len(set(ids))
-
-
-@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.name)
-def test_notebook_has_no_merge_conflict(nb):
-    found = [c["id"] for c in json.loads(nb.read_text())["cells"] if "<<<<<<<" in "".join(c["source"])]
-    assert not found
+def test_notebook_has_unique_cell_ids_and_no_merge_conflict(nb):
+    cells = json.loads(nb.read_text())["cells"]
+    assert len({c["id"] for c in cells}) == len(cells)
+    assert not [c["id"] for c in cells if "<<<<<<<" in "".join(c["source"])]
 
 
 def test_readme_is_what_the_index_says():

@@ -144,9 +144,7 @@ def test_a_pruned_task_can_be_taken_out_again(tmp_path):
         )
 
 
-def test_masks_need_a_gate_and_settings_of_a_method_are_those_of_training():
-    with pytest.raises(ValueError, match="bars entries of a gated update; use gated=True"):
-        Method("mine", regularizer=RandomMask())
+def test_settings_of_a_method_are_those_of_training():
     with pytest.raises(ValueError, match="setting='kep' is not known"):
         Method("mine", settings=dict(kep=0.1))
     with pytest.raises(ValueError, match="kept=2.0"):
@@ -318,11 +316,6 @@ def test_a_prompt_without_the_list_of_options_shows_none_and_is_another_task():
 def test_shares_and_norms_out_of_range_are_refused_when_a_control_is_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_a_kept_adapter_with_a_mask_is_refused_since_nothing_would_store_the_mask():
-    with pytest.raises(ValueError, match="RandomMask bars entries, which no kept adapter stores"):
-        Method("m", gated=True, regularizer=RandomMask(), after_task="keep")
 
 
 @pytest.mark.parametrize("labels", [None, LABELS])

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from torch import nn
 from torch.nn.utils import parametrizations
 
 from jumplora.data.backbones import byte_tokenizer, load_backbone
@@ -140,9 +139,6 @@ REFUSED = {
     "a head that is no language model": (
         lambda: T.LlamaForSequenceClassification(config_of("Llama", tokenizer())).eval(), tokenizer(), {},
         "LlamaForSequenceClassification cannot answer a prompt",
-    ),
-    "copies on several devices": (
-        lambda: nn.DataParallel(llama()), tokenizer(), {}, "DataParallel is refused.*torchrun"
     ),
 }  # fmt: skip
 

@@ -597,21 +597,6 @@ def test_mixed_precision_trains_nearly_as_float32_and_ends_with_training(kind, g
         assert torch.equal(model(**batch).logits, fresh(**batch).logits)
 
 
-def test_a_penalty_is_computed_in_float32_under_mixed_precision():
-    class Ask(Regularizer):
-        def layer_penalty(self, name, update):
-            assert not torch.is_autocast_enabled("cpu") and update.delta.dtype == torch.float32
-            asked.append(name)
-            return (update.A.square() @ update.A.square().T).sum()
-
-    firsts = []
-    for options in (dict(bf16=True), {}):
-        asked = []
-        log = trained(regularizer=Ask(), training_arguments=options)[1]
-        firsts.append(log.penalty[0])
-        assert len(asked) == 4 * log.steps and firsts[0] == firsts[-1]
-
-
 @GATED
 @KINDS
 def test_gradient_checkpointing_computes_more_often_the_same(kind, gated):
@@ -662,23 +647,6 @@ def test_the_optimizer_takes_rate_betas_and_decay_as_set(kind, gated, options, s
     for name, decay in watch.decays.items():
         assert decay == (0.0 if name.endswith("theta") else options.get("weight_decay", 0.0)), name
     assert sum(name.endswith("theta") for name in watch.decays) == gated and len(watch.decays) >= 8
-
-
-def test_weight_decay_shrinks_factors_and_leaves_a_threshold_without_gradient():
-    class Shift(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            for group in gate_groups(model).values():
-                group.gate.theta.data.fill_(0.3)
-
-    found = {}
-    for decay in (0.0, 0.5):
-        options = dict(training_arguments=dict(weight_decay=decay), callbacks=[Shift()], bandwidth=1e-30)
-        model, _ = trained(gated=True, **SIX, **options)
-        (group,) = gate_groups(model).values()
-        assert group.gate.theta.item() == torch.tensor(0.3).item()
-        found[decay] = [sum(p.abs().sum().item() for n, p in model.named_parameters() if part in n)
-                        for part in ("lora_A", "lora_B")]  # fmt: skip
-    assert all(less < more for less, more in zip(found[0.5], found[0.0], strict=True))
 
 
 def test_the_environment_does_not_set_the_precision(monkeypatch):

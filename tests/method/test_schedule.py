@@ -277,18 +277,6 @@ def test_every_task_trains_dense_chooses_the_threshold_at_step_f_and_ends_gated(
         assert any(delta_weights(schedule.model)[layer].any() for layer in group.layers)
 
 
-def test_the_history_is_plain_numbers_of_every_step():
-    model = tiny(scope="block")
-    fill_B(model)
-    schedule = SparsitySchedule(model, 5)
-    for step in range(1, 6):
-        schedule.after_step(step)
-    assert [entry["step"] for entry in schedule.history] == [1, 2, 3, 4, 5]
-    assert json.loads(json.dumps(schedule.history)) == schedule.history
-    last = {name: group.gate.threshold.item() for name, group in gate_groups(model).items()}
-    assert schedule.history[-1]["threshold"] == last == read_thresholds(schedule.groups)
-
-
 def test_a_group_whose_update_is_still_zero_gets_its_threshold_later():
     model = tiny(scope="block")
     schedule = SparsitySchedule(model, 5)
