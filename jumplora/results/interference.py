@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LEVEL', 'study_jobs', 'study_table', 'jackknife', 'frontier', 'retention_at', 'arms_of',
-           'compare_families', 'outcome']
+           'compare_families', 'arm_over_family', 'outcome']
 
 # %% ../../nbs/3_results/interference.ipynb #7466658c
 import itertools
@@ -178,7 +178,7 @@ def compare_families(
     second: str,  # another
     straight: bool = False,  # as in `frontier`
     level: float = LEVEL,  # as in `jackknife`
-) -> dict[str, float]:  # learning; retention of first and second, difference, low, high; level; or nan
+) -> dict[str, float]:  # learning; retention of first and second, mean, low, high; level; or nan
     "Retention of the first minus the second, in points, at the middle of the learning that both reach."
     families = [arms_of(table, method) for method in (first, second)]
     seeds = len(families[0][1])
@@ -189,17 +189,36 @@ def compare_families(
     reached = [curve[:, 0] for curve in curves(np.arange(seeds))]
     low, high = max(map(np.min, reached)), min(map(np.max, reached))
     if not high - low >= 3:  # points of learning that both must reach
-        names = "learning first second difference low high".split()
+        names = "learning first second mean low high".split()
         return dict.fromkeys(names, math.nan) | dict(level=level)
     at = (low + high) / 2
 
     def kept(used):
         return [retention_at(curve, at) for curve in curves(used)]
 
-    values = dict(zip(("first", "second"), kept(np.arange(seeds)), strict=True))
+    ours, theirs = kept(np.arange(seeds))
     found = jackknife(lambda used: np.subtract(*kept(used)), seeds, level)
-    values["difference"] = found["mean"] if math.isfinite(found["low"]) else np.subtract(*values.values())
-    return dict(learning=at) | values | dict(low=found["low"], high=found["high"], level=level)
+    mean = found["mean"] if math.isfinite(found["low"]) else ours - theirs
+    found = dict(mean=mean, low=found["low"], high=found["high"], level=level)
+    return dict(learning=at, first=ours, second=theirs) | found
+
+
+def arm_over_family(
+    table: pd.DataFrame,  # from `study_table`
+    arm: tuple[str, float],  # method and rate
+    family: str,  # a method with two or more rates
+    level: float = 0.95,  # as in `jackknife`
+) -> dict[str, float]:  # mean, low, high; nan where the arm's learning lies outside the curve
+    "Retention of an arm minus that of a family at the arm's own learning, in points."
+    rates, L, R = arms_of(table, family)
+    own = table[(table["method"] == arm[0]) & (table["rate"] == arm[1])].sort_values("seed")
+    learned, kept = own["learning"].to_numpy(), own["retention"].to_numpy()
+
+    def gain(used):
+        curve = frontier(rates, L[used].mean(0), R[used].mean(0))
+        return kept[used].mean() - retention_at(curve, learned[used].mean())
+
+    return jackknife(gain, len(own), level)
 
 
 def outcome(
@@ -217,5 +236,5 @@ def outcome(
     else:
         word = "Undecided"
     interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
-    points = f"{found['difference']:+.1f} points of retention ({interval})"
+    points = f"{found['mean']:+.1f} points of retention ({interval})"
     return f"{word}: {points}, at equal learning ({found['learning']:.1f} % right after a task)."

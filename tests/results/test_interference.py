@@ -13,6 +13,7 @@ import pytest
 from jumplora.learning.evaluation import Score
 from jumplora.results.interference import (
     VARIANTS,
+    arm_over_family,
     compare_families,
     frontier,
     jackknife,
@@ -44,12 +45,28 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
         "seen_accuracy",
         "option_accuracy",
     )
-    study = study_table(load_runs(ROOT / "results/interference", "test"))
-    found = compare_families(study, late[0], dense[0])
+
+    def over_line(folder, score):
+        return arm_over_family(
+            study_table(load_runs(ROOT / "results" / folder, "test"), 3, score), late, dense[0]
+        )
+
+    runs = load_runs(ROOT / "results/interference", "test")
+    study, own_study = study_table(runs), study_table(runs, score=own)
+    found = found_main = compare_families(study, late[0], dense[0])
     interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}; six seeds"
-    assert f"{found['difference']:+.1f} points ({interval})" in page and study["seed"].nunique() == 6
+    assert f"{found['mean']:+.1f} points ({interval})" in page and study["seed"].nunique() == 6
     found = {score: lead("longer", 3, score, "retention", late, dense)["mean"] for score in (seen, own)}
     assert f"it keeps {found[seen]:.1f} more, and {found[own]:.1f} more among own labels" in page
+    found = [over_line("deeper", score)["mean"] for score in (seen, own)]
+    assert "at its L the late gate keeps {:.1f} more, among own labels {:.1f}".format(*found) in page
+    found = over_line("deeper", seen)
+    guide = (ROOT / "nbs/4_guides/which_method.ipynb").read_text()
+    assert f"{found['mean']:+.1f} | 95 %: {found['low']:.1f} to {found['high']:.1f} | yes" in guide
+    lost = study.assign(retention=study["retention"] - own_study["retention"])
+    lost = compare_families(lost, late[0], dense[0])
+    share = f"({lost['mean']:.0f} of {found_main['mean']:.0f} points, "
+    assert f"{share}interval {lost['low']:.1f} to {lost['high']:.0f})" in (ROOT / "README.md").read_text()
     found = lead("interference", 14, own, "retention", ("IncLoRA pruned", 1.4e-3), (late[0], 7e-4))
     assert (
         f"in favour of pruning ({found['low']:.1f} to {found['high']:.1f}; none of this was planned)" in page
@@ -67,6 +84,8 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     (a, b), (c, d) = (
         [table.groupby(["method", "rate"])["retention"].mean()[arm] for table in R] for arm in (dense, late)
     )
+    before = study_table(load_runs(ROOT / "results/untrained", "test"), 1, own)["retention"].mean()
+    assert f"(not tested; the untrained model has {before:.0f})" in page
     assert f"raises R of IncLoRA from {a:.0f} to {b:.0f}, and with the gate from {c:.0f} to {d:.0f}" in page
 
 
@@ -132,8 +151,8 @@ FAMILIES = {"gate": (5e-4, 7e-4, 1e-3), "dense": (2.5e-4, 5e-4, 1e-3)}
 )
 def test_the_outcome_names_what_was_put_in(shift, word):
     found = compare_families(table_of(shift), "gate", "dense")
-    assert found["difference"] == pytest.approx(shift, abs=0.8)
-    assert found["low"] <= found["difference"] <= found["high"]
+    assert found["mean"] == pytest.approx(shift, abs=0.8)
+    assert found["low"] <= found["mean"] <= found["high"]
     assert word in outcome(found)
 
 
@@ -147,7 +166,7 @@ def test_families_without_common_learning_and_wide_intervals_have_their_own_outc
     table = table_of(0.0)
     table.loc[table["method"] == "gate", "learning"] += 100
     assert "no learning in common" in outcome(compare_families(table, "gate", "dense"))
-    found = dict(learning=50.0, difference=1.0, low=-3.0, high=5.0, level=0.95)
+    found = dict(learning=50.0, mean=1.0, low=-3.0, high=5.0, level=0.95)
     points = "+1.0 points of retention (95.0 % interval -3.0 to +5.0)"
     assert outcome(found) == f"Undecided: {points}, at equal learning (50.0 % right after a task)."
 
@@ -157,7 +176,7 @@ def test_a_difference_whose_interval_fails_is_undecided_and_not_without_common_l
     odd = (table["method"] == "gate") & (table["seed"] == table["seed"].min())
     table.loc[odd, "learning"] -= 24  # without this seed the gate's curve begins at a higher learning
     found = compare_families(table, "gate", "dense", level=0.9)
-    assert math.isnan(found["low"]) and math.isfinite(found["difference"]) and found["level"] == 0.9
+    assert math.isnan(found["low"]) and math.isfinite(found["mean"]) and found["level"] == 0.9
     assert outcome(found).startswith("Undecided")
 
 
