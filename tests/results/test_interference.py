@@ -58,6 +58,7 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     assert f"{found['mean']:+.1f} points ({interval})" in page and study["seed"].nunique() == 6
     found = {score: lead("longer", 3, score, "retention", late, dense)["mean"] for score in (seen, own)}
     assert f"it keeps {found[seen]:.1f} more, and {found[own]:.1f} more among own labels" in page
+    assert all(over_line("deeper", score)["low"] > 0 for score in (seen, own))  # as the front page says
     found = [over_line("deeper", score)["mean"] for score in (seen, own)]
     assert "at its L the late gate keeps {:.1f} more, among own labels {:.1f}".format(*found) in page
     found = over_line("deeper", seen)
