@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict] = {  # arms; training and scored rows of a task; setti
     ),
     "ella": _USUAL | dict(rates=dict.fromkeys(("ELLA", "ELLA + late gate"), (7e-4, 1.4e-3))),
     "gates": _USUAL | dict(  # exploratory
-        rates=_THREE | {"IncLoRA": (5e-4, 1e-3, 1.4e-3), "IncLoRA" + _FALLING: (1.4e-3, 2e-3),
+        rates=_THREE | {"IncLoRA": _RATES["IncLoRA"], "IncLoRA" + _FALLING: (1.4e-3, 2e-3),
                         "IncLoRA + disjoint masks": (1e-3,)},
         seeds=range(201, 205), split="dev",
         gates=[{}, dict(kept=0.03), dict(kept=0.3), dict(gate_start=0.4, gate_stop=0.6),
