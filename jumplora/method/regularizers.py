@@ -48,7 +48,7 @@ class Regularizer:
         total = zero_penalty(updates)
         if self.layer_penalty is not None:
             shapes = {n: () if u.delta is None else tuple(u.delta.shape) for n, u in updates.items()}
-            self.before_task(shapes, total.device)
+            self.before_task(shapes, total.device)  # at every step: checks; moves only once
             for name, update in updates.items():
                 total = total + self.layer_penalty(name, update)
         return total
@@ -236,7 +236,7 @@ class OLoRA(Regularizer):
         total = zero_penalty({name: update})
         if self.rows and self.strength:
             past = self.rows[name].to(update.A.device)
-            overlap = dense_product(update.A.T, past)  # (t · r, in) @ (in, r)
+            overlap = dense_product(update.A.T, past)  # past @ A.T, fp32: (t · r, in) @ (in, r)
             total = total + self.strength * overlap.abs().sum()
         if self.norm_strength:
             total = total + self.norm_strength * (update.A.float().norm() + update.B.float().norm())

@@ -126,11 +126,13 @@ def jackknife(
     statistic: Callable[[np.ndarray], float],  # of the positions (seeds,) that are used
     seeds: int,  # how many there are
     level: float = LEVEL,  # share of intervals that hold the true value
-) -> dict[str, float]:  # mean, low, high, as from `paired_t`; nan where a seed cannot be left out
+) -> dict[str, float]:  # mean, low, high, as from `paired_t`; no interval where a seed cannot be left out
     "A statistic of all arms and its interval, from leaving out one seed at a time, by Student's t."
     every = np.arange(seeds)
+    whole = statistic(every)
     without = np.array([statistic(np.delete(every, i)) for i in range(seeds)])
-    return paired_t(seeds * statistic(every) - (seeds - 1) * without, level)
+    found = paired_t(seeds * whole - (seeds - 1) * without, level)
+    return found if math.isfinite(found["low"]) else found | dict(mean=whole)
 
 # %% ../../nbs/3_results/interference.ipynb #c7acd59e
 def frontier(
@@ -169,6 +171,7 @@ def arms_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # rates (arms,); L and R (seeds, arms)
     "The arms of a family."
     own = table[table["method"] == method].pivot(index="seed", columns="rate")
+    own = own.reindex(sorted(table["seed"].unique()))  # the same rows for every family
     return own["learning"].columns.to_numpy(), own["learning"].to_numpy(), own["retention"].to_numpy()
 
 
@@ -198,9 +201,8 @@ def compare_families(
 
     ours, theirs = kept(np.arange(seeds))
     found = jackknife(lambda used: np.subtract(*kept(used)), seeds, level)
-    mean = found["mean"] if math.isfinite(found["low"]) else ours - theirs
-    found = dict(mean=mean, low=found["low"], high=found["high"], level=level)
-    return dict(learning=at, first=ours, second=theirs) | found
+    found = {name: found[name] for name in ("mean", "low", "high")}
+    return dict(learning=at, first=ours, second=theirs) | found | dict(level=level)
 
 
 def arm_over_family(
@@ -211,14 +213,14 @@ def arm_over_family(
 ) -> dict[str, float]:  # mean, low, high; nan where the arm's learning lies outside the curve
     "Retention of an arm minus that of a family at the arm's own learning, in points."
     rates, L, R = arms_of(table, family)
-    own = table[(table["method"] == arm[0]) & (table["rate"] == arm[1])].sort_values("seed")
-    learned, kept = own["learning"].to_numpy(), own["retention"].to_numpy()
+    own_rates, learned, kept = arms_of(table, arm[0])
+    learned, kept = (values[:, own_rates == arm[1]].squeeze(1) for values in (learned, kept))
 
     def gain(used):
         curve = frontier(rates, L[used].mean(0), R[used].mean(0))
         return kept[used].mean() - retention_at(curve, learned[used].mean())
 
-    return jackknife(gain, len(own), level)
+    return jackknife(gain, len(kept), level)
 
 
 def outcome(
@@ -236,5 +238,6 @@ def outcome(
     else:
         word = "Undecided"
     interval = f"{100 * found['level']:.1f} % interval {found['low']:+.1f} to {found['high']:+.1f}"
+    interval = "no interval" if math.isnan(found["low"]) else interval
     points = f"{found['mean']:+.1f} points of retention ({interval})"
     return f"{word}: {points}, at equal learning ({found['learning']:.1f} % right after a task)."
