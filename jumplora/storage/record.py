@@ -234,8 +234,9 @@ class Run:
     @property
     def base_loss(self) -> float:  # nats a token
         "Rise of the loss on neutral texts from before the first task to the end; nan if it was not measured."
-        losses = self.extra.get("neutral_loss", {})  # by the task learned last, "" before any
-        return losses.get(self.tasks[-1], math.nan) - losses.get("", math.nan)
+        losses = self.extra.get("neutral_loss", {})  # by the task learned last, "" before any; None: nan
+        before, after = (losses.get(name) for name in ("", self.tasks[-1]))
+        return math.nan if before is None or after is None else after - before
 
     @property
     def minutes(self) -> float:  # minutes

@@ -67,7 +67,9 @@ class StopRequest:
             self.number = number
             self.since = time.monotonic()
             if is_main():
-                os.write(2, b"\njumplora: stops after this step or score; a second signal stops at once\n")
+                said = b"\njumplora: stops after this step or score; a second signal stops at once\n"
+                with suppress(OSError):  # nobody may read it any more
+                    os.write(2, said)
         elif (number == signal.SIGINT and world_size() == 1) or time.monotonic() - self.since > 3:
             raise Stopped(number)
 

@@ -125,6 +125,8 @@ def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):
     for source in (table, tmp_path / "twice.csv"):
         with pytest.raises(ValueError, match="two columns are named 'text'; rename one"):
             Task.load("t", {"train": source, "test": source})
+    other = pd.DataFrame([["a", "x", 1]], columns=["text", "label", "features"])  # a word of data sets
+    assert Task.load("t", {"train": other, "test": other}).train == (("a", "x"),)
     (tmp_path / "unnamed.csv").write_text("text,label,,\na,x,,\n")  # spare commas, as spreadsheets write them
     assert Task.load("t", dict.fromkeys(("train", "test"), tmp_path / "unnamed.csv")).train == (("a", "x"),)
 
@@ -205,6 +207,8 @@ def test_a_data_set_keeps_the_names_of_its_numbered_labels(tmp_path, as_file):
         ValueError, match="mine', train row 0: no column 'text' in .'q', 'y'.; rename one, or"
     ):
         Task.load("mine", data, "Good?\n")
+    with pytest.raises(ValueError, match=r"no column 'label' in .*; rename one, or use Task.load\(label=…\)"):
+        Task.load("mine", data, "Good?\n", text="q")
 
 
 def test_whole_numbers_of_a_column_with_gaps_are_whole_and_the_gap_is_named():

@@ -637,5 +637,6 @@ def test_the_loss_on_neutral_texts_has_a_column_where_a_run_measured_it():
     losses = {"": 4.0, "a": 4.5, "b": 4.125}  # task b is learned last
     runs = [make(extra=dict(neutral_loss=losses)), make("IncLoRA")]
     assert runs[0].base_loss == 0.125 and np.isnan(runs[1].base_loss)
+    assert np.isnan(make(extra=dict(neutral_loss=losses | {"b": None})).base_loss)  # null in the record: nan
     assert summary_table(runs, "order1")["base loss"].to_dict() == {"IncLoRA": "not measured", "ELLA": "0.12"}
     assert "base loss" not in summary_table(runs[1:], "order1")
