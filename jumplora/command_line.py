@@ -407,7 +407,7 @@ def study(
     workers: int = 1,  # runs at a time: one per core is fastest
     device: str = "auto",  # cpu, cuda, cuda:1; auto takes a GPU if any
 ) -> int:
-    "Does the gate help? Learn six tasks with every arm of the study; finished runs are not repeated."
+    "Does the gate help? Learn six tasks with all methods of the study; finished runs are not repeated."
     from jumplora.results.interference import study_jobs
     from jumplora.results.run_tables import load_runs
     from jumplora.running.grid import run_grid

@@ -16,12 +16,15 @@ import pandas as pd
 
 from ..conventions import check_choice
 from ..learning.evaluation import just_learned, retention
+from ..learning.methods import METHODS
+from ..learning.training import TrainConfig
 from .run_tables import paired_t
 from ..running.grid import Job
 from ..storage.record import Run
 
 # %% ../../nbs/3_results/interference.ipynb #e8889526
 _FALLING = ", falling rate"
+_VARIED = ("kept", "gate_start", "threshold_scope")  # settings in a name, where they are not the method's
 _RATES = {  # method -> learning rates; the first two are the families compared
     "IncLoRA": (5e-4, 7e-4, 1e-3, 1.4e-3),
     "IncLoRA + late gate": (7e-4, 1e-3, 1.4e-3),
@@ -99,10 +102,13 @@ def study_table(
         if not run.complete:
             continue
         train = run.configuration["train"]
-        falling = _FALLING if train.get("training_arguments") else ""
+        name = run.method + (_FALLING if train.get("training_arguments") else "")
+        usual = METHODS[run.method].configure(TrainConfig()).describe()
+        changed = [key for key in _VARIED if train.get(key, usual[key]) != usual[key]]
+        name = ", ".join([name, *(f"{key} {train[key]}" for key in changed)])
         updates = pd.DataFrame(run.extra["updates"]).mean(axis=1)
         rows.append({
-            "method": run.method + falling, "rate": train["learning_rate"], "seed": run.seed,
+            "method": name, "rate": train["learning_rate"], "seed": run.seed,
             "learning": just_learned(getattr(run, score)), "retention": retention(getattr(run, score)),
             "exact": retention(run.accuracy),
             "log loss": np.mean([x for now, row in run.extra["log_loss"].items()

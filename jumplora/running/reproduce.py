@@ -66,7 +66,7 @@ def project(
                 )  # fmt: skip
                 sizes = {path: path.stat().st_size for path in Path(out).rglob("*") if path.is_file()}
             updates = sum(size for path, size in sizes.items() if path.parent.name == "updates")
-            learned = sum(len(task.train) for task in (few if joint else few[-1:]))
+            learned = config.epochs * sum(len(task.train) for task in (few if joint else few[-1:]))
             scored = sum(len(task.test) for task in few)
             measured.append([run.seconds["train"][-1], learned, run.seconds["evaluate"][-1], scored])
         trained, trained_rows, evaluated, evaluated_rows = (b - a for a, b in zip(*measured, strict=True))
@@ -91,10 +91,12 @@ def runs_at_a_time(
     peak: float,  # GB that one run holds at most, from `project`
     device: str = "auto",  # as in `load_backbone`
 ) -> int:  # at least 1
-    "How many runs fit side by side: as many per GPU as on the smallest, or one on a CPU."
+    "How many runs fit side by side: as many per GPU that `device` names as on the smallest; one on a CPU."
     if pick_device(device).type != "cuda":
         return 1
     gc.collect()
     torch.cuda.empty_cache()  # what `project` has held
-    sizes = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    return max(1, len(sizes) * int(0.9 * min(sizes) // (1e9 * peak)))
+    number = pick_device(device).index
+    numbers = range(torch.cuda.device_count()) if number is None else [number]
+    free = min(torch.cuda.mem_get_info(i)[0] for i in numbers) / 1e9
+    return max(1, len(numbers) * max(int(0.9 * free // peak), int(free >= peak)))

@@ -49,13 +49,14 @@ class _Store:
         self.files = {}  # name of a row -> the open file that holds it
         self.new: dict[str, Tensor] = {}  # rows that are in no file yet
         for path in sorted(folder.glob(f"*{_ROWS}")) if folder else ():
-            try:
-                file = safe_open(path, "pt")
+            with suppress(OSError):  # a file that is gone, or another user's
+                try:
+                    file = safe_open(path, "pt")
+                except SafetensorError:  # damaged
+                    path.unlink()
+                    continue
                 self.files |= dict.fromkeys(file.keys(), file)
                 os.utime(path)  # used now: other files go first
-            except (SafetensorError, OSError):
-                with suppress(OSError):
-                    path.unlink()
 
     def find(self, key) -> Tensor | None:
         if key not in self.memory and (name := digest(key)[:32]) in self.files:
@@ -80,11 +81,14 @@ class _Store:
         names = digest(sorted(self.new))[:16]
         try:
             if self.folder is not None:
-                files = [(path.stat(), path) for path in self.folder.parent.glob(f"*/*{_ROWS}")]
+                files = []
+                for path in self.folder.parent.glob(f"*/*{_ROWS}"):
+                    with suppress(FileNotFoundError):  # another run may have removed it
+                        files.append((path.stat(), path))
                 used = sum(stat.st_size for stat, _ in files)
                 for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
                     if used + needed > self.limit:
-                        path.unlink(missing_ok=True)  # another run may have removed it
+                        path.unlink(missing_ok=True)
                         used -= stat.st_size
                 path = write_atomic(self.folder / f"{names}{_ROWS}", save(self.new))
                 self.files |= dict.fromkeys(self.new, safe_open(path, "pt"))

@@ -64,6 +64,21 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     found = over_line("deeper", seen)
     guide = (ROOT / "nbs/4_guides/which_method.ipynb").read_text()
     assert f"{found['mean']:+.1f} | 95 %: {found['low']:.1f} to {found['high']:.1f} |" in guide
+    gates = study_table(load_runs(ROOT / "results/gates", "dev"), arms=13)
+    own_gates = gates.set_index(["method", "rate", "seed"])[["learning", "retention"]].sort_index()
+    layer = own_gates.loc[f"{late[0]}, threshold_scope layer", 1e-3] - own_gates.loc[late]
+    L, R = (paired_t(layer[name].to_numpy()) for name in ("learning", "retention"))
+    entry = " ".join((ROOT / "docs/experiments.md").read_text().split())
+    ahead = f"{R['mean']:.1f} more R ({R['low']:.1f} to {R['high']:.1f}) at {-L['mean']:.1f} less L"
+    assert f"a threshold per layer has {ahead} ({L['low']:.1f} to {L['high']:+.1f})" in entry
+    R = paired_t(
+        (own_gates.loc[late] - own_gates.loc["IncLoRA, falling rate", 1.4e-3])["retention"].to_numpy()
+    )
+    ahead = f"{R['mean']:.1f} more R than the falling rate from 1.4e-3"
+    assert f"{ahead} ({R['low']:.1f} to {R['high']:.1f})" in entry
+    over = arm_over_family(gates, late, dense[0])
+    ahead = f"lies {over['mean']:.1f} above the dense curve"
+    assert f"{ahead} ({over['low']:.1f} to {over['high']:.1f})" in entry
     lost = study.assign(retention=study["retention"] - own_study["retention"])
     lost = compare_families(lost, late[0], dense[0])
     readme = " ".join((ROOT / "README.md").read_text().split())
@@ -259,6 +274,11 @@ def test_only_seeds_with_every_arm_are_read():
     runs = [made(1, "IncLoRA", 1e-3), made(1, "SeqLoRA", 1e-3), made(2, "IncLoRA", 1e-3)]
     table = study_table(runs, arms=2)
     assert table["seed"].tolist() == [1, 1] and study_table([]).empty
+    late, other = (made(1, "IncLoRA + late gate", 1e-3) for _ in range(2))
+    other.configuration["train"] |= dict(kept=0.03, threshold_scope="layer")
+    late.configuration["train"] |= dict(kept=0.1, gate_start=0.7, threshold_scope="model")
+    names = study_table([late, other], arms=2)["method"].tolist()
+    assert names == [late.method, f"{late.method}, kept 0.03, threshold_scope layer"]
     with pytest.raises(ValueError, match="two runs of one arm and seed; give the runs of one variant"):
         study_table([*runs, made(1, "SeqLoRA", 1e-3)], arms=2)
     row = table.iloc[0]

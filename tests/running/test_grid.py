@@ -230,7 +230,8 @@ def test_the_state_of_a_job_is_that_of_its_runs_folder(here, tmp_path, capsys):
     assert states(tmp_path) == ["failed", "done"]
 
     note = tmp_path / "jobs" / key / "run.json"
-    for odd in ('{"run": "../../../etc"}', '{"run": 5}', "no json", "[1]", "[" * 5000):
+    (tmp_path.parent / "record.json").write_text(text)  # of a folder that is not the grid's
+    for odd in ('{"run": "../../../etc"}', '{"run": ".."}', '{"run": 5}', "no json", "[1]", "[" * 5000):
         note.write_text(odd)
         assert states(tmp_path) == ["failed", "waiting"]  # a name is never a path
     before = record.stat().st_mtime_ns
@@ -690,7 +691,8 @@ def test_a_projection_multiplies_what_it_measured(tmp_path, monkeypatch):
         train, score = (sum(len(getattr(task, part)) for task in sequence) for part in ("train", "test"))
         last = len(sequence[-1].train)
         assert train == 2 * last
-        return Mock(peak_memory=3e9, seconds=dict(train=[1.0 + 2.0 * last], evaluate=[7.0 + 0.5 * score]))
+        read = rest[1].epochs * last
+        return Mock(peak_memory=3e9, seconds=dict(train=[1.0 + 2.0 * read], evaluate=[7.0 + 0.5 * score]))
 
     monkeypatch.setattr("jumplora.running.reproduce.learn_sequence", fake)
     folder = write_rows(tmp_path / "mine", "text", tasks=3, rows=24)

@@ -3,6 +3,8 @@
 import contextlib
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -259,6 +261,35 @@ def test_the_oldest_files_make_room_and_memory_has_the_same_limit(tmp_path):
         trunk._store.save()
         assert read(model, ROWS[:1]).equal(first)
     assert trunk.computed == 1
+
+
+@torch.no_grad()
+def test_a_file_that_another_run_removes_or_owns_costs_nothing_but_itself(tmp_path, monkeypatch):
+    for row in ROWS[:2]:
+        model, trunk = tiny_trunk(tmp_path)
+        with trunk:
+            read(model, [row])
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trunk_module, "safe_open", Mock(side_effect=OSError(24, "Too many open files")))
+        tiny_trunk(tmp_path)
+    assert sorted(tmp_path.rglob("*.safetensors")) == files
+    monkeypatch.setattr(trunk_module.os, "utime", Mock(side_effect=PermissionError(1, "not the owner")))
+    model, trunk = tiny_trunk(tmp_path)
+    with trunk:
+        read(model, ROWS[:2])
+        assert trunk.computed == 0 and sorted(tmp_path.rglob("*.safetensors")) == files
+        stat, gone = Path.stat, files[0]
+
+        def removed(path, **options):  # between the listing and the reading of its size
+            if path == gone and options.get("follow_symlinks", True):
+                raise FileNotFoundError(2, "removed")
+            return stat(path, **options)
+
+        monkeypatch.setattr(Path, "stat", removed)
+        read(model, ROWS[2:3])
+    monkeypatch.undo()
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3  # the new rows are on disk, too
 
 
 @torch.no_grad()

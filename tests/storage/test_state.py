@@ -565,3 +565,11 @@ def test_a_complete_run_without_its_state_says_that_the_model_stays_as_it_was(tm
         again, untouched = learn(tmp_path, "IncLoRA")
     assert caught[0].filename == __file__
     assert content(again) == content(first) and not same_weights(untouched, learned)
+
+
+def test_a_signal_is_stored_where_nobody_reads_the_terminal_any_more():
+    request = state.StopRequest()
+    with patch("os.write", side_effect=BrokenPipeError):
+        request.receive(signal.SIGINT)  # no error that would end the step
+    with pytest.raises(Stopped):
+        request.obey()
