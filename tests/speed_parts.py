@@ -4,7 +4,9 @@
 """
 
 import copy
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -109,27 +111,32 @@ def top_blocks(quick: bool, device, dtype, top=4) -> list[dict]:
 
 
 def short_run(quick: bool, device, dtype, top=4) -> list[dict]:
-    "Two tasks of `topics-1` on the last blocks: without replay, with it, and with it and a late gate."
-    rows = dict(train=8, test=8) if quick else dict(train=32, test=16)
+    "Two tasks of `topics-1` on the last blocks: without replay, storing hidden states, and with stored ones."
+    rows = dict(train=8, test=8) if quick else dict(train=64, test=32)
     sequence = TaskSequence("topics-1", list(load_sequence("topics-1", dev=0, **rows))[:2])
     model, tokenizer = load_backbone("smollm2-135m", device=device, dtype=dtype)
     config = TrainConfig(top_layers=top, max_length=46)
     runs = {}
 
-    def learn(name: str, method: str, trunk: Callable) -> None:
+    def learn(name: str, method: str, trunk: Callable, folder: Path, keep: bool = True) -> None:
         with patch.object(continual, "Trunk", trunk):
             runs[name] = continual.learn_sequence(
                 copy.deepcopy(model), tokenizer, sequence, METHODS[method], config,
-                zero_shot=False, progress=False, scoring="labels",
+                zero_shot=False, progress=False, scoring="labels", hidden_states=folder,
             )  # fmt: skip
+        if not keep:
+            shutil.rmtree(folder)
 
-    variants = {
-        "IncLoRA": ("IncLoRA", lambda *given: nullcontext()),  # no replay
-        "IncLoRA, replayed": ("IncLoRA", Trunk),
-        "late gate, replayed": ("IncLoRA + late gate", Trunk),
-    }
-    works = {name: partial(learn, name, *variant) for name, variant in variants.items()}
-    found = speed._compare(works, 1 if quick else 5, "IncLoRA", device)
+    with tempfile.TemporaryDirectory() as temporary:
+        new, filled = Path(temporary, "new"), Path(temporary, "filled")
+        works = {
+            "IncLoRA": partial(learn, "IncLoRA", "IncLoRA", lambda *given: nullcontext(), None),  # no replay
+            "IncLoRA, storing": partial(learn, "IncLoRA, storing", "IncLoRA", Trunk, new, keep=False),
+            # filled in the round that is not timed
+            "IncLoRA, stored": partial(learn, "IncLoRA, stored", "IncLoRA", Trunk, filled),
+            "late gate, stored": partial(learn, "late gate, stored", "IncLoRA + late gate", Trunk, filled),
+        }
+        found = speed._compare(works, 1 if quick else 7, "IncLoRA", device)
     for row in found:
         run = runs[row["variant"]]  # of the last round
         row |= {stage: sum(run.seconds[stage]) for stage in ("train", "evaluate")}

@@ -141,22 +141,34 @@ def test_all_parts_write_a_record_each_and_a_table(small, tmp_path, capsys):
     assert all(record["environment"]["versions"]["torch"] and record["quick"] for record in records)
 
 
-def test_a_run_learns_two_tasks_with_and_without_replay(small, monkeypatch):
-    runs = []
+def test_a_run_learns_two_tasks_without_replay_storing_and_with_stored_hidden_states(small, monkeypatch):
+    runs, trunks = [], []
 
     def learn(model, tokenizer, sequence, method, config, **options):
-        runs.append((method.name, [task.name for task in sequence], continual.Trunk is speed_parts.Trunk))
-        return learn_sequence(model, tokenizer, sequence, method, config, **options)
+        trunks.clear()
+        run = learn_sequence(model, tokenizer, sequence, method, config, **options)
+        runs.append((method.name, [task.name for task in sequence], trunks[-1].computed if trunks else None))
+        return run
 
-    learn_sequence = continual.learn_sequence
+    def leave(trunk, *error):
+        trunks.append(trunk)
+        return leave_trunk(trunk, *error)
+
+    learn_sequence, leave_trunk = continual.learn_sequence, speed_parts.Trunk.__exit__
     monkeypatch.setattr(continual, "learn_sequence", learn)
+    monkeypatch.setattr(speed_parts.Trunk, "__exit__", leave)
     rows = speed.PARTS["run"](True, "cpu", torch.float32)
-    assert [row["variant"] for row in rows] == ["IncLoRA", "IncLoRA, replayed", "late gate, replayed"]
+    names = ["IncLoRA", "IncLoRA, storing", "IncLoRA, stored", "late gate, stored"]
+    assert [row["variant"] for row in rows] == names
     assert all(row["train"] > 0 and row["evaluate"] > 0 and row["rounds"] == 1 for row in rows)
-    assert rows[0]["accuracy"] == rows[1]["accuracy"]
-    tasks = ["tweets", "science"]
-    kinds = [("IncLoRA", tasks, False), ("IncLoRA", tasks, True), ("IncLoRA + late gate", tasks, True)]
-    assert runs == 2 * kinds  # a round that is not timed, and one that is
+    assert rows[0]["accuracy"] == rows[1]["accuracy"] == rows[2]["accuracy"]
+
+    def expected(*computed):
+        methods = ["IncLoRA"] * 3 + ["IncLoRA + late gate"]
+        return [(method, ["tweets", "science"], n) for method, n in zip(methods, computed, strict=True)]
+
+    # the round that is not timed fills the folder
+    assert runs == expected(None, 8, 8, 0) + expected(None, 8, 0, 0)
 
 
 def test_the_start_of_a_threshold_and_equal_tasks_are_measured():
