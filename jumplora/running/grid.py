@@ -55,7 +55,7 @@ PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what diffe
 
 # %% ../../nbs/5_inside/grid.ipynb #strength1
 def strength_of(method: str, sequence: str, strengths: dict) -> float | list | None:
-    "λ of a method on a sequence, of its own entry or its base's; None: its default. `ValueError`."
+    "λ of a method on a sequence, its own or its base's; None: its default. `ValueError`: unknown method."
     for name in strengths:
         check_choice(name, METHODS, "method with a strength")
     found = strengths.get(method, strengths.get(base_of(method)))
@@ -245,7 +245,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
     if visible is not None:  # submitit hides GPUs from jobs of this machine
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if visible == "all" else {"CUDA_VISIBLE_DEVICES": visible})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores, and a run obeys
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and a run needs it
     signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # before a time limit
     if processes > 1:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -262,7 +262,7 @@ def _run_job(out: str, key: str, *, folder, device, processes, threads=None, vis
         asked = dict(seed=job.seed, backbone=job.backbone, split=job.split, scoring=job.scoring,
                      neutral=tales() if job.neutral else ())  # fmt: skip
         run = new_run(model, tasks, method, config, **asked)
-        exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounded: another fingerprint
+        exact = job.dtype != "auto" or run.configuration["dtype"] == "float32"  # rounding alters the weights
         now = _rows_fingerprint(tasks) + run.configuration["weights"] * exact
         if not job.fingerprint.startswith(now):
             raise ValueError(f"{job.sequence} or {job.backbone} has changed since; give the command again")
@@ -323,7 +323,7 @@ def _run_here(out: Path, keys, work, workers, places, options, minutes) -> None:
                     elif worker not in running and waiting:
                         key = waiting.pop()
                         device, visible = places[worker % len(places)]
-                        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+                        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit
                         try:
                             executor = _executor(out / "jobs" / key, "local", options)
                             job = executor.submit(partial(work, device=device, visible=visible), key)
@@ -359,7 +359,7 @@ def run_grid(
     minutes: float = float("inf"),  # then the runs of this machine save and stop; a second call resumes
     **options: object,  # of submitit, e.g. slurm_partition="gpu"
 ) -> pd.DataFrame:  # the status of these jobs
-    "Do what is missing; on SLURM, hand it over. Raises ValueError or OSError before any job starts."
+    "Run what is missing; on SLURM, only submit it. Raises ValueError or OSError before any job starts."
     check_choice(engine, ("local", "slurm"), "engine")
     for name, count in dict(workers=workers, processes=processes).items():
         if type(count) is not int or count < 1:
@@ -368,10 +368,10 @@ def run_grid(
     folder = folder and str(Path(folder).expanduser().resolve())
     places = _places(device, processes) if engine == "local" else []
     options = dict(name="jumplora", timeout_min=7 * 24 * 60, tasks_per_node=processes) | options
-    _executor(tempfile.gettempdir(), engine, options)  # a trial, which makes its folder
+    _executor(tempfile.gettempdir(), engine, options)  # checks the options
     _read_jobs(out)  # of another version, or damaged: nothing is touched
     jobs = _check_jobs(jobs, out, folder, processes)
-    with held_lock(out / "jobs" / "lock", patience=60):
+    with held_lock(out / "jobs" / "lock", patience=-1):
         asked = {key: asdict(job) for key, job in (_read_jobs(out) | jobs).items()}
         write_atomic(out / "jobs.json", json.dumps(dict(format=2, jobs=asked), indent=1) + "\n")
     missing = [key for key in jobs if _job_state(out, key)[0] not in ("done", "running")]

@@ -164,7 +164,7 @@ def load_finished(
     run = Run.load(folder)
     learned = run.tasks[: run.tasks_learned]
     if not learned:
-        raise ValueError(f"{run.name} has finished no task yet; run it to its end, then export it")
+        raise ValueError(f"{run.name} has finished no task yet; export it after its first")
     parts = {}
     if task is None:
         parts = load_state(folder, run.tasks_learned, run.extra.get("state_sha256", ""))
@@ -311,7 +311,7 @@ def export_run(
     license: str | None = None,  # the base's licence, if it is not on its card
     backbone: str | Path | tuple | None = None,  # where the base is now, or (model, tokenizer)
 ) -> Path:  # full path of the export
-    "Write a finished run for others to read. `ValueError` where it cannot be; then nothing is written."
+    "Export what a run has learned so far. `ValueError` where it cannot be; then nothing is written."
     check_choice(format, _NEEDS, "format")
     out = free_folder(out)
     if repo_id is not None:

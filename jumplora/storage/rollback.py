@@ -188,13 +188,13 @@ def load_without(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Run]:  # model, tokenizer, the record of the whole run
     "The model without a task. `ValueError` where it was not removed, where its file changed or is outdated."
     run = Run.load(folder)
-    place = rollback_folder(folder, task)
+    place = rollback_folder(folder, check_choice(task, run.tasks, "task"))
     if not place.is_dir():
         raise ValueError(f"{task!r} was not taken out of {run.name}; call rollback first")
-    facts = record.read_record(place / "rollback.json")
     path = place / "weights.safetensors"
     again = f"delete {place} and call rollback again"
     try:
+        facts = record.read_record(place / "rollback.json")
         tensors, _, checksum = record.read_tensors(path)
     except Damaged as error:
         raise Damaged(f"{error}; {again}") from None

@@ -85,7 +85,7 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     share = f"Of its {found_main['mean']:.0f}-point lead about {lost['mean']:.0f} points"
     assert f"{share} (97.8 % interval {lost['low']:.1f} to {lost['high']:.0f}, an unplanned" in readme
     found = lead("interference", 14, own, "retention", ("IncLoRA pruned", 1.4e-3), (late[0], 7e-4))
-    assert f"in pruning's favour (by {found['low']:.1f} to {found['high']:.1f}; none planned)" in page
+    assert f"in pruning's favour (by {found['low']:.1f} to {found['high']:.1f}; all unplanned)" in page
     found = lead("interference", 14, seen, "retention", ("SeqLoRA", 1e-3), dense)
     assert (
         f"keeps {found['mean']:.1f} more ({found['low']:+.1f} to {found['high']:+.1f}, not planned)" in page

@@ -241,7 +241,8 @@ def test_each_process_has_the_gpu_of_its_number_and_must_meet_the_others(monkeyp
     assert own_device("cuda") == torch.device("cuda:1") and own_device("cpu") == torch.device("cpu")
     with patch("torch.cuda.is_available", lambda: True):
         assert pick_device("auto") == torch.device("cuda:1")
-    assert "process 1 has GPU 1; use 'cuda' or 'auto'" in refused(own_device, "cuda:0")
+    assert "local rank 1 has GPU 1; use 'cuda' or 'auto'" in refused(own_device, "cuda:0")
+    assert "device='cuda:1', but each process has its own GPU" in refused(join_processes, "cuda:1")
     with patch.object(processes, "PartialState", Mock(_shared_state={})):
         assert "2 processes were started, but 1 have joined" in refused(join_processes, "cpu")
 

@@ -327,8 +327,10 @@ def test_a_damaged_or_outdated_result_is_not_loaded(gated):
     with pytest.raises(ValueError, match=r"weights\.safetensors is not what rollback wrote; delete"):
         load_without(gated.folder, "topics")
     (place / "rollback.json").write_text((place / "rollback.json").read_text().replace("topics", "tropics"))
-    with pytest.raises(ValueError, match="rollback.json: .*"):
+    with pytest.raises(ValueError, match="rollback.json: .*; delete .*rollback-topics and call rollback"):
         load_without(gated.folder, "topics")
+    with pytest.raises(ValueError, match="task='../topics' is not known"):
+        load_without(gated.folder, "../topics")
 
 
 @pytest.mark.parametrize("limits", [{}, dict(train=6), dict(train=6, dev=2, test=4)])
