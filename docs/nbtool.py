@@ -182,10 +182,9 @@ def each(work, paths: list[Path], jobs: int) -> int:
 
 
 def to_myst(text: str) -> str:
-    "Labels of equations as MyST writes them, and links to names inside this site."
+    "Links to names inside this site."
     cfg = get_config()
     base = re.escape(f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/")
-    text = re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}$", r"$$ (\1)", text, flags=re.M)
     # nbdev turns `name` into a link to the published site: make it a link inside this one
     return re.sub(rf"\]\({base}(?:[\w-]+/)?([\w-]+)\.html#([\w.]+)\)", r"](#\1.\2)", text)
 
@@ -347,7 +346,11 @@ def names_page(raws: list[Path]) -> str:
                     o = names[n]
                     seen.add(n)
                     constant = isinstance(o, (ast.Assign, ast.AnnAssign))
-                    doc = said.get(o.lineno, "") if constant else ast.get_docstring(o) or ""
+                    doc = (
+                        (said.get(o.lineno) or said.get(o.lineno - 1, ""))
+                        if constant
+                        else ast.get_docstring(o) or ""
+                    )
                     line = doc.split("\n")[0].replace("|", r"\|")
                     link = f"[`{n}`](#{label(raw.stem, n, o)})"
                     rows.append(f"| {f'**{link}**' if n in offered else link} | {line} |")

@@ -379,8 +379,8 @@ def grid(
         jobs = []
         for settings in swept(set):
             jobs += grids.plan(
-                method, sequence, seed, strengths, train=budget["train"] | settings, rows=budget["rows"],
-                backbone=backbone, split=split, dtype=dtype,
+                method, sequence, seed, strengths, budget["dense"], train=budget["train"] | settings,
+                rows=budget["rows"], backbone=backbone, split=split, dtype=dtype,
             )  # fmt: skip
         options = parse_settings(slurm)
         for name in options.keys() & inspect.signature(grids.run_grid).parameters.keys():
@@ -438,6 +438,7 @@ def reproduce(
     minutes: float = float("inf"),  # stop after so many, with the runs saved
     workers: int | None = None,  # runs at a time; by default one, or as many as the GPUs' memory holds
     device: str = "auto",  # cpu or cuda; auto takes a GPU if any
+    dtype: str = "float32",  # the paper's; bfloat16 takes less memory, auto takes it on a GPU with it
 ) -> int:
     "The paper's comparison under its protocol, short orders first; finished runs are not repeated."
     from jumplora.data.backbones import pick_device
@@ -445,7 +446,7 @@ def reproduce(
     from jumplora.running.grid import run_grid
     from jumplora.running.reproduce import paper_jobs, project, runs_at_a_time
 
-    jobs = paper_jobs(method, sequence, seed, backbone)
+    jobs = paper_jobs(method, sequence, seed, backbone, dtype)
     if smoke or (workers is None and pick_device(device).type == "cuda"):
         pace = project(jobs, folder, device)
         fit = runs_at_a_time(pace["peak memory, GB"].max(), device)
@@ -499,7 +500,7 @@ def data(
 
 # %% ../nbs/command_line.ipynb #eb480902
 _ALL = (compare, show, table, predict, sparsity, rollback, export, data, grid, study, reproduce, speed)
-COMMANDS: dict[str, Callable] = {one.__name__: one for one in _ALL}
+COMMANDS: dict[str, Callable] = {one.__name__: one for one in _ALL}  # name -> its function
 
 
 def parser_of(

@@ -35,7 +35,7 @@ def set_seed(
     torch.manual_seed(number)
 
 # %% ../nbs/conventions.ipynb #3b14f01a
-METHOD_COLORS: dict[str, str] = {
+METHOD_COLORS: dict[str, str] = {  # of a method's lines in figures
     "SeqLoRA": "#8a8a8a",
     "IncLoRA": "#3f8fd0",
     "ELLA": "#e0701a",

@@ -190,8 +190,8 @@ MUTATIONS = [
         ("pairs are of any two runs", "ours[order, seed] - theirs[order, seed]", "ours[order, seed] - max(theirs.values())"),
     ),
     *of(
-        "running/reproduce.py", "test_command_line.py|papers_grid",
-        ("gated baselines have dropout too", "{True: {}, False:", "{False: {}, True:"),
+        "running/grid.py", "test_command_line.py|papers_protocol",
+        ("gated methods have dropout too", "{} if METHODS[method].gated else dense or {}", "dense or {}"),
     ),
     *of(
         "storage/state.py", "storage/test_state.py",

@@ -212,6 +212,21 @@ def test_every_parameter_and_return_of_a_public_name_is_explained_on_its_line(mo
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_every_public_constant_is_explained_on_its_first_line_or_above(module):
+    offered = __import__(f"jumplora.{module}", fromlist=["x"]).__all__
+    source = file_of(module).read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    commented = {t.start[0] for t in tokens if t.type == tokenize.COMMENT and not t.string.startswith("# %%")}
+    bare = []
+    for o in ast.parse(source).body:
+        if isinstance(o, (ast.Assign, ast.AnnAssign)):
+            (target,) = o.targets if isinstance(o, ast.Assign) else [o.target]
+            if target.id in offered and not {o.lineno, o.lineno - 1} & commented:
+                bare.append(target.id)
+    assert not bare, f"jumplora.{module}: no comment for {bare}"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_says_what_it_is(module):
     doc = inspect.getdoc(__import__(f"jumplora.{module}", fromlist=["x"]))
     assert doc and len(doc.splitlines()) == 1 and doc.endswith("."), doc

@@ -699,6 +699,21 @@ def test_the_papers_grid_is_projected_then_run_and_ends_with_its_tables(jumplora
     assert other.out == "2 waiting\n"
 
 
+def test_a_grid_under_the_papers_protocol_has_the_jobs_of_reproduce(jumplora, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("jumplora.running.grid.run_grid", lambda jobs, *a, **b: asked.append(jobs) or exit())
+    words = ["--backbone", "tiny-t5", "--sequence", "order1", "order4", "--seed", "1", "--out", tmp_path]
+    words += ["--method", "ELLA", "ELLA + JumpLoRA", "--device", "cpu"]
+    jumplora("reproduce", *words)
+    jumplora("grid", "--protocol", "paper", *words)
+    jumplora("grid", "--protocol", "paper", *words, "--set", "lora_dropout=0.3")
+    ours, theirs, changed = ({job.key: job for job in jobs} for jobs in asked)
+    assert ours == theirs and {job.dtype for job in ours.values()} == {"float32"}
+    dropout = {job.method: job.train.get("lora_dropout") for job in ours.values()}
+    assert dropout == {"ELLA": 0.1, "ELLA + JumpLoRA": None}
+    assert {job.train["lora_dropout"] for job in changed.values()} == {0.3}
+
+
 @pytest.mark.parametrize("command", ["compare", "reproduce"])
 def test_methods_are_learned_with_one_model_in_memory(command, jumplora, tasks, tmp_path, monkeypatch):
     module, alive, most = package if command == "compare" else reproduce, weakref.WeakSet(), []

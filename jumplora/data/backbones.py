@@ -49,7 +49,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 # %% ../../nbs/5_inside/backbones.ipynb #1803043f
-BACKBONES = ("smollm2-135m", "tiny-llama", "tiny-t5")
+BACKBONES = ("smollm2-135m", "tiny-llama", "tiny-t5")  # need no Hub
 
 
 def load_backbone(

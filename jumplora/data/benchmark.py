@@ -49,9 +49,9 @@ class _BenchmarkTask(NamedTuple):
     hub: _HubSource  # where other rows of the task are
 
 
-FACTS = json.loads(files("jumplora.data").joinpath("benchmark.json").read_text("utf-8"))
-ORDERS: dict[int, tuple[str, ...]] = {int(n): tuple(names) for n, names in FACTS["orders"].items()}
-BENCHMARK: dict[str, _BenchmarkTask] = {}
+FACTS = json.loads(files("jumplora.data").joinpath("benchmark.json").read_text("utf-8"))  # all of it
+ORDERS: dict[int, tuple[str, ...]] = {int(n): tuple(names) for n, names in FACTS["orders"].items()}  # tasks
+BENCHMARK: dict[str, _BenchmarkTask] = {}  # task -> what is known without its rows
 for _name, _fact in FACTS["tasks"].items():
     _fact |= {"options": tuple(_fact["options"]), "rows": tuple(_fact["rows"])}
     BENCHMARK[_name] = _BenchmarkTask(**_fact | {"hub": _HubSource(**_fact["hub"])})

@@ -137,7 +137,7 @@ class DisjointMasks(Regularizer):
 # %% ../../nbs/2_learning/methods.ipynb #e80077f9
 LATE = dict(gate_start=0.7, gate_stop=0.9, kept=0.1, hold_kept=True)  # dense for most of the steps
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # name -> how it learns
     method.name: method
     for method in (
         Method("SeqLoRA", after_task="keep"),

@@ -75,7 +75,7 @@ class Question:
         return prompt(self.instruction, self.options if self.list_options else (), text)
 
 # %% ../../nbs/2_learning/tasks.ipynb #3be2a95c
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test")  # of a task's rows
 
 
 class Example(NamedTuple):

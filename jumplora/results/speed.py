@@ -214,7 +214,7 @@ def _step(quick: bool, device, dtype) -> list[dict]:
     return found
 
 # %% ../../nbs/3_results/speed.ipynb #spdmeas
-PARTS: dict[str, Callable[..., list[dict]]] = dict(layer=_layer, step=_step)
+PARTS: dict[str, Callable[..., list[dict]]] = dict(layer=_layer, step=_step)  # for `measure`
 
 
 def measure(

@@ -38,16 +38,17 @@ from ..storage.record import Damaged, Run, digest
 from ..storage.state import graceful_shutdown, held_lock, new_run, weights_fingerprint
 
 # %% ../../nbs/5_inside/grid.ipynb #2f11dbaf
-PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all); what differs from `TrainConfig()`; λ
+PROTOCOLS: dict[str, dict] = {  # rows of a task at most (None: all), settings of all or of ungated methods, λ
     "reduced": dict(
         rows=dict(train=120, dev=40, test=50),
-        train={},
+        train={}, dense={},
         strengths={"ELLA": {f"order{n}": 3e6 for n in ORDERS} | {"newsroom": 3e5},
                    "O-LoRA": 0.5, "N-LoRA": 1e-4, "EWC": 1e4},
     ),
     "paper": dict(
         rows=dict(train=None, dev=None, test=None),
         train=dict(batch_size=32, max_length=512, truncation="reference"),
+        dense=dict(lora_dropout=0.1),  # the authors' gated methods have none
         strengths={"ELLA": dict(order1=3e4, order2=3e4, order3=3e4, order4=[5e5] * 14 + [5e7],
                                 order5=[5e6] * 12 + [5e7] * 3, order6=5e5)},
     ),
@@ -100,6 +101,7 @@ def plan(
     sequences: Iterable[str],  # "order1" to "order6", "order1-hub", or other sequences
     seeds: Iterable[int],  # one run each
     strengths: dict[str, float | list | dict] | None = None,  # λ by method, or by method and sequence
+    dense: dict | None = None,  # fields of `TrainConfig` that only ungated methods get
     **shared: object,  # other fields of `Job`, the same for all
 ) -> list[Job]:  # seed by seed, sequence by sequence
     "The jobs of a grid, each once. Raises ValueError for an unknown method, also among the strengths."
@@ -110,7 +112,9 @@ def plan(
         alone = METHODS[method].training == "isolated"
         for name in orders.get(sequence, (sequence,)) if alone else (sequence,):
             strength = strength_of(method, name, strengths or {})
-            jobs[method, name, repr(seed)] = Job(method, name, seed, strength=strength, **shared)
+            job = Job(method, name, seed, strength=strength, **shared)
+            own = {} if METHODS[method].gated else dense or {}
+            jobs[method, name, repr(seed)] = replace(job, train=own | job.train)
     return list(jobs.values())
 
 # %% ../../nbs/5_inside/grid.ipynb #be946572

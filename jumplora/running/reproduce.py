@@ -10,7 +10,6 @@ __all__ = ['paper_jobs', 'project', 'runs_at_a_time']
 import gc
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ import torch
 
 from ..data.backbones import load_backbone, pick_device
 from ..learning.continual import learn_sequence
-from ..learning.methods import METHODS, with_settings
+from ..learning.methods import with_settings
 from ..learning.tasks import TaskSequence
 from .grid import PROTOCOLS, Job, job_method, job_sequence, plan
 
@@ -28,12 +27,12 @@ def paper_jobs(
     sequences: Iterable[str] = tuple(f"order{n}" for n in range(1, 7)),  # or with "-hub"
     seeds: Iterable[int] = (42, 43, 44),  # one run each
     backbone: str = "google-t5/t5-large",  # as in `load_backbone`
+    dtype: str = "float32",  # of the backbone; the authors'
 ) -> list[Job]:  # short orders of every seed first
     "The paper's comparison under its protocol. `ValueError` for an unknown method."
     budget = PROTOCOLS["paper"]
-    jobs = plan(methods, sequences, seeds, budget["strengths"], rows=budget["rows"], backbone=backbone)
-    dropout = {True: {}, False: {"lora_dropout": 0.1}}  # gated? -> settings of training
-    jobs = [replace(job, train=budget["train"] | dropout[METHODS[job.method].gated]) for job in jobs]
+    options = dict(train=budget["train"], rows=budget["rows"], backbone=backbone, dtype=dtype)
+    jobs = plan(methods, sequences, seeds, budget["strengths"], budget["dense"], **options)
     return sorted(jobs, key=lambda job: job.sequence[:6] in ("order4", "order5", "order6"))
 
 # %% ../../nbs/5_inside/reproduce.ipynb #9836c1c2

@@ -445,7 +445,7 @@ def test_other_rows_or_weights_behind_a_path_are_another_job(changed, here, tmp_
 
 def test_the_exit_code_is_of_the_jobs_of_this_command_and_earlier_failures_are_named(here, tmp_path, capsys):
     words = f"--method IncLoRA --sequence {ROWS} --seed 1 --backbone tiny-llama --out {tmp_path}".split()
-    few = dict(rows=SMALL["rows"], train=SMALL["train"], strengths={})
+    few = dict(rows=SMALL["rows"], train=SMALL["train"], dense={}, strengths={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(grid.PROTOCOLS, "reduced", few)
         assert main(["grid", *words, "--set", "learning_rate=1e300", "batch_size=2"]) == 1
