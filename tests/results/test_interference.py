@@ -12,6 +12,7 @@ import pytest
 
 from jumplora.learning.evaluation import Score
 from jumplora.results.interference import (
+    LEVEL,
     VARIANTS,
     arm_over_family,
     compare_families,
@@ -102,6 +103,17 @@ def test_the_numbers_in_the_pages_sentences_are_those_of_the_records():
     before = study_table(load_runs(ROOT / "results/untrained", "test"), 1, own)["retention"].mean()
     assert f"(not tested; the untrained model has {before:.0f})" in page
     assert f"raises R of IncLoRA from {a:.0f} to {b:.0f}, and with the gate from {c:.0f} to {d:.1f}" in page
+
+
+def test_three_looks_err_as_often_as_the_page_says():
+    draws = np.random.default_rng(0).standard_normal((200_000, 24))
+    wrong = np.zeros(len(draws), bool)
+    for seeds in (6, 12, 24):
+        means, errors = draws[:, :seeds].mean(1), draws[:, :seeds].std(1, ddof=1)
+        interval = paired_t(draws[0, :seeds], LEVEL)
+        wrong |= abs(means) > (interval["high"] - interval["mean"]) / errors[0] * errors
+    page = (ROOT / "nbs/3_results/interference.ipynb").read_text()
+    assert f"err in {100 * wrong.mean():.1f} % of simulated studies, not 5 %" in page
 
 
 def test_the_interval_of_a_mean_is_students():
