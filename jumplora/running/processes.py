@@ -42,13 +42,13 @@ def _launched() -> int:
 
 def own_device(device: str | torch.device) -> torch.device:
     "Where a process computes: under a launcher, on the GPU of its local rank. `ValueError` for another GPU."
-    device = torch.device(device)
-    if device.type != "cuda" or _launched() == 1:
-        return device
-    own = int(os.environ["LOCAL_RANK"])
-    if device.index not in (None, own):
-        raise ValueError(f"device={str(device)!r}, but local rank {own} has GPU {own}; use 'cuda' or 'auto'")
-    return torch.device("cuda", own)
+    found = torch.device(device)
+    if found.type != "cuda" or _launched() == 1:
+        return found
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if found.index is not None and device != own:  # the text "cuda:0" is refused in every process
+        raise ValueError(f"device={str(device)!r}, but each process has its own GPU; use 'cuda' or 'auto'")
+    return own
 
 # %% ../../nbs/5_inside/processes.ipynb #3d4138c2
 def join_processes(
@@ -66,8 +66,6 @@ def join_processes(
         ddp = f"`torchrun --nproc-per-node N`, or `accelerate launch --multi_gpu` without {refused[0]}"
         raise ValueError(f"{what}. Use plain data parallelism (DDP): {ddp}")
     if _launched() > 1:
-        if isinstance(device, str) and ":" in device:  # refused in every process, so that one may say so
-            raise ValueError(f"device={device!r}, but each process has its own GPU; use 'cuda' or 'auto'")
         PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
         if _launched() != world_size():
             count = f"{_launched()} processes were started, but {world_size()} have joined"

@@ -241,8 +241,14 @@ def test_each_process_has_the_gpu_of_its_number_and_must_meet_the_others(monkeyp
     assert own_device("cuda") == torch.device("cuda:1") and own_device("cpu") == torch.device("cpu")
     with patch("torch.cuda.is_available", lambda: True):
         assert pick_device("auto") == torch.device("cuda:1")
-    assert "local rank 1 has GPU 1; use 'cuda' or 'auto'" in refused(own_device, "cuda:0")
-    assert "device='cuda:1', but each process has its own GPU" in refused(join_processes, "cuda:1")
+    assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    for other in (
+        torch.device("cuda:0"),
+        "cuda:0",
+        "cuda:1",
+    ):  # the text in every process, or one fails alone
+        message = f"device='{other}', but each process has its own GPU; use 'cuda' or 'auto'"
+        assert message in refused(own_device, other)
     with patch.object(processes, "PartialState", Mock(_shared_state={})):
         assert "2 processes were started, but 1 have joined" in refused(join_processes, "cpu")
 
